@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface of the kernels. Both backends take the same arguments: a problem described once runs on either.
+//
+// All pointers of one call live on one device. Sizes and strides are in elements unless they say bytes.
+// Functions return a bcy_status or a positive cudaError_t; they neither allocate nor synchronize on CUDA.
+#pragma once
+
+#include <stdint.h>
+
+#include "baracuda/status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Element types; the numbers are those of baracuda_cy.ElementKind.
+enum bcy_element {
+  BCY_F32 = 1,
+  BCY_F16 = 2,
+  BCY_BF16 = 3,
+  BCY_U8 = 4,
+};
+
+// y[m, n] = sum_k dequantize(weight)[n, k] * x[m, k] (+ bias[n])
+typedef struct bcy_gguf_matmul_args {
+  const void* weight;    // packed blocks, [nrows, ncols / block_size], first byte of the matrix
+  const void* x;         // [m, ncols] of x_type, rows x_stride elements apart
+  void* y;               // [m, nrows] of y_type, rows y_stride elements apart
+  void* workspace;       // staged operations: workspace_size bytes, 256-byte aligned
+  const void* bias;      // [nrows] of y_type, or NULL
+  int64_t nrows;
+  int64_t ncols;
+  int64_t m;
+  int64_t x_stride;
+  int64_t y_stride;
+  int32_t format;        // GGUF type id
+  int32_t x_type;        // BCY_F32, BCY_F16 or BCY_BF16
+  int32_t y_type;        // BCY_F32, BCY_F16 or BCY_BF16
+  int32_t device;        // CUDA device ordinal; the CPU backend ignores it
+} bcy_gguf_matmul_args;
+
+// y[n, k] = dequantize(weight)[n, k]
+typedef struct bcy_gguf_dequantize_args {
+  const void* weight;
+  void* y;               // [nrows, ncols] of y_type, rows y_stride elements apart
+  int64_t nrows;
+  int64_t ncols;
+  int64_t y_stride;
+  int32_t format;
+  int32_t y_type;        // BCY_F32, BCY_F16 or BCY_BF16
+  int32_t device;
+} bcy_gguf_dequantize_args;
+
+// weight = quantize(x)
+typedef struct bcy_gguf_quantize_args {
+  const void* x;         // [nrows, ncols] of x_type, rows x_stride elements apart
+  void* weight;          // packed blocks, nrows * ncols / block_size of them
+  int64_t nrows;
+  int64_t ncols;
+  int64_t x_stride;
+  int32_t format;
+  int32_t x_type;        // BCY_F32, BCY_F16 or BCY_BF16
+} bcy_gguf_quantize_args;
+
+// Elements and bytes of one block; 0 for an unknown format.
+int64_t bcy_gguf_block_elements(int32_t format);
+int64_t bcy_gguf_block_bytes(int32_t format);
+
+// Scratch of the staged product: upper bound in bytes, -1 when it exceeds int64.
+int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m);
+int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m);
+
+int bcy_cuda_gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream);
+int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream);   // float activations
+int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream);    // x -> workspace
+int bcy_cuda_gguf_matmul(const bcy_gguf_matmul_args* args, void* stream);   // workspace -> y
+
+// threads <= 0 takes the size of the pool (bcy_cpu_default_threads).
+int bcy_cpu_gguf_dequantize(const bcy_gguf_dequantize_args* args, int threads);
+int bcy_cpu_gguf_matvec(const bcy_gguf_matmul_args* args, int threads);
+int bcy_cpu_gguf_stage(const bcy_gguf_matmul_args* args, int threads);
+int bcy_cpu_gguf_matmul(const bcy_gguf_matmul_args* args, int threads);
+int bcy_cpu_gguf_quantize(const bcy_gguf_quantize_args* args, int threads);
+
+int bcy_cpu_default_threads(void);        // BARACUDA_THREADS, else the CPUs this process may run on
+const char* bcy_cpu_isa(void);            // "avx512_vnni", "avx2" or "baseline": what the products run on here
+
+#ifdef __cplusplus
+}
+#endif
