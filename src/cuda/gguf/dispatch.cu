@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface of the GGUF operations: from a format's number to its kernels.
+#include "baracuda/formats.h"
+#include "launch.cuh"
+#include "operations.h"
+#include "staged.cuh"
+
+namespace bcy {
+namespace {
+
+// Calls function(Format{}) for a format id.
+template <class Function>
+int with_format(int format, Function&& function) {
+  switch (format) {
+#define BCY_FORMAT(Name, file) \
+  case Name::kId:              \
+    return function(Name{});
+#include "baracuda/formats.def"
+#undef BCY_FORMAT
+    default:
+      return BCY_ERROR_UNKNOWN_FORMAT;
+  }
+}
+
+// On the right device, with the operations of the right format.
+template <class Args, class Function>
+int run(const Args* args, Function&& function) {
+  const DeviceGuard guard(args->device);
+  if (guard.status() != cudaSuccess) return guard.status();
+  return with_format(args->format, [&](auto format) {
+    using Format = decltype(format);
+    if (args->ncols % Format::kElements != 0) return int(BCY_ERROR_INVALID_ARGUMENT);
+    return function(format);
+  });
+}
+
+bool is_empty(const bcy_gguf_matmul_args* args) { return args->m == 0 || args->nrows == 0; }
+
+}  // namespace
+}  // namespace bcy
+
+using namespace bcy;
+
+int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) {
+  int64_t bytes = -1;
+  with_format(format, [&](auto f) {
+    bytes = staged_bytes(ncols, m, decltype(f)::kMinima);
+    return int(BCY_OK);
+  });
+  return bytes;
+}
+
+int bcy_cuda_gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream) {
+  if (args->nrows == 0 || args->ncols == 0) return BCY_OK;
+  return run(args, [&](auto format) {
+    return GgufOperations<decltype(format)>::dequantize(*args, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream) {
+  if (is_empty(args)) return BCY_OK;
+  return run(args, [&](auto format) {
+    return GgufOperations<decltype(format)>::matvec(*args, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream) {
+  if (is_empty(args) || args->ncols == 0) return BCY_OK;
+  return run(args, [&](auto format) {
+    return gguf_stage(*args, decltype(format)::kMinima, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int bcy_cuda_gguf_matmul(const bcy_gguf_matmul_args* args, void* stream) {
+  if (is_empty(args)) return BCY_OK;
+  return run(args, [&](auto format) {
+    return GgufOperations<decltype(format)>::matmul(*args, static_cast<cudaStream_t>(stream));
+  });
+}

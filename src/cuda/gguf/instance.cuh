@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything that instances/<format>.cu instantiates.
+#pragma once
+
+#include "dequantize.cuh"
+#include "matmul.cuh"
+#include "matvec.cuh"

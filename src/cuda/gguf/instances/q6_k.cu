@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../instance.cuh"
+
+template struct bcy::GgufOperations<bcy::Q6_K>;

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every launcher shares: the device guard, the checked launch, and the choice of a type from its number.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "baracuda/api.h"
+#include "baracuda/numeric.h"
+
+namespace bcy {
+
+constexpr int64_t kMaxGridX = 0x7fffffff;
+constexpr int64_t kMaxGridY = 65535;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Makes a device current and puts the caller's back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    status_ = cudaGetDevice(&previous_);
+    if (status_ != cudaSuccess || previous_ == device) return;
+    status_ = cudaSetDevice(device);
+    changed_ = status_ == cudaSuccess;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  int status() const { return status_; }
+
+ private:
+  int previous_ = 0;
+  cudaError_t status_ = cudaSuccess;
+  bool changed_ = false;
+};
+
+// Launches and reports this launch's own error. A failure is taken out of the runtime's last-error slot, so that the
+// next library to look there does not take it for its own.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
+// Calls function(F32{}), function(F16{}) or function(BF16{}).
+template <class Function>
+int with_element(int element, Function&& function) {
+  switch (element) {
+    case BCY_F32:
+      return function(F32{});
+    case BCY_F16:
+      return function(F16{});
+    case BCY_BF16:
+      return function(BF16{});
+    default:
+      return BCY_ERROR_UNSUPPORTED_TYPE;
+  }
+}
+
+// Loads and stores whose type is known only at run time; the branch is the same for every thread.
+__device__ __forceinline__ float load_element(const void* p, int64_t i, int element) {
+  switch (element) {
+    case BCY_F32:
+      return F32::load(static_cast<const float*>(p) + i);
+    case BCY_F16:
+      return F16::load(static_cast<const uint16_t*>(p) + i);
+    default:
+      return BF16::load(static_cast<const uint16_t*>(p) + i);
+  }
+}
+
+__device__ __forceinline__ void store_element(void* p, int64_t i, int element, float x) {
+  switch (element) {
+    case BCY_F32:
+      static_cast<float*>(p)[i] = F32::round(x);
+      break;
+    case BCY_F16:
+      static_cast<uint16_t*>(p)[i] = F16::round(x);
+      break;
+    default:
+      static_cast<uint16_t*>(p)[i] = BF16::round(x);
+  }
+}
+
+}  // namespace bcy
