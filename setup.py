@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pyproject.toml cannot say: CUDA and C++ sources -> build/libbaracuda.a -> the Cython modules.
+"""What pyproject.toml cannot say: CUDA and C++ -> build/libbaracuda.a -> the Cython modules.
 
 Environment
     BARACUDA_CUDA=0       build the CPU backend only; no toolkit is looked for
@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -42,9 +41,10 @@ TOOLKIT_WHEELS = [
 ]
 OLDEST_TOOLKIT = (12, 8)  # the first with sm_120 and --compress-mode
 RELEASE_ARCHS = "75;80;86;89;90;100;120;120-virtual"
-DEFAULT_ARCHS = "80;90;90-virtual"  # where no GPU is seen: minutes on two cores, and every later GPU through PTX
+# Where no GPU is seen: compiled in minutes on two cores; the PTX serves later GPUs.
+DEFAULT_ARCHS = "80;90;90-virtual"
 
-# Contraction to FMA is the kernels' decision, never the compiler's: the bits of a product depend on it.
+# Contraction to FMA is the kernels' decision, not the compiler's: the bits depend on it.
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-DNDEBUG", "-ffp-contract=off", "-fPIC", "-pthread"),
     *("-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"),
@@ -97,7 +97,7 @@ class Toolkit(NamedTuple):
     library: Path
 
 
-class Incomplete(Exception):
+class IncompleteToolkitError(Exception):
     pass
 
 
@@ -116,17 +116,17 @@ def toolkit_candidates():
 def probe(nvcc: str) -> Toolkit:
     version = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version") or "")
     if not version:
-        raise Incomplete("does not run")
+        raise IncompleteToolkitError("does not run")
     version = int(version[1]), int(version[2])
     if version < OLDEST_TOOLKIT:
-        raise Incomplete(
+        raise IncompleteToolkitError(
             "is CUDA {}.{}; {}.{} or later is needed".format(*version, *OLDEST_TOOLKIT)
         )
     # nvcc on PATH may be a wrapper far away from its toolkit: ask it where the toolkit is.
     plan = output_of(nvcc, "--dryrun", "-x", "cu", os.devnull) or ""
     top = re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)
     if not top:
-        raise Incomplete("does not say where its toolkit is")
+        raise IncompleteToolkitError("does not say where its toolkit is")
     root = Path(os.path.normpath(top[1].strip()))
     places = [root, *root.glob(f"targets/{platform.machine()}-linux")]
 
@@ -134,7 +134,7 @@ def probe(nvcc: str) -> Toolkit:
         for folder in (place / name for place in places for name in folders):
             if (folder / what).exists():
                 return folder
-        raise Incomplete(f"belongs to {root}, which has no {what}")
+        raise IncompleteToolkitError(f"belongs to {root}, which has no {what}")
 
     first("cicc", "nvvm/bin")
     first("nv/target", "include", "include/cccl")
@@ -152,7 +152,7 @@ def find_toolkit() -> tuple[Toolkit | None, list[str]]:
     for where, nvcc in toolkit_candidates():
         try:
             return probe(nvcc), refused
-        except Incomplete as reason:
+        except IncompleteToolkitError as reason:
             refused.append(f"{nvcc} (from {where}) {reason}")
     return None, refused
 
@@ -176,7 +176,8 @@ def cuda_archs(nvcc: str) -> list[str]:
         asked = ";".join(gpu_archs())
         if not asked:
             sys.exit(
-                "BARACUDA_CUDA_ARCHS=native: nvidia-smi shows no GPU here; name the architectures, as in 80;90"
+                "BARACUDA_CUDA_ARCHS=native: nvidia-smi shows no GPU here; "
+                "name the architectures, as in 80;90"
             )
     elif asked == "release":
         asked = RELEASE_ARCHS
@@ -202,28 +203,33 @@ def gencode(arch: str) -> str:
 
 
 class Object(NamedTuple):
-    """One compilation: up to date while its command and every file it read are what they were."""
+    """One compilation; `recipe` says what was asked of which compiler, wherever that one lies."""
 
     source: Path
     command: list[str]
+    recipe: str
     output: Path
 
     def stale(self) -> bool:
+        """Whether the recipe or a file of this tree that the last compilation read has changed."""
         record, depfile = self.output.with_suffix(".cmd"), self.output.with_suffix(".d")
         if not (self.output.exists() and record.exists() and depfile.exists()):
             return True
-        if record.read_text() != shlex.join(self.command):
+        if record.read_text() != self.recipe:
             return True
         built = self.output.stat().st_mtime
         read = depfile.read_text().replace("\\\n", " ").partition(":")[2].split()
-        return any(not os.path.exists(name) or os.path.getmtime(name) >= built for name in read)
+        ours = [Path(name) for name in read if not os.path.isabs(name)]
+        return any(not path.exists() or path.stat().st_mtime >= built for path in ours)
 
     def compile(self) -> float:
+        """Seconds it took."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.unlink(missing_ok=True)
         start = time.monotonic()
-        subprocess.run([*self.command, "-MMD", "-MF", self.output.with_suffix(".d")], check=True)
-        self.output.with_suffix(".cmd").write_text(shlex.join(self.command))
+        depfile = str(self.output.with_suffix(".d"))
+        subprocess.run([*self.command, "-MMD", "-MF", depfile], check=True)
+        self.output.with_suffix(".cmd").write_text(self.recipe)
         return time.monotonic() - start
 
 
@@ -233,10 +239,8 @@ def native_objects(toolkit: Toolkit | None) -> list[Object]:
     commands: dict[Path, list[str]] = {}
     if toolkit:
         archs = cuda_archs(toolkit.nvcc)
-        print(
-            f"CUDA {toolkit.version[0]}.{toolkit.version[1]} ({toolkit.nvcc}) for {' '.join(archs)}",
-            flush=True,
-        )
+        version = "{}.{}".format(*toolkit.version)
+        print(f"CUDA {version} ({toolkit.nvcc}) for {' '.join(archs)}", flush=True)
         for source in sorted(cuda.rglob("*.cu")):  # the longest compilations come first
             commands[source] = [toolkit.nvcc, *NVCC_FLAGS, *map(gencode, archs)]
         for source in sorted(set(cuda.rglob("*.cpp")) - {cuda / "absent.cpp"}):
@@ -251,15 +255,14 @@ def native_objects(toolkit: Toolkit | None) -> list[Object]:
             commands[source] = [*cxx, *CXX_FLAGS, *isa]
     objects = []
     for source, command in commands.items():
-        output = (
-            BUILD
-            / "native"
-            / ("cuda" if toolkit else "cpu")
-            / source.with_suffix(source.suffix + ".o")
-        )
-        objects.append(
-            Object(source, [*command, f"-I{INCLUDE}", "-c", str(source), "-o", str(output)], output)
-        )
+        folder = BUILD / "native" / ("cuda" if toolkit else "cpu")
+        output = folder / source.with_suffix(source.suffix + ".o")
+        command += [f"-I{INCLUDE}", "-c", str(source), "-o", str(output)]
+        recipe = shlex.join(command)
+        if toolkit:  # pip unpacks the wheels somewhere else for every build
+            recipe = recipe.replace(toolkit.nvcc, "nvcc").replace(str(toolkit.include), "include")
+            recipe = f"CUDA {toolkit.version}: {recipe}"
+        objects.append(Object(source, command, recipe, output))
     return objects
 
 
@@ -298,13 +301,12 @@ class BuildExt(build_ext):
         for reason in refused:
             print(f"passed over: {reason}", flush=True)
         if WITH_CUDA and not toolkit:
+            oldest = "{}.{}".format(*OLDEST_TOOLKIT)
+            wheels = " ".join(f"'{wheel.partition(';')[0]}'" for wheel in TOOLKIT_WHEELS)
             sys.exit(
-                "no complete CUDA toolkit of {}.{} or later was found in $CUDA_HOME, on PATH or among the "
-                "installed wheels. Either `pip install {}`, or set CUDA_HOME, or build the CPU backend "
-                "alone with BARACUDA_CUDA=0.".format(
-                    *OLDEST_TOOLKIT,
-                    " ".join(f"'{wheel.partition(';')[0]}'" for wheel in TOOLKIT_WHEELS),
-                )
+                f"no complete CUDA toolkit, {oldest} or later, in $CUDA_HOME, on PATH or among "
+                f"the installed wheels. Set CUDA_HOME, or run `pip install {wheels}`, or build the "
+                "CPU backend alone with BARACUDA_CUDA=0."
             )
         BUILD.mkdir(exist_ok=True)
         with open(
@@ -325,6 +327,8 @@ class BuildExt(build_ext):
 
     def translate(self):
         """Cython to C++, under build/."""
+        from Cython.Build import cythonize
+
         sources = {
             module.name: module.sources
             for module in cythonize(
