@@ -85,10 +85,12 @@ __global__ void __launch_bounds__(kPartials * 32) matmul_kernel(const __grid_con
           for (int i = 0; i < 4; ++i) {
             const float group_scale = staged.scales[tokens[tile][i % 2] + group];
             sums[tile][i] = add_group(sums[tile][i], dots[i], scales[i / 2], group_scale);
+            if constexpr (kMinima > 0) {
 #pragma unroll
-            for (int half = 0; half < kMinima; ++half) {
-              const float sum = staged.sums[(tokens[tile][i % 2] + group) * kMinima + half];
-              sums[tile][i] = add_minimum(sums[tile][i], Format::minimum(blocks[i / 2], g, half), sum);
+              for (int half = 0; half < kMinima; ++half) {
+                const float sum = staged.sums[(tokens[tile][i % 2] + group) * kMinima + half];
+                sums[tile][i] = add_minimum(sums[tile][i], Format::minimum(blocks[i / 2], g, half), sum);
+              }
             }
           }
         }
