@@ -257,7 +257,7 @@ def native_objects(toolkit: Toolkit | None) -> list[Object]:
     for source, command in commands.items():
         folder = BUILD / "native" / ("cuda" if toolkit else "cpu")
         output = folder / source.with_suffix(source.suffix + ".o")
-        command += [f"-I{INCLUDE}", "-c", str(source), "-o", str(output)]
+        command += [f"-I{INCLUDE}", "-Isrc", "-c", str(source), "-o", str(output)]
         recipe = shlex.join(command)
         if toolkit:  # pip unpacks the wheels somewhere else for every build
             recipe = recipe.replace(toolkit.nvcc, "nvcc").replace(str(toolkit.include), "include")
