@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The CUDA half of the native code. Every function raises on failure (0 otherwise) and takes the GIL only to do so;
-# those marked noexcept return the status, for destructors and polling.
+# The CUDA half of the native code. Every function raises on failure (0 otherwise) and takes the GIL
+# only to do so; those marked noexcept return the status, for destructors and polling.
 from libc.stdint cimport int32_t, int64_t
 
 from baracuda_cy._native cimport bcy_gguf_dequantize_args, bcy_gguf_matmul_args
@@ -14,7 +14,9 @@ cdef int gguf_stage(const bcy_gguf_matmul_args* args, void* stream) except -1 no
 cdef int gguf_matmul(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil
 cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil   # -1 beyond int64
 
-# Raises Unsupported, with the reason and the remedy, unless this build's kernels run on `device`.
+# Raise Unsupported, with the reason and the remedy, unless there is such a device, or this build's
+# kernels run on it.
+cdef int require_ordinal(int device) except -1
 cdef int require_device(int device) except -1
 cdef int get_device(int* device) except -1 nogil
 cdef int set_device(int device) except -1 nogil

@@ -30,6 +30,7 @@ int bcy_cuda_device_info(int device, bcy_device_info* info);
 int bcy_cuda_has_kernels(int device);        // BCY_OK when this build's code runs on the device, else the CUDA error
 int bcy_cuda_get_device(int* device);
 int bcy_cuda_set_device(int device);
+int bcy_cuda_memory_info(int device, int64_t* free_bytes, int64_t* total_bytes);
 const char* bcy_cuda_error_name(int code);
 const char* bcy_cuda_error_text(int code);
 
@@ -40,6 +41,7 @@ int bcy_cuda_stream_query(int device, void* stream, int* done);
 int bcy_cuda_stream_wait(int device, void* stream, void* event);
 int bcy_cuda_stream_is_capturing(int device, void* stream, int* capturing);
 int bcy_cuda_stream_device(void* stream, int* device);
+int bcy_cuda_stream_priority(int device, void* stream, int* priority);
 int bcy_cuda_stream_priority_range(int device, int* least, int* greatest);
 
 int bcy_cuda_event_create(int device, int timing, void** event);
@@ -56,6 +58,8 @@ int bcy_cuda_free_host(void* pointer);
 int bcy_cuda_memcpy(int device, void* to, const void* from, int64_t bytes, void* stream);   // any direction, ordered
 int bcy_cuda_memset(int device, void* to, int value, int64_t bytes, void* stream);
 int bcy_cuda_pointer_device(const void* pointer, int* device_type, int* device);   // DLPack device type and id
+
+const void* bcy_cuda_probe_kernel(void);   // an empty kernel: whether it loads says whether the others do
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU half of the native code: the operations in C++, over the same format definitions as the CUDA kernels."""
+
+from libc.stdint cimport int32_t, int64_t
+
+from baracuda_cy._cuda cimport check
+from baracuda_cy._native cimport (
+    bcy_cpu_default_threads,
+    bcy_cpu_gguf_dequantize,
+    bcy_cpu_gguf_matmul,
+    bcy_cpu_gguf_matvec,
+    bcy_cpu_gguf_quantize,
+    bcy_cpu_gguf_stage,
+    bcy_cpu_gguf_workspace_size,
+    bcy_cpu_isa,
+    bcy_gguf_block_bytes,
+    bcy_gguf_block_elements,
+)
+
+
+cdef int fail(int status, const char* what) except -1 with gil:
+    return check(status, (<bytes> what).decode())
+
+
+cdef int gguf_dequantize(const bcy_gguf_dequantize_args* args, int threads) except -1 nogil:
+    cdef int status = bcy_cpu_gguf_dequantize(args, threads)
+    return fail(status, b"dequantizing on the CPU") if status else 0
+
+
+cdef int gguf_matvec(const bcy_gguf_matmul_args* args, int threads) except -1 nogil:
+    cdef int status = bcy_cpu_gguf_matvec(args, threads)
+    return fail(status, b"multiplying on the CPU") if status else 0
+
+
+cdef int gguf_stage(const bcy_gguf_matmul_args* args, int threads) except -1 nogil:
+    cdef int status = bcy_cpu_gguf_stage(args, threads)
+    return fail(status, b"staging activations on the CPU") if status else 0
+
+
+cdef int gguf_matmul(const bcy_gguf_matmul_args* args, int threads) except -1 nogil:
+    cdef int status = bcy_cpu_gguf_matmul(args, threads)
+    return fail(status, b"multiplying staged activations on the CPU") if status else 0
+
+
+cdef int gguf_quantize(const bcy_gguf_quantize_args* args, int threads) except -1 nogil:
+    cdef int status = bcy_cpu_gguf_quantize(args, threads)
+    return fail(status, b"quantizing on the CPU") if status else 0
+
+
+cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil:
+    return bcy_cpu_gguf_workspace_size(format, ncols, m)
+
+
+cdef int64_t gguf_block_elements(int32_t format) noexcept nogil:
+    return bcy_gguf_block_elements(format)
+
+
+cdef int64_t gguf_block_bytes(int32_t format) noexcept nogil:
+    return bcy_gguf_block_bytes(format)
+
+
+def default_threads():
+    """Threads the CPU backend uses unless told otherwise.
+
+    ``BARACUDA_THREADS`` when it is set, else the CPUs this process may run on.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> from baracuda_cy import _cpu
+    >>> _cpu.default_threads() >= 1
+    True
+    """
+    return bcy_cpu_default_threads()
+
+
+def isa():
+    """Instruction set that the products run on here.
+
+    Returns
+    -------
+    str
+        ``"avx512_vnni"``, ``"avx2"`` or ``"baseline"``.
+    """
+    return (<bytes> bcy_cpu_isa()).decode()
+
+
+def block_layout(int32_t format):
+    """Elements and bytes of one block as the native code has them.
+
+    Parameters
+    ----------
+    format : int
+        ggml type id.
+
+    Returns
+    -------
+    tuple of int
+        ``(elements, bytes)``, zeros for a format the kernels do not know.
+
+    Examples
+    --------
+    >>> from baracuda_cy import _cpu
+    >>> _cpu.block_layout(8)
+    (32, 34)
+    """
+    return bcy_gguf_block_elements(format), bcy_gguf_block_bytes(format)
