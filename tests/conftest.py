@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+import hypothesis
+import pytest
+
+from baracuda_cy import _cuda
+
+# How long an example takes says more about the machine's neighbours than about the code.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items):
+    reason = _cuda.why_unavailable()
+    if reason is None:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
