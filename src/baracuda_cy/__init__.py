@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-bit weights for every Python array, on CUDA and on the CPU, with the same bits every time.
+
+>>> import numpy as np
+>>> import baracuda_cy as bcy
+>>> w = bcy.quantize(np.eye(256, dtype=np.float32), "Q4_K")
+>>> bcy.linear(np.ones((8, 256), np.float32), w).shape
+(8, 256)
+"""
+
+from baracuda_cy.errors import (
+    BaracudaError,
+    CudaError,
+    FileFormatError,
+    InvalidProblem,
+    NotAnArray,
+    OutOfMemory,
+    ReadOnlyArray,
+    Unsupported,
+    WorkspaceTooSmall,
+)
+from baracuda_cy.files.gguf import GgufFile, open_gguf
+from baracuda_cy.formats import ElementKind, GgufBlockFormat
+from baracuda_cy.gguf import GgufDequantizePlan, GgufMmvqMultiMPlan, GgufMmvqPlan
+from baracuda_cy.memory import DeviceArray, DeviceBuffer, PinnedBuffer, Workspace
+from baracuda_cy.ops import dequantize, linear, quantize
+from baracuda_cy.sku import (
+    ArchSku,
+    BackendKind,
+    GgufDequantizeDescriptor,
+    GgufMmvqDescriptor,
+    GgufMmvqMultiMDescriptor,
+    KernelSku,
+    MathPrecision,
+    OpCategory,
+    PlanPreference,
+    PrecisionGuarantee,
+    QuantizeKind,
+)
+from baracuda_cy.stream import (
+    LEGACY_DEFAULT_STREAM,
+    PER_THREAD_DEFAULT_STREAM,
+    Event,
+    Stream,
+)
+from baracuda_cy.tensor import GgufTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LEGACY_DEFAULT_STREAM",
+    "PER_THREAD_DEFAULT_STREAM",
+    "ArchSku",
+    "BackendKind",
+    "BaracudaError",
+    "CudaError",
+    "DeviceArray",
+    "DeviceBuffer",
+    "ElementKind",
+    "Event",
+    "FileFormatError",
+    "GgufBlockFormat",
+    "GgufDequantizeDescriptor",
+    "GgufDequantizePlan",
+    "GgufFile",
+    "GgufMmvqDescriptor",
+    "GgufMmvqMultiMDescriptor",
+    "GgufMmvqMultiMPlan",
+    "GgufMmvqPlan",
+    "GgufTensor",
+    "InvalidProblem",
+    "KernelSku",
+    "MathPrecision",
+    "NotAnArray",
+    "OpCategory",
+    "OutOfMemory",
+    "PinnedBuffer",
+    "PlanPreference",
+    "PrecisionGuarantee",
+    "QuantizeKind",
+    "ReadOnlyArray",
+    "Stream",
+    "Unsupported",
+    "Workspace",
+    "WorkspaceTooSmall",
+    "__version__",
+    "dequantize",
+    "linear",
+    "open_gguf",
+    "quantize",
+]

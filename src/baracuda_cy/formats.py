@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Element types and GGUF block formats: the tables that code, tests and documentation read."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+from baracuda_cy.errors import InvalidProblem, Unsupported
+
+__all__ = ["ElementKind", "GgufBlockFormat"]
+
+
+class Named(IntEnum):
+    """An `IntEnum` that is looked up by name as well, in any case, and whose repr evaluates back."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Named | None:
+        return cls.__members__.get(value.upper()) if isinstance(value, str) else None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+
+def choose(enum: type[Named], value: Any, argument: str) -> Any:
+    """Return the member of `enum` that `value` (member, name or number) stands for."""
+    try:
+        return enum(value)
+    except ValueError:
+        members = ", ".join(enum.__members__)
+        raise InvalidProblem(
+            f"{argument}: expected a {enum.__name__}, its name or its value, got {value!r}; choose from {members}"
+        ) from None
+
+
+class ElementKind(Named):
+    """Type of one array element.
+
+    Numbers are the package's own, because bfloat16 is no NumPy type. Accepted wherever a dtype is asked for: a
+    member, a name (``"f16"``, ``"float16"``, ``"half"``), a ``numpy.dtype``, a ``torch.dtype`` or a JAX dtype.
+
+    Examples
+    --------
+    >>> from baracuda_cy import ElementKind
+    >>> ElementKind.of("float16"), ElementKind.BF16.dtype, ElementKind.F32.itemsize
+    (ElementKind.F16, 'bfloat16', 4)
+    """
+
+    F32 = 1
+    F16 = 2
+    BF16 = 3
+    U8 = 4
+    I8 = 5
+    I32 = 6
+    I64 = 7
+    F64 = 8
+    U16 = 9
+    I16 = 10
+    U32 = 11
+    U64 = 12
+    BOOL = 13
+
+    @classmethod
+    def of(cls, dtype: Any, argument: str = "dtype") -> ElementKind:
+        """Return the kind that `dtype` names.
+
+        Parameters
+        ----------
+        dtype : ElementKind, str, int or a framework's dtype
+            What to look up.
+        argument : str, optional
+            What a message calls it.
+
+        Raises
+        ------
+        InvalidProblem
+            `dtype` names none of the members.
+        """
+        if isinstance(dtype, cls):
+            return dtype
+        if isinstance(dtype, int) and not isinstance(dtype, bool):
+            return choose(cls, dtype, argument)
+        if not getattr(dtype, "isnative", True):
+            raise InvalidProblem(f"{argument}: expected native byte order, got {dtype!r}; convert with .newbyteorder()")
+        # numpy.dtype has name, a NumPy or JAX scalar type has __name__, torch.dtype prints as torch.float16.
+        name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)
+        kind = _KIND_OF_NAME.get(str(name).rpartition(".")[2].lower())
+        if kind is None:
+            raise InvalidProblem(
+                f"{argument}: expected an ElementKind or a dtype, got {dtype!r}; choose from {', '.join(_DTYPE)}"
+            )
+        return kind
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype in the frameworks, such as ``"float16"``."""
+        return _DTYPE_OF_KIND[self]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return _DTYPE[_DTYPE_OF_KIND[self]][1]
+
+
+_DTYPE = {
+    "float32": (ElementKind.F32, 4),
+    "float16": (ElementKind.F16, 2),
+    "bfloat16": (ElementKind.BF16, 2),
+    "uint8": (ElementKind.U8, 1),
+    "int8": (ElementKind.I8, 1),
+    "int32": (ElementKind.I32, 4),
+    "int64": (ElementKind.I64, 8),
+    "float64": (ElementKind.F64, 8),
+    "uint16": (ElementKind.U16, 2),
+    "int16": (ElementKind.I16, 2),
+    "uint32": (ElementKind.U32, 4),
+    "uint64": (ElementKind.U64, 8),
+    "bool": (ElementKind.BOOL, 1),
+}
+_DTYPE_OF_KIND = {kind: name for name, (kind, _) in _DTYPE.items()}
+_KIND_OF_NAME = {
+    **{name: kind for name, (kind, _) in _DTYPE.items()},
+    **{kind.name.lower(): kind for kind in ElementKind},
+    "fp32": ElementKind.F32,
+    "float": ElementKind.F32,
+    "single": ElementKind.F32,
+    "fp16": ElementKind.F16,
+    "half": ElementKind.F16,
+    "double": ElementKind.F64,
+    "bool_": ElementKind.BOOL,
+}
+
+
+class GgufBlockFormat(Named):
+    """Block format of a packed GGUF weight; the numbers are ggml's type ids.
+
+    Examples
+    --------
+    >>> from baracuda_cy import GgufBlockFormat
+    >>> q = GgufBlockFormat("Q4_K")
+    >>> q.block_size, q.type_size, q.row_bytes(4096)
+    (256, 144, 2304)
+    """
+
+    Q4_0 = 2
+    Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    Q8_K = 15
+    IQ4_NL = 20
+    IQ4_XS = 23
+    MXFP4 = 39
+
+    @classmethod
+    def of(cls, value: Any, argument: str = "block_format") -> GgufBlockFormat:
+        """Return the format that `value` (member, name or ggml type id) stands for.
+
+        Raises
+        ------
+        Unsupported
+            A GGUF type, but none of the supported block formats.
+        InvalidProblem
+            No GGUF type at all.
+        """
+        if isinstance(value, cls):
+            return value
+        # Another library's enum of the same types, such as gguf.GGMLQuantizationType, counts by its name.
+        known = getattr(value, "name", value)
+        name = OTHER_GGUF_TYPES.get(known) if isinstance(known, int) else str(known).upper()
+        if name in OTHER_GGUF_TYPES.values():
+            raise Unsupported(
+                f"{argument}: expected one of {', '.join(cls.__members__)}, got {name}; requantize the tensor to one of them"
+            )
+        return choose(cls, known, argument)
+
+    @property
+    def block_size(self) -> int:
+        """Elements of one block."""
+        return _BLOCK[self][0]
+
+    @property
+    def type_size(self) -> int:
+        """Bytes of one block."""
+        return _BLOCK[self][1]
+
+    @property
+    def alignment(self) -> int:
+        """Bytes that a packed matrix's first byte must be aligned to."""
+        return _BLOCK[self][2]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average bits that one weight takes, its share of the scales included."""
+        elements, size, _ = _BLOCK[self]
+        return 8 * size / elements
+
+    def row_bytes(self, ncols: int) -> int:
+        """Return the bytes of one weight row of `ncols` elements.
+
+        Raises
+        ------
+        InvalidProblem
+            `ncols` is negative or no multiple of the block size.
+        """
+        elements, size, _ = _BLOCK[self]
+        if ncols < 0 or ncols % elements:
+            raise InvalidProblem(
+                f"ncols: expected a multiple of {elements} (the block size of {self.name}), got {ncols}; "
+                "pad the rows or choose a format with smaller blocks"
+            )
+        return ncols // elements * size
+
+
+# elements per block, bytes per block, alignment in bytes
+_BLOCK = {
+    GgufBlockFormat.Q4_0: (32, 18, 2),
+    GgufBlockFormat.Q4_1: (32, 20, 2),
+    GgufBlockFormat.Q5_0: (32, 22, 2),
+    GgufBlockFormat.Q5_1: (32, 24, 2),
+    GgufBlockFormat.Q8_0: (32, 34, 2),
+    GgufBlockFormat.Q2_K: (256, 84, 2),
+    GgufBlockFormat.Q3_K: (256, 110, 2),
+    GgufBlockFormat.Q4_K: (256, 144, 2),
+    GgufBlockFormat.Q5_K: (256, 176, 2),
+    GgufBlockFormat.Q6_K: (256, 210, 2),
+    GgufBlockFormat.Q8_K: (256, 292, 4),
+    GgufBlockFormat.IQ4_NL: (32, 18, 2),
+    GgufBlockFormat.IQ4_XS: (256, 136, 2),
+    GgufBlockFormat.MXFP4: (32, 17, 1),
+}
+
+# GGUF types that pack blocks too, known by name so that a message can say which one a file holds.
+OTHER_GGUF_TYPES = {
+    9: "Q8_1",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    40: "NVFP4",
+    41: "Q1_0",
+    42: "Q2_0",
+}

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Value objects: what is asked of a plan, and what a plan says about itself.
+
+All are keyword-only, frozen and hashable, and their repr evaluates back. A field that holds an enum
+accepts the member, its name or its value.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any
+
+from baracuda_cy.errors import InvalidProblem
+from baracuda_cy.formats import ElementKind, GgufBlockFormat, Named, choose
+
+__all__ = [
+    "ArchSku",
+    "BackendKind",
+    "GgufDequantizeDescriptor",
+    "GgufMmvqDescriptor",
+    "GgufMmvqMultiMDescriptor",
+    "KernelSku",
+    "MathPrecision",
+    "OpCategory",
+    "PlanPreference",
+    "PrecisionGuarantee",
+    "QuantizeKind",
+]
+
+
+class OpCategory(Named):
+    """Family that an operation belongs to."""
+
+    QUANTIZATION = 16
+
+
+class QuantizeKind(Named):
+    """Operation within `OpCategory.QUANTIZATION`."""
+
+    DEQUANTIZE_PER_GROUP = 23
+    GGUF_DEQUANTIZE = 26
+    GGUF_MMVQ = 27
+    NF4_MMVQ = 28
+
+
+class MathPrecision(Named):
+    """What the multiply instructions multiply."""
+
+    F16 = 0
+    BF16 = 1
+    TF32 = 2
+    F32 = 3
+    F64 = 4
+    INT8 = 5
+
+
+class BackendKind(Named):
+    """Whose kernels run."""
+
+    BESPOKE = 0
+    """The CUDA kernels of this package."""
+    CPU = 1
+    """The C++ kernels of this package."""
+
+
+class ArchSku(Named):
+    """Machine that the kernel runs on: the CPU, or a CUDA compute capability times ten."""
+
+    CPU = 0
+    SM75 = 75
+    SM80 = 80
+    SM86 = 86
+    SM87 = 87
+    SM89 = 89
+    SM90 = 90
+    SM100 = 100
+    SM103 = 103
+    SM110 = 110
+    SM120 = 120
+    SM121 = 121
+
+    @classmethod
+    def _missing_(cls, value: object) -> Named | None:
+        known = super()._missing_(value)
+        if known is not None or not isinstance(value, int) or value < 75:
+            return known
+        # A GPU that came after this list: the PTX of the build runs on it, so it gets a member all the same.
+        member = int.__new__(cls, value)
+        member._name_ = f"SM{value}"
+        member._value_ = value
+        return cls._value2member_map_.setdefault(value, member)
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self.name in ArchSku.__members__ else f"ArchSku({int(self)})"
+
+
+def _set(instance: Any, name: str, value: Any) -> None:
+    object.__setattr__(instance, name, value)
+
+
+def _integer(value: Any, argument: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidProblem(
+            f"{argument}: expected an integer, got {value!r} of type {type(value).__name__}; pass int({argument})"
+        ) from None
+
+
+def _flag(value: Any, argument: str) -> bool:
+    if value is not True and value is not False:
+        raise InvalidProblem(f"{argument}: expected True or False, got {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, IntEnum):
+        return value.name
+    return value.to_dict() if hasattr(value, "to_dict") else value
+
+
+class _Value:
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-able values, enum members by their names."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanPreference(_Value):
+    """Wishes that guide `select` and `linear`.
+
+    Parameters
+    ----------
+    activations : {"staged", "float"}, optional
+        Path of a product: ``"staged"`` quantizes the activations to int8 groups first, ``"float"`` multiplies them as
+        they are. By default a plan takes its own path and `linear` the staged one.
+    threads : int, optional
+        Threads of the CPU backend. By default the environment variable ``BARACUDA_THREADS``, else as many as the
+        process may run on. The bits of a result do not depend on it.
+
+    Raises
+    ------
+    InvalidProblem
+        Another path, or threads below 1.
+    """
+
+    activations: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations not in (None, "staged", "float"):
+            raise InvalidProblem(
+                f'activations: expected "staged", "float" or None, got {self.activations!r}'
+            )
+        if self.threads is not None:
+            _set(self, "threads", _integer(self.threads, "threads"))
+            if not 1 <= self.threads <= 65536:
+                raise InvalidProblem(
+                    f"threads: expected 1 to 65536, got {self.threads}; leave it out for the default"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionGuarantee(_Value):
+    """What the bits of a plan's results promise. A flag is set only where a test proves it.
+
+    Parameters
+    ----------
+    math_precision : MathPrecision
+        What is multiplied.
+    accumulator : ElementKind
+        What products are added up in across a row.
+    deterministic : bool
+        The same call gives the same bits.
+    bit_stable_on_same_hardware : bool
+        So it does in another process, on another stream, in a graph's replay and at another alignment.
+    batch_invariant : bool
+        Token `m` of any batch has the bits it has alone.
+    bit_stable_across_hardware : bool
+        Every backend and GPU gives the bits of the CPU backend.
+    """
+
+    math_precision: MathPrecision
+    accumulator: ElementKind
+    deterministic: bool = False
+    bit_stable_on_same_hardware: bool = False
+    batch_invariant: bool = False
+    bit_stable_across_hardware: bool = False
+
+    def __post_init__(self) -> None:
+        _set(self, "math_precision", choose(MathPrecision, self.math_precision, "math_precision"))
+        _set(self, "accumulator", ElementKind.of(self.accumulator, "accumulator"))
+        for name in (
+            "deterministic",
+            "bit_stable_on_same_hardware",
+            "batch_invariant",
+            "bit_stable_across_hardware",
+        ):
+            _flag(getattr(self, name), name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelSku(_Value):
+    """Which kernel a plan selected.
+
+    Parameters
+    ----------
+    category : OpCategory
+        Family of the operation.
+    op : QuantizeKind
+        The operation within it.
+    element : ElementKind
+        Type of the activations; of the output where there are none.
+    aux_element : ElementKind, optional
+        Type of the packed weight's storage.
+    output_element : ElementKind
+        Type of the output.
+    block_format : GgufBlockFormat, optional
+        How the weight is packed.
+    activations : {"staged", "float"}, optional
+        Whether activations are quantized to int8 groups first or multiplied as they are; None where there are none.
+    layout, epilogue : str, optional
+        None: the kernels have one layout, and a bias is an argument of `run`.
+    arch : ArchSku
+        Machine that the kernel runs on.
+    isa : str, optional
+        CPU backend: instruction set that the products use.
+    backend : BackendKind
+        Whose kernel it is.
+    precision_guarantee : PrecisionGuarantee
+        What its bits promise.
+    """
+
+    category: OpCategory
+    op: QuantizeKind
+    element: ElementKind
+    aux_element: ElementKind | None = None
+    output_element: ElementKind
+    block_format: GgufBlockFormat | None = None
+    activations: str | None = None
+    layout: str | None = None
+    epilogue: str | None = None
+    arch: ArchSku
+    isa: str | None = None
+    backend: BackendKind
+    precision_guarantee: PrecisionGuarantee
+
+    def __post_init__(self) -> None:
+        _set(self, "category", choose(OpCategory, self.category, "category"))
+        _set(self, "op", choose(QuantizeKind, self.op, "op"))
+        _set(self, "element", ElementKind.of(self.element, "element"))
+        if self.aux_element is not None:
+            _set(self, "aux_element", ElementKind.of(self.aux_element, "aux_element"))
+        _set(self, "output_element", ElementKind.of(self.output_element, "output_element"))
+        if self.block_format is not None:
+            _set(self, "block_format", GgufBlockFormat.of(self.block_format))
+        _set(self, "arch", choose(ArchSku, self.arch, "arch"))
+        _set(self, "backend", choose(BackendKind, self.backend, "backend"))
+
+
+def _normalize(descriptor: Any) -> None:
+    for name in ("nrows", "ncols", "m", "w_start_byte_offset"):
+        if hasattr(descriptor, name):
+            _set(descriptor, name, _integer(getattr(descriptor, name), name))
+    _set(descriptor, "block_format", GgufBlockFormat.of(descriptor.block_format))
+    for name in ("activation", "output"):
+        if getattr(descriptor, name, None) is not None:
+            _set(descriptor, name, ElementKind.of(getattr(descriptor, name), name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufMmvqDescriptor(_Value):
+    """A packed weight times float activations: the problem of `GgufMmvqPlan`.
+
+    Parameters
+    ----------
+    nrows, ncols : int
+        Shape of the weight: N output features, K input features.
+    m : int
+        Number of activation vectors.
+    block_format : GgufBlockFormat
+        How the weight is packed.
+    activation : ElementKind
+        Type of the activations: float32, float16 or bfloat16.
+    output : ElementKind, optional
+        Type of the output: the activation's (default) or float32.
+    w_start_byte_offset : int
+        Byte of the weight buffer that the matrix starts at.
+
+    Raises
+    ------
+    InvalidProblem, Unsupported
+        A field of another type. Sizes are judged by ``select``.
+    """
+
+    nrows: int = 0
+    ncols: int = 0
+    m: int = 1
+    block_format: GgufBlockFormat = GgufBlockFormat.Q8_0
+    activation: ElementKind = ElementKind.F32
+    output: ElementKind | None = None
+    w_start_byte_offset: int = 0
+
+    def __post_init__(self) -> None:
+        _normalize(self)
+        if self.output is None:
+            _set(self, "output", self.activation)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufMmvqMultiMDescriptor(_Value):
+    """A packed weight times int8-staged activations: the problem of `GgufMmvqMultiMPlan`.
+
+    Parameters
+    ----------
+    nrows, ncols : int
+        Shape of the weight: N output features, K input features.
+    m : int
+        Number of activation vectors.
+    block_format : GgufBlockFormat
+        How the weight is packed.
+    activation : ElementKind
+        Type of the activations: float32, float16 or bfloat16.
+    output : ElementKind
+        Type of the output: float32 (default), float16 or bfloat16.
+    w_start_byte_offset : int
+        Byte of the weight buffer that the matrix starts at.
+
+    Raises
+    ------
+    InvalidProblem, Unsupported
+        A field of another type. Sizes are judged by ``select``.
+    """
+
+    nrows: int = 0
+    ncols: int = 0
+    m: int = 1
+    block_format: GgufBlockFormat = GgufBlockFormat.Q8_0
+    activation: ElementKind = ElementKind.F32
+    output: ElementKind = ElementKind.F32
+    w_start_byte_offset: int = 0
+
+    def __post_init__(self) -> None:
+        _normalize(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufDequantizeDescriptor(_Value):
+    """A packed weight to be unpacked: the problem of `GgufDequantizePlan`.
+
+    Parameters
+    ----------
+    nrows, ncols : int
+        Shape of the weight.
+    block_format : GgufBlockFormat
+        How the weight is packed.
+    output : ElementKind
+        Type of the output: float32 (default), float16 or bfloat16.
+    w_start_byte_offset : int
+        Byte of the weight buffer that the matrix starts at.
+
+    Raises
+    ------
+    InvalidProblem, Unsupported
+        A field of another type. Sizes are judged by ``select``.
+    """
+
+    nrows: int = 0
+    ncols: int = 0
+    block_format: GgufBlockFormat = GgufBlockFormat.Q8_0
+    output: ElementKind = ElementKind.F32
+    w_start_byte_offset: int = 0
+
+    def __post_init__(self) -> None:
+        _normalize(self)

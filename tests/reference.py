@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The specification of the numbers, written a second time: NumPy only, no line shared with the package.
+
+`decode` reads packed blocks, `stage` and `staged_product` and `float_product` follow the documented
+order of summation, and `fma` is an exactly rounded float32 fused multiply-add. What the CPU backend
+gives must be these bits.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+F32, F64 = np.float32, np.float64
+
+# name: (ggml type id, elements, bytes)
+FORMATS = {
+    "Q4_0": (2, 32, 18),
+    "Q4_1": (3, 32, 20),
+    "Q5_0": (6, 32, 22),
+    "Q5_1": (7, 32, 24),
+    "Q8_0": (8, 32, 34),
+    "Q2_K": (10, 256, 84),
+    "Q3_K": (11, 256, 110),
+    "Q4_K": (12, 256, 144),
+    "Q5_K": (13, 256, 176),
+    "Q6_K": (14, 256, 210),
+    "Q8_K": (15, 256, 292),
+    "IQ4_NL": (20, 32, 18),
+    "IQ4_XS": (23, 256, 136),
+    "MXFP4": (39, 32, 17),
+}
+
+IQ4_TABLE = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int64
+)
+E2M1_TABLE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int64)
+
+
+def fma(a, b, c):
+    """Round a * b + c to float32 once.
+
+    The product of two float32 is exact in float64. The float64 sum is turned into round-to-odd with
+    the exact error of the addition, and a value rounded to odd rounds to float32 as the exact one.
+    """
+    p = np.asarray(a, F32).astype(F64) * np.asarray(b, F32).astype(F64)
+    c = np.asarray(c, F32).astype(F64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        s = p + c
+        back = s - p
+        error = (p - (s - back)) + (c - back)
+        inexact = np.isfinite(s) & (error != 0)
+        bits = s.view(np.int64)
+        truncated = np.where((error > 0) != (s > 0), bits - 1, bits)
+        return np.where(inexact, truncated | 1, bits).view(F64).astype(F32)
+
+
+class Decoded(NamedTuple):
+    """Groups of 32 along K: value = scale * half_scale * code + minimum."""
+
+    codes: np.ndarray  # int64 [N, G, 32]
+    scale: np.ndarray  # float32 [N, G]
+    half_scale: np.ndarray | None  # int64 [N, G, 2]
+    minimum: np.ndarray | None  # float32 [N, G, 1 or 2]
+
+    def values(self):
+        """Dequantized weights, float32 [N, K]."""
+        n, g, _ = self.codes.shape
+        scale = self.scale[:, :, None] * np.ones(32, F32)
+        if self.half_scale is not None:
+            scale = scale * np.repeat(self.half_scale, 16, axis=2).astype(F32)
+        value = scale * self.codes.astype(F32)
+        if self.minimum is not None:
+            value = value + np.repeat(self.minimum, 32 // self.minimum.shape[2], axis=2)
+        return value.reshape(n, g * 32)
+
+
+def _halves(block, at):
+    return np.ascontiguousarray(block[..., at : at + 2]).view(np.float16)[..., 0].astype(F32)
+
+
+def _nibbles(qs):
+    """16 bytes to 32 codes: low nibbles, then high ones."""
+    return np.concatenate([qs & 15, qs >> 4], axis=-1).astype(np.int64)
+
+
+def _k_scales(packed):
+    """The 12 bytes of Q4_K and Q5_K to eight scales and eight minima."""
+    p = packed.astype(np.int64)
+    low_scale, low_min = p[..., 0:4] & 63, p[..., 4:8] & 63
+    high_scale = (p[..., 8:12] & 15) | (p[..., 0:4] >> 6) << 4
+    high_min = (p[..., 8:12] >> 4) | (p[..., 4:8] >> 6) << 4
+    return np.concatenate([low_scale, high_scale], -1), np.concatenate([low_min, high_min], -1)
+
+
+def _planes(qs, bits):
+    """[.., 64] bytes whose fields of `bits` bits belong to groups j of 32, in two halves of 32 bytes."""
+    h = qs.reshape(*qs.shape[:-1], 2, 1, 32).astype(np.int64)
+    j = np.arange(8 // bits).reshape(-1, 1)
+    return (h >> (bits * j)) & ((1 << bits) - 1)  # [.., 2, 8 / bits, 32]
+
+
+def decode(data, name, nrows, ncols):
+    """Read `nrows` x `ncols` weights of format `name` from uint8 `data`."""
+    _, elements, size = FORMATS[name]
+    block = np.frombuffer(np.ascontiguousarray(data), np.uint8)
+    block = block[: nrows * ncols // elements * size].reshape(nrows, ncols // elements, size)
+    per_block = elements // 32
+
+    def flat(x):  # [N, blocks, groups of a block, ..] -> [N, G, ..]
+        return x.reshape(nrows, block.shape[1] * per_block, *x.shape[3:])
+
+    if name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4"):
+        header = {"Q4_0": 2, "Q4_1": 4, "Q5_0": 6, "Q5_1": 8, "IQ4_NL": 2, "MXFP4": 1}[name]
+        q = _nibbles(block[..., header:])
+        if name in ("Q5_0", "Q5_1"):
+            qh = np.ascontiguousarray(block[..., header - 4 : header]).view("<u4").astype(np.int64)
+            q |= (qh >> np.arange(32) & 1) << 4
+        if name == "MXFP4":
+            e = block[..., 0].astype(np.int64)
+            return Decoded(E2M1_TABLE[q], np.ldexp(F32(1), e - 128).astype(F32), None, None)
+        d = _halves(block, 0)
+        if name == "IQ4_NL":
+            return Decoded(IQ4_TABLE[q], d, None, None)
+        if name in ("Q4_1", "Q5_1"):
+            return Decoded(q, d, None, _halves(block, 2)[..., None])
+        # Q4_0's codes are kept sixteen times as large and its scale a sixteenth: a power of two.
+        return Decoded((q - 8) * 16, d / F32(16), None, None) if name == "Q4_0" else Decoded(q - 16, d, None, None)
+    if name == "Q8_0":
+        return Decoded(block[..., 2:].view(np.int8).astype(np.int64), _halves(block, 0), None, None)
+    if name == "Q8_K":
+        d = np.ascontiguousarray(block[..., :4]).view("<f4").astype(F32)
+        q = block[..., 4:260].view(np.int8).astype(np.int64).reshape(*block.shape[:2], 8, 32)
+        return Decoded(flat(q), flat(np.repeat(d, 8, axis=2)), None, None)
+    if name == "Q2_K":
+        sc = block[..., 0:16].astype(np.int64).reshape(*block.shape[:2], 8, 2)
+        power = 4 ** (np.arange(8) % 4)
+        q = _planes(block[..., 16:80], 2).reshape(*block.shape[:2], 8, 32) * power[:, None]
+        scale = _halves(block, 80)[..., None] / power.astype(F32)
+        minimum = -(_halves(block, 82)[..., None, None] * (sc >> 4).astype(F32))
+        return Decoded(flat(q), flat(scale), flat(sc & 15), flat(minimum))
+    if name == "Q3_K":
+        p = block[..., 96:108].astype(np.int64)
+        i = np.arange(16)
+        sc = (p[..., i % 8] >> (4 * (i // 8)) & 15) | (p[..., 8 + i % 4] >> (2 * (i // 4)) & 3) << 4
+        low = _planes(block[..., 32:96], 2).reshape(*block.shape[:2], 8, 32)
+        high = block[..., None, 0:32].astype(np.int64) >> np.arange(8)[:, None] & 1
+        scale = np.repeat(_halves(block, 108)[..., None], 8, axis=2)
+        return Decoded(
+            flat(low - 4 * (1 - high)), flat(scale), flat((sc - 32).reshape(*sc.shape[:2], 8, 2)), None
+        )
+    if name in ("Q4_K", "Q5_K"):
+        sc, m = _k_scales(block[..., 4:16])
+        low = block[..., -128:].astype(np.int64).reshape(*block.shape[:2], 4, 1, 32)
+        q = (low >> np.array([[0], [4]]) & 15).reshape(*block.shape[:2], 8, 32)
+        scale = _halves(block, 0)[..., None] * sc.astype(F32)
+        if name == "Q4_K":
+            power = 16 ** (np.arange(8) % 2)
+            q, scale = q * power[:, None], scale / power.astype(F32)
+        else:
+            q |= (block[..., None, 16:48].astype(np.int64) >> np.arange(8)[:, None] & 1) << 4
+        minimum = -(_halves(block, 2)[..., None] * m.astype(F32))
+        return Decoded(flat(q), flat(scale), None, flat(minimum[..., None]))
+    if name == "Q6_K":
+        low = block[..., :128].reshape(*block.shape[:2], 2, 1, 64) >> np.array([[0], [4]], np.uint8) & 15
+        low = low.reshape(*block.shape[:2], 8, 32).astype(np.int64)
+        high = _planes(block[..., 128:192], 2).reshape(*block.shape[:2], 8, 32)
+        sc = block[..., 192:208].view(np.int8).astype(np.int64).reshape(*block.shape[:2], 8, 2)
+        scale = np.repeat(_halves(block, 208)[..., None], 8, axis=2)
+        return Decoded(flat((low | high << 4) - 32), flat(scale), flat(sc), None)
+    if name == "IQ4_XS":
+        g = np.arange(8)
+        low = block[..., 4 + g // 2].astype(np.int64) >> (4 * (g % 2)) & 15
+        high = np.ascontiguousarray(block[..., 2:4]).view("<u2").astype(np.int64) >> (2 * g) & 3
+        scale = _halves(block, 0)[..., None] * ((low | high << 4) - 32).astype(F32)
+        q = IQ4_TABLE[_nibbles(block[..., 8:].reshape(*block.shape[:2], 8, 16))]
+        return Decoded(flat(q), flat(scale), None, None)
+    raise KeyError(name)
+
+
+def stage(x):
+    """Stage float32 tokens [M, K]: int64 codes [M, G, 32] and float32 scales [M, G]."""
+    x = np.asarray(x, F32)
+    groups = x.reshape(x.shape[0], -1, 32)
+    finite = np.isfinite(groups).all(axis=2)
+    amax = np.abs(np.where(finite[..., None], groups, 0)).max(axis=2, initial=0)
+    live = finite & (amax >= F32(1e-36))
+    with np.errstate(all="ignore"):
+        inverse = np.where(live, F32(127) / amax, F32(0)).astype(F32)
+        scale = np.where(live, amax / F32(127), np.where(finite, F32(0), F32(np.nan))).astype(F32)
+        u = np.clip(np.rint(groups * inverse[..., None]), -127, 127)
+    return np.where(live[..., None], u, 0).astype(np.int64), scale
+
+
+def meet(p):
+    """Add up the eight partial sums, the last axis, in their fixed tree."""
+    p = [p[..., i] for i in range(8)]
+    with np.errstate(all="ignore"):
+        even = (p[0] + p[4]) + (p[2] + p[6])
+        return even + ((p[1] + p[5]) + (p[3] + p[7]))
+
+
+def staged_product(weight, x):
+    """Product on the int8-staged path, float32 [M, N], before bias and rounding."""
+    u, d = stage(x)
+    m, n, groups = u.shape[0], weight.codes.shape[0], u.shape[1]
+    partial = np.zeros((m, n, 8), F32)
+    with np.errstate(all="ignore"):
+        for g in range(groups):
+            p = g // 8 % 8
+            ug, cg = u[:, g], weight.codes[:, g]
+            if weight.half_scale is None:
+                dot = ug @ cg.T
+            else:
+                h = weight.half_scale[:, g]
+                dot = (ug[:, :16] @ cg[:, :16].T) * h[:, 0] + (ug[:, 16:] @ cg[:, 16:].T) * h[:, 1]
+            assert np.abs(dot).max(initial=0) < 2**24  # converts to float32 exactly
+            w = weight.scale[None, :, g] * d[:, g, None]
+            acc = fma(dot.astype(F32), w, partial[:, :, p])
+            if weight.minimum is not None:
+                count = weight.minimum.shape[2]
+                for half in range(count):
+                    width = 32 // count
+                    total = ug[:, half * width : (half + 1) * width].sum(axis=1)
+                    s = d[:, g] * total.astype(F32)
+                    acc = fma(weight.minimum[None, :, g, half], s[:, None], acc)
+            partial[:, :, p] = acc
+    return meet(partial)
+
+
+def float_product(values, x):
+    """Product on the float path of float32 weights [N, K] and tokens [M, K], before bias and rounding."""
+    x = np.asarray(x, F32)
+    (n, k), m = values.shape, x.shape[0]
+    partial = np.zeros((m, n, 8, 32), F32)
+    for g in range(k // 32):
+        p = g // 8 % 8
+        a = values[None, :, 32 * g : 32 * g + 32]
+        b = x[:, None, 32 * g : 32 * g + 32]
+        partial[:, :, p] = fma(a, b, partial[:, :, p])
+    with np.errstate(all="ignore"):
+        for step in (16, 8, 4, 2, 1):
+            partial = partial[..., :step] + partial[..., step : 2 * step]
+    return meet(partial[..., 0])
+
+
+def finish(product, bias=None, output="float32"):
+    """Add the bias, round to the output's type, make every NaN the one NaN; returns bit patterns."""
+    with np.errstate(all="ignore"):
+        y = product if bias is None else product + np.asarray(bias, F32)
+        nan = np.isnan(y)
+        if output == "float32":
+            return np.where(nan, np.uint32(0x7FC00000), y.astype(F32).view(np.uint32))
+        if output == "float16":
+            return np.where(nan, np.uint16(0x7E00), y.astype(np.float16).view(np.uint16))
+        bits = y.view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
+        return np.where(nan, np.uint16(0x7FC0), rounded.astype(np.uint16))
