@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on the CPU with nothing but NumPy: what `make wheel` runs in an empty environment."""
+"""The main job on the CPU with nothing but NumPy: `make wheel` runs it in an empty environment."""
 
 import sys
 
