@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operations in plain C++ over the format headers: for processors without the instruction sets
+// that have kernels of their own, and the definition that those are tested against.
+#include "cpu/gguf/layout.h"
+
+namespace bcy::cpu {
+namespace {
+
+template <class Format>
+struct Baseline {
+  using L = Layout<Format>;
+
+  static const uint8_t* block_at(const void* weight, int64_t ncols, int64_t row, int64_t k) {
+    return static_cast<const uint8_t*>(weight) + row * row_bytes<Format>(ncols) +
+           k / Format::kElements * Format::kBytes;
+  }
+  static int group_at(int64_t k) { return int(k % Format::kElements / kGroup); }
+
+  template <class Element>
+  static void stage_token(const typename Element::Storage* x, int64_t ncols, uint8_t* token) {
+    const Spans k_spans(ncols);
+    for (int64_t step = 0; step < k_spans.spans * kUnitGroups; ++step) {
+      uint8_t* const record = token + step * L::kRecord;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t unit = step / kUnitGroups * kLanes + lane % k_spans.lanes;
+        const int group = int(step % kUnitGroups);
+        const int64_t k = unit * kUnit + group * kGroup;
+        GroupScale scale{0.0f, 0.0f};
+        int8_t u[kGroup] = {};
+        int sums[2] = {};
+        if (k < ncols) {
+          float values[kGroup];
+          float largest = 0.0f;
+          bool finite = true;
+          for (int e = 0; e < kGroup; ++e) {
+            values[e] = Element::load(x + k + e);
+            finite &= is_finite(values[e]);
+            const float magnitude = as_float(as_bits(values[e]) & 0x7fffffffu);
+            if (magnitude > largest) largest = magnitude;
+          }
+          scale = group_scale(largest, finite);
+          for (int e = 0; e < kGroup; ++e) {
+            const int code = stage_element(values[e], scale);
+            u[L::place(group, e)] = int8_t(code);
+            sums[e / Format::kScaleElements] += code;
+          }
+        }
+        for (int word = 0; word < kGroup / 4; ++word) {
+          memcpy(record + word * 4 * kLanes + 4 * lane, u + 4 * word, 4);
+        }
+        memcpy(record + L::kScale + 4 * lane, &scale.scale, 4);
+        for (int half = 0; half < L::kHalves; ++half) {
+          uint8_t* const to = record + L::kSum + 4 * (half * kLanes + lane);
+          if constexpr (Format::kMinima > 0) {
+            const float sum = staged_sum(scale, sums[half]);
+            memcpy(to, &sum, 4);
+          } else {
+            const int32_t correction = -kOffset<Format> * sums[half];
+            memcpy(to, &correction, 4);
+          }
+        }
+      }
+    }
+  }
+
+  static void stage(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
+    with_element(args.x_type, [&](auto element) {
+      using Element = decltype(element);
+      for (int64_t token = begin; token < end; ++token) {
+        const auto* x = static_cast<const typename Element::Storage*>(args.x);
+        stage_token<Element>(
+            x + token * args.x_stride, args.ncols,
+            static_cast<uint8_t*>(args.workspace) + token * token_bytes<Format>(args.ncols));
+      }
+    });
+  }
+
+  // One group of a weight row, ready for any number of tokens.
+  struct Group {
+    int16_t codes[kGroup];
+    float scale;
+    int half_scales[2];
+    float minima[2];
+
+    Group(const uint8_t* block, int group, int unit_group) {
+      for (int word = 0; word < kGroup / 4; ++word) {
+        const uint32_t four = Format::codes(block, group, word);
+        for (int i = 0; i < 4; ++i) {
+          codes[L::place(unit_group, 4 * word + i)] = int16_t(code_at<Format>(four, i));
+        }
+      }
+      scale = Format::scale(block, group);
+      for (int half = 0; half < L::kHalves; ++half) {
+        if constexpr (L::kHalves == 2) half_scales[half] = Format::half_scale(block, group, half);
+        if constexpr (Format::kMinima > 0) minima[half] = Format::minimum(block, group, half);
+      }
+    }
+  };
+
+  static float add_step(float sum, const Group& group, const uint8_t* record, int lane) {
+    int8_t u[kGroup];
+    for (int word = 0; word < kGroup / 4; ++word) {
+      memcpy(u + 4 * word, record + word * 4 * kLanes + 4 * lane, 4);
+    }
+    int32_t dot = 0;
+    for (int half = 0; half < L::kHalves; ++half) {
+      int32_t part = 0;
+      for (int e = 0; e < Format::kScaleElements; ++e) {
+        part += int32_t(group.codes[half * 16 + e]) * u[half * 16 + e];
+      }
+      if constexpr (L::kHalves == 2) part *= group.half_scales[half];
+      dot += part;
+    }
+    float scale;
+    memcpy(&scale, record + L::kScale + 4 * lane, 4);
+    sum = add_group(sum, dot, group.scale, scale);
+    if constexpr (Format::kMinima > 0) {
+      for (int half = 0; half < L::kHalves; ++half) {
+        float staged;
+        memcpy(&staged, record + L::kSum + 4 * (half * kLanes + lane), 4);
+        sum = add_minimum(sum, group.minima[half], staged);
+      }
+    }
+    return sum;
+  }
+
+  static void matmul(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
+    const int64_t token_stride = token_bytes<Format>(args.ncols);
+    for (int64_t first = 0; first < args.m; first += kTokenTile) {
+      const int tokens = int(args.m - first < kTokenTile ? args.m - first : kTokenTile);
+      const uint8_t* const staged =
+          static_cast<const uint8_t*>(args.workspace) + first * token_stride;
+      for (int64_t row = begin; row < end; ++row) {
+        float sums[kTokenTile][kPartials] = {};
+        for (int64_t k = 0; k < args.ncols; k += kGroup) {
+          const int64_t unit = k / kUnit;
+          const int unit_group = int(k % kUnit / kGroup);
+          const int lane = int(unit % kLanes);
+          const Group group(block_at(args.weight, args.ncols, row, k), group_at(k), unit_group);
+          const uint8_t* const record =
+              staged + (unit / kLanes * kUnitGroups + unit_group) * L::kRecord;
+          for (int t = 0; t < tokens; ++t) {
+            sums[t][lane] = add_step(sums[t][lane], group, record + t * token_stride, lane);
+          }
+        }
+        with_element(args.y_type, [&](auto element) {
+          for (int t = 0; t < tokens; ++t) {
+            const float* const p = sums[t];
+            store_output<decltype(element)>(args, first + t, row,
+                                            meet(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]));
+          }
+        });
+      }
+    }
+  }
+
+  static void dequantize_group(const uint8_t* block, int group, float values[kGroup]) {
+    for (int word = 0; word < kGroup / 4; ++word) {
+      dequantize_word<Format>(block, group, word, values + 4 * word);
+    }
+  }
+
+  template <class Element>
+  static float row_times_token(const bcy_gguf_matmul_args& args, int64_t row, int64_t token) {
+    const auto* const x =
+        static_cast<const typename Element::Storage*>(args.x) + token * args.x_stride;
+    float sums[kPartials][kGroup] = {};
+    for (int64_t k = 0; k < args.ncols; k += kGroup) {
+      float values[kGroup];
+      dequantize_group(block_at(args.weight, args.ncols, row, k), group_at(k), values);
+      float* const partial = sums[k / kUnit % kPartials];
+      for (int e = 0; e < kGroup; ++e) {
+        partial[e] = fma(values[e], Element::load(x + k + e), partial[e]);
+      }
+    }
+    for (auto& partial : sums) {
+      for (int width = kGroup / 2; width > 0; width /= 2) {
+        for (int e = 0; e < width; ++e) partial[e] = add(partial[e], partial[e + width]);
+      }
+    }
+    return meet(sums[0][0], sums[1][0], sums[2][0], sums[3][0], sums[4][0], sums[5][0], sums[6][0],
+                sums[7][0]);
+  }
+
+  static void matvec(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t token = 0; token < args.m; ++token) {
+        float sum = 0.0f;
+        with_element(args.x_type, [&](auto element) {
+          sum = row_times_token<decltype(element)>(args, row, token);
+        });
+        with_element(args.y_type,
+                     [&](auto element) { store_output<decltype(element)>(args, token, row, sum); });
+      }
+    }
+  }
+
+  static void dequantize(const bcy_gguf_dequantize_args& args, int64_t begin, int64_t end) {
+    with_element(args.y_type, [&](auto element) {
+      using Element = decltype(element);
+      for (int64_t row = begin; row < end; ++row) {
+        auto* const y = static_cast<typename Element::Storage*>(args.y) + row * args.y_stride;
+        for (int64_t k = 0; k < args.ncols; k += kGroup) {
+          float values[kGroup];
+          dequantize_group(block_at(args.weight, args.ncols, row, k), group_at(k), values);
+          for (int e = 0; e < kGroup; ++e) y[k + e] = Element::round(values[e]);
+        }
+      }
+    });
+  }
+
+  static constexpr Kernels kKernels = {stage, matmul, matvec, dequantize};
+};
+
+}  // namespace
+
+const Kernels* baseline_kernels(int32_t format) {
+  switch (format) {
+#define BCY_FORMAT(name, file) \
+  case name::kId:              \
+    return &Baseline<name>::kKernels;
+#include "baracuda/formats.def"
+#undef BCY_FORMAT
+  }
+  return nullptr;
+}
+
+}  // namespace bcy::cpu

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the CPU backend lays out staged activations, and what its kernels share.
+//
+// The eight partial sums are the lanes of a vector: a step takes group g of eight units p = 0 .. 7,
+// a span is eight units, thus eight steps. One record holds what a token has for a step:
+//
+//   int8   u[8][8][4]      dword k of the group, lane p, byte: a dot product of four in every lane
+//   float  scale[8]        d_a
+//   int32  correction[8]   -kOffset * sum of u, where codes are made unsigned by adding kOffset
+//   float  sum[8]          or s_a, where the format has minima; two of either for 16-element scales
+//
+// With fewer units than lanes the lanes repeat (1, 2 or 4 of them), so that a vector serves several
+// weight rows. Lanes of units that do not exist are zeros, and no sum takes them.
+//
+// Included by sources for several instruction sets: all is forced inline, as numeric.h explains.
+#pragma once
+
+#include <stdint.h>
+
+#include <type_traits>
+
+#include "baracuda/api.h"
+#include "baracuda/formats.h"
+#include "baracuda/order.cuh"
+
+namespace bcy::cpu {
+
+constexpr int kLanes = kPartials;
+constexpr int64_t kSpan = kUnit * kLanes;
+constexpr int kTokenTile = 8;  // tokens that share an unpacked weight
+constexpr int kLargestTile = 16;  // weight rows that a kernel takes together, at most
+
+// What is added to a code to make it unsigned, in units of the code without its shift.
+template <class Format>
+constexpr int kOffset = 0;
+template <>
+inline constexpr int kOffset<Q4_0> = 8;
+template <>
+inline constexpr int kOffset<Q5_0> = 16;
+template <>
+inline constexpr int kOffset<Q8_0> = 128;
+template <>
+inline constexpr int kOffset<Q8_K> = 128;
+template <>
+inline constexpr int kOffset<Q3_K> = 4;
+template <>
+inline constexpr int kOffset<Q6_K> = 32;
+template <>
+inline constexpr int kOffset<IQ4_NL> = 128;
+template <>
+inline constexpr int kOffset<IQ4_XS> = 128;
+template <>
+inline constexpr int kOffset<MXFP4> = 12;
+
+template <class Format>
+struct Layout {
+  static constexpr int kUnitBytes = Format::kBytes * (kUnit / Format::kElements);
+  static constexpr int kHalves = kGroup / Format::kScaleElements;
+  static constexpr int kScale = kGroup * kLanes;  // offsets in a record
+  static constexpr int kSum = kScale + 4 * kLanes;
+  static constexpr int kRecord = kSum + 4 * kLanes * kHalves;
+
+  // Codes of a block of 32 end the block, so they may start in the middle of a dword. They are kept
+  // as they lie: byte 0 of the first dword is then not the first code, and u is rotated alike.
+  static constexpr int kCodeBytes = std::is_same_v<Format, Q8_0> ? 32 : 16;
+  static constexpr int rotation(int group) {
+    return Format::kElements == kGroup ? (group + 1) * Format::kBytes % 4 : 0;
+  }
+  // Where element e of a group is among its 32 bytes.
+  static constexpr int place(int group, int e) {
+    return (e & ~(kCodeBytes - 1)) | ((e + rotation(group)) & (kCodeBytes - 1));
+  }
+};
+
+// How K divides.
+struct Spans {
+  int64_t units;
+  int64_t spans;
+  int lanes;  // different ones per weight row
+
+  BCY_INLINE explicit Spans(int64_t ncols)
+      : units((ncols + kUnit - 1) / kUnit),
+        spans((units + kLanes - 1) / kLanes),
+        lanes(units > 4   ? 8
+              : units > 2 ? 4
+              : units > 1 ? 2
+                          : 1) {}
+};
+
+template <class Format>
+BCY_INLINE int64_t token_bytes(int64_t ncols) {
+  return Spans(ncols).spans * kUnitGroups * Layout<Format>::kRecord;
+}
+
+template <class Format>
+BCY_INLINE int64_t row_bytes(int64_t ncols) {
+  return ncols / Format::kElements * Format::kBytes;
+}
+
+// Calls function with the F32, F16 or BF16 that type names.
+template <class Function>
+BCY_INLINE void with_element(int32_t type, Function function) {
+  switch (type) {
+    case BCY_F32:
+      return function(F32{});
+    case BCY_F16:
+      return function(F16{});
+    case BCY_BF16:
+      return function(BF16{});
+  }
+}
+
+// One output: bias, the only rounding, one NaN for all.
+template <class Element>
+BCY_INLINE void store_output(const bcy_gguf_matmul_args& args, int64_t token, int64_t row,
+                             float sum) {
+  using Storage = typename Element::Storage;
+  if (args.bias) sum = add(sum, Element::load(static_cast<const Storage*>(args.bias) + row));
+  static_cast<Storage*>(args.y)[token * args.y_stride + row] = Element::round(sum);
+}
+
+// What one instruction set has for one format: each does the rows (stage: tokens) [begin, end).
+struct Kernels {
+  void (*stage)(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end);
+  void (*matmul)(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end);
+  void (*matvec)(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end);
+  void (*dequantize)(const bcy_gguf_dequantize_args& args, int64_t begin, int64_t end);
+};
+
+// By GGUF type id; nullptr for an unknown one.
+const Kernels* baseline_kernels(int32_t format);
+const Kernels* avx2_kernels(int32_t format);
+const Kernels* avx512_kernels(int32_t format);
+
+}  // namespace bcy::cpu
