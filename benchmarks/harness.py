@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: the JSON document, the machine it was measured on, and sampling."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SCHEMA = "baracuda-cy/benchmark/1"
+
+# What a cell of each benchmark must have, beside anything else it says.
+CELL = {
+    "gguf": {
+        "device": str,
+        "kind": str,  # "product": activations already staged; "call": float activations in and out
+        "format": str,
+        "nrows": int,
+        "ncols": int,
+        "m": int,
+        "us": float,
+        "gb_s": float,  # packed weight bytes over time
+        "error": float,  # relative L2 against float64, over the rows that were checked
+    },
+    "call": {"device": str, "array": str, "call": str, "us": float, "us_lowest": float},
+}
+
+PACKAGES = (
+    "baracuda-cy",
+    "numpy",
+    "torch",
+    "cupy-cuda13x",
+    "cupy",
+    "jax",
+    "apache-tvm-ffi",
+    "gguf",
+)
+
+
+def document(benchmark: str, settings: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """Return an empty document of this schema."""
+    return {
+        "schema": SCHEMA,
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "settings": settings,
+        "ceilings": {},
+        "cells": [],
+    }
+
+
+def check(result: dict[str, Any]) -> dict[str, Any]:
+    """Return `result` if it is a document of this schema, else raise ValueError."""
+    if result.get("schema") != SCHEMA:
+        raise ValueError(f"schema: expected {SCHEMA!r}, got {result.get('schema')!r}")
+    if result.get("benchmark") not in CELL:
+        raise ValueError(
+            f"benchmark: expected one of {list(CELL)}, got {result.get('benchmark')!r}"
+        )
+    for field in ("machine", "settings", "ceilings"):
+        if not isinstance(result.get(field), dict):
+            raise ValueError(f"{field}: expected an object, got {result.get(field)!r}")
+    if not isinstance(result.get("cells"), list):
+        raise ValueError(f"cells: expected a list, got {result.get('cells')!r}")
+    for i, cell in enumerate(result["cells"]):
+        for field, kind in CELL[result["benchmark"]].items():
+            value = cell.get(field)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) if kind is float else type(value) is kind):
+                raise ValueError(f"cells[{i}].{field}: expected {kind.__name__}, got {value!r}")
+    return result
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and check a document."""
+    return check(json.loads(Path(path).read_text()))
+
+
+def save(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Check a document and write it, one cell a line, so that two of them can be compared."""
+    check(result)
+    head = {key: value for key, value in result.items() if key != "cells"}
+    cells = ",\n".join("    " + json.dumps(cell) for cell in result["cells"])
+    body = json.dumps(head, indent=2)[:-2] + f',\n  "cells": [\n{cells}\n  ]\n}}\n'
+    json.loads(body)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(body)
+
+
+def output_of(*command: str) -> str | None:
+    """Return what a command prints, or None where it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def machine(commit: str | None = None) -> dict[str, Any]:
+    """Describe this machine and the packages in use; clocks are reported as found, never set."""
+    here = Path(__file__).parent
+    if commit is None:
+        commit = output_of("git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12")
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "packages": versions,
+        "commit": commit,
+        "gpu": gpu(),
+    }
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu() -> dict[str, Any] | None:
+    """Return what nvidia-smi says of the first GPU, or None."""
+    fields = {
+        "name": "name",
+        "driver": "driver_version",
+        "sm_clock_mhz": "clocks.sm",
+        "sm_clock_max_mhz": "clocks.max.sm",
+        "memory_clock_mhz": "clocks.mem",
+        "power_limit_w": "power.limit",
+        "ecc": "ecc.mode.current",
+        "memory_mib": "memory.total",
+    }
+    query = "--query-gpu=" + ",".join(fields.values())
+    text = output_of("nvidia-smi", "--id=0", query, "--format=csv,noheader,nounits")
+    if not text:
+        return None
+    return dict(zip(fields, map(str.strip, text.splitlines()[0].split(",")), strict=False))
+
+
+def median_of(sample: Callable[[int], float], *, samples: int, minimum: float) -> tuple[float, int]:
+    """Return the median time of one repetition in seconds, and the repetitions a sample took.
+
+    Parameters
+    ----------
+    sample : callable
+        Runs so many repetitions and returns the seconds they took.
+    samples : int
+        How many times to sample.
+    minimum : float
+        Seconds a sample should last at least; repetitions are chosen for that.
+    """
+    sample(1)
+    once = max(sample(2) / 2, 1e-9)
+    repeats = max(1, math.ceil(minimum / once))
+    return statistics.median(sample(repeats) / repeats for _ in range(samples)), repeats
+
+
+class Progress:
+    """One line on stderr: what was measured, how far along, how long it takes yet."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.start = total, 0, time.monotonic()
+
+    def step(self, text: str) -> None:
+        self.done += 1
+        spent = time.monotonic() - self.start
+        left = spent / self.done * (self.total - self.done)
+        line = f"[{self.done}/{self.total}] {text}  ({left:.0f} s left)"
+        if sys.stderr.isatty():
+            print(f"\r{line:<100}", end="\n" if self.done == self.total else "", file=sys.stderr)
+        elif self.done % 25 == 0 or self.done == self.total:
+            print(line, file=sys.stderr, flush=True)
+
+
+def choose_device(wanted: str) -> str:
+    """Return "cuda" or "cpu"; "auto" takes a GPU where this build can use one."""
+    from baracuda_cy import _cuda
+
+    reason = _cuda.why_unavailable()
+    if wanted == "cuda" and reason:
+        raise SystemExit(f"--device cuda: {reason}")
+    return wanted if wanted != "auto" else "cpu" if reason else "cuda"
+
+
+def common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON here")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
+    parser.add_argument("--commit", help="commit to record, where there is no git")
