@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   const int64_t row = index / row_words;
   const int64_t word = index % row_words;
   // Blocks follow each other without gaps, across rows too.
-  const uint8_t* block = static_cast<const uint8_t*>(args.weight) + index / kBlockWords * Format::kBytes;
+  const uint8_t* block =
+      static_cast<const uint8_t*>(args.weight) + index / kBlockWords * Format::kBytes;
   const int in_block = int(index % kBlockWords);
 
   float values[4];
@@ -46,8 +47,8 @@ int GgufOperations<Format>::dequantize(const bcy_gguf_dequantize_args& args, cud
   const int64_t blocks = ceil_div(args.nrows * (args.ncols / 4), kDequantizeThreads);
   if (blocks > kMaxGridX) return BCY_ERROR_TOO_LARGE;
   return with_element(args.y_type, [&](auto y) {
-    return launch(dequantize_kernel<Format, decltype(y)>, dim3(unsigned(blocks)), dim3(kDequantizeThreads), stream,
-                  args);
+    return launch(dequantize_kernel<Format, decltype(y)>, dim3(unsigned(blocks)),
+                  dim3(kDequantizeThreads), stream, 0, args);
   });
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every launcher shares: the device guard, the checked launch, and the choice of a type from its number.
+// What every launcher shares: the device guard, the checked launch, and the choice of a type from
+// its number.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,17 +38,25 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Launches and reports this launch's own error. A failure is taken out of the runtime's last-error slot, so that the
-// next library to look there does not take it for its own.
+// Launches and reports this launch's own error. A failure is taken out of the runtime's last-error
+// slot, so that the next library to look there does not take it for its own.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+           size_t shared_bytes, Arguments... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (status != cudaSuccess) cudaGetLastError();
   return status;
+}
+
+// A block may ask for more than 48 KB of shared memory only after its kernel was allowed to.
+template <class... Parameters>
+int allow_shared(void (*kernel)(Parameters...), int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 // Calls function(F32{}), function(F16{}) or function(BF16{}).

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // y[m, n] = sum_k weight[n, k] * x[m, k] on float activations.
 //
-// A warp owns one weight row and Tokens tokens. Lane 4 p + q is partial sum p of the summation order and holds eight
-// element positions of a group: 4 q .. 4 q + 3 and those plus 16, the two words that packed nibbles keep together.
+// A warp owns one weight row and Tokens tokens. Lane 4 p + q is partial sum p of the summation
+// order and holds eight element positions of a group: 4 q .. 4 q + 3 and those plus 16, the two
+// words that packed nibbles keep together.
 #pragma once
 
 #include "baracuda/order.cuh"
@@ -14,15 +15,16 @@ namespace bcy {
 constexpr int kMatvecWarps = 4;
 
 template <class Format, class X, int Tokens>
-__global__ void __launch_bounds__(kMatvecWarps * 32) matvec_kernel(const __grid_constant__ bcy_gguf_matmul_args args) {
+__global__ void __launch_bounds__(kMatvecWarps * 32)
+    matvec_kernel(const __grid_constant__ bcy_gguf_matmul_args args) {
   constexpr int kBlockGroups = Format::kElements / kGroup;
   const int64_t row = int64_t{blockIdx.x} * kMatvecWarps + threadIdx.x / 32;
   if (row >= args.nrows) return;
   const int p = threadIdx.x % 32 / 4;
   const int q = threadIdx.x % 4;
   const int64_t groups = args.ncols / kGroup;
-  const uint8_t* blocks =
-      static_cast<const uint8_t*>(args.weight) + row * (args.ncols / Format::kElements * Format::kBytes);
+  const uint8_t* blocks = static_cast<const uint8_t*>(args.weight) +
+                          row * (args.ncols / Format::kElements * Format::kBytes);
 
   for (int64_t first_token = int64_t{blockIdx.y} * Tokens; first_token < args.m;
        first_token += int64_t{gridDim.y} * Tokens) {
@@ -54,8 +56,9 @@ __global__ void __launch_bounds__(kMatvecWarps * 32) matvec_kernel(const __grid_
     }
 #pragma unroll
     for (int i = 0; i < Tokens; ++i) {
-      float(&s)[8] = sums[i];
-      // Element positions, halved: 16 apart in this lane, then 8 and 4 apart in its neighbours, then 2 and 1.
+      float (&s)[8] = sums[i];
+      // Element positions, halved: 16 apart in this lane, then 8 and 4 apart in its neighbours,
+      // then 2 and 1.
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         s[j] = add(s[j], s[j + 4]);
@@ -83,7 +86,8 @@ int GgufOperations<Format>::matvec(const bcy_gguf_matmul_args& args, cudaStream_
     using X = decltype(x);
     const auto with_tokens = [&](auto* kernel, int tokens) {
       const int64_t passes = min(ceil_div(args.m, tokens), kMaxGridY);
-      return launch(kernel, dim3(unsigned(blocks), unsigned(passes)), dim3(kMatvecWarps * 32), stream, args);
+      return launch(kernel, dim3(unsigned(blocks), unsigned(passes)), dim3(kMatvecWarps * 32),
+                    stream, 0, args);
     };
     if (args.m == 1) return with_tokens(matvec_kernel<Format, X, 1>, 1);
     return with_tokens(matvec_kernel<Format, X, 4>, 4);

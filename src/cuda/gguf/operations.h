@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operations of one format. Each format's kernels are compiled in a file of their own, instances/<format>.cu.
+// The operations of one format. Each format's kernels are compiled in a file of their own,
+// instances/<format>.cu.
 #pragma once
 
 #include <cuda_runtime.h>

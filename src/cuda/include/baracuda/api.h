@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C interface of the kernels. Both backends take the same arguments: a problem described once runs on either.
+// The C interface of the kernels. Both backends take the same arguments: a problem described once
+// runs on either.
 //
-// All pointers of one call live on one device. Sizes and strides are in elements unless they say bytes.
-// Functions return a bcy_status or a positive cudaError_t; they neither allocate nor synchronize on CUDA.
+// All pointers of one call live on one device. Sizes and strides are in elements unless they say
+// bytes. Functions return a bcy_status or a positive cudaError_t; they neither allocate nor
+// synchronize on CUDA.
 #pragma once
 
 #include <stdint.h>
@@ -82,8 +84,9 @@ int bcy_cpu_gguf_stage(const bcy_gguf_matmul_args* args, int threads);
 int bcy_cpu_gguf_matmul(const bcy_gguf_matmul_args* args, int threads);
 int bcy_cpu_gguf_quantize(const bcy_gguf_quantize_args* args, int threads);
 
-int bcy_cpu_default_threads(void);        // BARACUDA_THREADS, else the CPUs this process may run on
-const char* bcy_cpu_isa(void);            // "avx512_vnni", "avx2" or "baseline": what the products run on here
+int bcy_cpu_default_threads(void);  // BARACUDA_THREADS, else the CPUs this process may run on
+const char* bcy_cpu_isa(
+    void);  // "avx512_vnni", "avx2" or "baseline": what the products run on here
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Float arithmetic with every rounding written out, and the loads and conversions that both backends share.
+// Float arithmetic with every rounding written out, and the loads and conversions that both
+// backends share.
 //
-// Everything here is forced inline: CPU sources are compiled for several instruction sets, and an out-of-line copy
-// made for one of them must never be picked by the linker for a processor without it.
+// Everything here is forced inline: CPU sources are compiled for several instruction sets, and an
+// out-of-line copy made for one of them must never be picked by the linker for a processor without
+// it.
 #pragma once
 
 #include <stdint.h>
@@ -107,8 +109,9 @@ BCY_INLINE uint16_t float_to_half(float x) {
   const uint32_t sign = as_bits(x) >> 16 & 0x8000u;
   const uint32_t magnitude = as_bits(x) & 0x7fffffffu;
   if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 65536 or beyond
-  if (magnitude < 0x38800000u) {                                  // below 2^-14: a multiple of 2^-24
-    // Adding 0.5 leaves the result's last bit worth 2^-24, so the addition rounds as the conversion must.
+  if (magnitude < 0x38800000u) {  // below 2^-14: a multiple of 2^-24
+    // Adding 0.5 leaves the result's last bit worth 2^-24, so the addition rounds as the conversion
+    // must.
     return uint16_t(sign | (as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u));
   }
   return uint16_t(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The order of summation: what makes every backend, tile shape and batch size give the same bits.
 //
-// Along K, 32 elements are a group and 256 a unit. Partial sum p of 8 takes units p, p + 8, p + 16, ... and inside
-// them the groups in k order; all start at +0; what is not there adds nothing. The eight meet in one fixed tree.
-// The order depends on the format and on K alone.
+// Along K, 32 elements are a group and 256 a unit. Partial sum p of 8 takes units p, p + 8, p + 16,
+// ... and inside them the groups in k order; all start at +0; what is not there adds nothing. The
+// eight meet in one fixed tree. The order depends on the format and on K alone.
 #pragma once
 
 #include "baracuda/formats.h"
@@ -20,7 +20,7 @@ constexpr int kUnitGroups = kUnit / kGroup;
 
 // How one token's group is staged; x becomes clip(rint(x * inverse), -127, 127).
 struct GroupScale {
-  float scale;    // d_a; NaN when the group holds a NaN or an infinity
+  float scale;  // d_a; NaN when the group holds a NaN or an infinity
   float inverse;  // 0 when every code is 0
 };
 
@@ -31,7 +31,8 @@ BCY_INLINE GroupScale group_scale(float largest_magnitude, bool all_finite) {
 }
 
 BCY_INLINE int stage_element(float x, GroupScale group) {
-  // inverse 0 is tested, not multiplied: 0 times an infinity is NaN, whose conversion to an integer is undefined.
+  // inverse 0 is tested, not multiplied: 0 times an infinity is NaN, whose conversion to an integer
+  // is undefined.
   if (group.inverse == 0.0f) return 0;
   const float u = round_to_even(mul(x, group.inverse));
   return int(u < -127.0f ? -127.0f : u > 127.0f ? 127.0f : u);
@@ -42,7 +43,8 @@ BCY_INLINE float staged_sum(GroupScale group, int sum) { return mul(group.scale,
 
 // ---- staged products --------------------------------------------------------------------------------------------
 
-// One group joins its partial sum. dot is the exact integer sum of code * u (halves already weighted).
+// One group joins its partial sum. dot is the exact integer sum of code * u (halves already
+// weighted).
 BCY_INLINE float add_group(float partial, int32_t dot, float scale, float group_scale) {
   return fma(float(dot), mul(scale, group_scale), partial);
 }
@@ -52,13 +54,14 @@ BCY_INLINE float add_minimum(float partial, float minimum, float staged_sum) {
   return fma(minimum, staged_sum, partial);
 }
 
-BCY_INLINE float meet(float p0, float p1, float p2, float p3, float p4, float p5, float p6, float p7) {
+BCY_INLINE float meet(float p0, float p1, float p2, float p3, float p4, float p5, float p6,
+                      float p7) {
   return add(add(add(p0, p4), add(p2, p6)), add(add(p1, p5), add(p3, p7)));
 }
 
 // ---- float-activation products ----------------------------------------------------------------------------------
 //
-// Partial sum (p, e) takes element e of the groups of units p, p + 8, ... in k order, one fma each. Then over e:
-// s[e] += s[e + 16], then + 8, + 4, + 2, + 1; then the eight meet as above.
+// Partial sum (p, e) takes element e of the groups of units p, p + 8, ... in k order, one fma each.
+// Then over e: s[e] += s[e + 16], then + 8, + 4, + 2, + 1; then the eight meet as above.
 
 }  // namespace bcy

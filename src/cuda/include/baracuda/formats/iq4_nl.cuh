@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// IQ4_NL: d f16, qs[16]; value d table[q]; element j in the low nibble of qs[j], j + 16 in the high one.
+// IQ4_NL: d f16, qs[16]; value d table[q]; element j in the low nibble of qs[j], j + 16 in the high
+// one.
 #pragma once
 
-#include "baracuda/numeric.h"
 #include "baracuda/formats/table16.cuh"
+#include "baracuda/numeric.h"
 
 namespace bcy {
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// IQ4_XS: d f16, scales_h u16, scales_l[4], qs[128]; per 32 elements d (ls - 32) table[q], ls of 6 bits: the low four
-// in nibble g of scales_l, the top two in bits 2 g of scales_h. Inside a group the nibbles lie as in IQ4_NL.
+// IQ4_XS: d f16, scales_h u16, scales_l[4], qs[128]; per 32 elements d (ls - 32) table[q], ls of 6
+// bits: the low four in nibble g of scales_l, the top two in bits 2 g of scales_h. Inside a group
+// the nibbles lie as in IQ4_NL.
 #pragma once
 
-#include "baracuda/numeric.h"
 #include "baracuda/formats/table16.cuh"
+#include "baracuda/numeric.h"
 
 namespace bcy {
 

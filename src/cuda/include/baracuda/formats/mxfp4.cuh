@@ -2,8 +2,8 @@
 // MXFP4: e (E8M0), qs[16]; value 2^(e - 128) times twice the E2M1 value; nibbles as in Q4_0.
 #pragma once
 
-#include "baracuda/numeric.h"
 #include "baracuda/formats/table16.cuh"
+#include "baracuda/numeric.h"
 
 namespace bcy {
 

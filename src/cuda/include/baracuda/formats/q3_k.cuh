@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Q3_K: hmask[32], qs[64], scales[12], d f16 @108; per 16 elements d (sc - 32) (q - 4), sc of 6 bits, q of 3.
-// Element 128 h + 32 j + l: low bits 2j, 2j + 1 of qs[32 h + l], high bit 4 h + j of hmask[l].
+// Q3_K: hmask[32], qs[64], scales[12], d f16 @108; per 16 elements d (sc - 32) (q - 4), sc of 6
+// bits, q of 3. Element 128 h + 32 j + l: low bits 2j, 2j + 1 of qs[32 h + l], high bit 4 h + j of
+// hmask[l].
 #pragma once
 
 #include "baracuda/numeric.h"
@@ -13,7 +14,8 @@ struct Q3_K {
   static constexpr bool kUnsignedCodes = false;
 
   static BCY_INLINE uint32_t codes(const uint8_t* block, int group, int word) {
-    const uint32_t low = load32<kAlignment>(block + 32 + 32 * (group / 4) + 4 * word) >> 2 * (group & 3);
+    const uint32_t low =
+        load32<kAlignment>(block + 32 + 32 * (group / 4) + 4 * word) >> 2 * (group & 3);
     const uint32_t high = load32<kAlignment>(block + 4 * word) >> group;
     // q - 4 is the low bits when the high bit is set, else the low bits sign-extended from -4.
     return (low & 0x03030303u) | (~high & 0x01010101u) * 0xfcu;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Q4_0: d f16, qs[16]; value d (q - 8); element j in the low nibble of qs[j], j + 16 in the high one.
+// Q4_0: d f16, qs[16]; value d (q - 8); element j in the low nibble of qs[j], j + 16 in the high
+// one.
 #pragma once
 
 #include "baracuda/numeric.h"
@@ -17,7 +18,9 @@ struct Q4_0 {
     return ((word < 4 ? nibbles << 4 : nibbles) & 0xf0f0f0f0u) ^ 0x80808080u;
   }
   static BCY_INLINE int shift(int) { return 4; }
-  static BCY_INLINE float scale(const uint8_t* block, int) { return mul(load_half(block), 0.0625f); }
+  static BCY_INLINE float scale(const uint8_t* block, int) {
+    return mul(load_half(block), 0.0625f);
+  }
 };
 
 }  // namespace bcy

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Q4_1: d f16, m f16, qs[16]; value d q + m; element j in the low nibble of qs[j], j + 16 in the high one.
+// Q4_1: d f16, m f16, qs[16]; value d q + m; element j in the low nibble of qs[j], j + 16 in the
+// high one.
 #pragma once
 
 #include "baracuda/numeric.h"

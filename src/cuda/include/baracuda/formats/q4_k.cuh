@@ -3,8 +3,8 @@
 // Groups 2 j and 2 j + 1 are the low and the high nibbles of qs[32 j .. 32 j + 31].
 #pragma once
 
-#include "baracuda/numeric.h"
 #include "baracuda/formats/k_scales.cuh"
+#include "baracuda/numeric.h"
 
 namespace bcy {
 
@@ -15,7 +15,8 @@ struct Q4_K {
 
   // High nibbles stay where they are in their byte: the codes of odd groups are 16 q.
   static BCY_INLINE uint32_t codes(const uint8_t* block, int group, int word) {
-    return load32<kAlignment>(block + 16 + 32 * (group / 2) + 4 * word) & 0x0f0f0f0fu << shift(group);
+    return load32<kAlignment>(block + 16 + 32 * (group / 2) + 4 * word) & 0x0f0f0f0fu
+                                                                              << shift(group);
   }
   static BCY_INLINE int shift(int group) { return 4 * (group & 1); }
   static BCY_INLINE float scale(const uint8_t* block, int group) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Q5_0: d f16, qh[4], qs[16]; value d (q - 16); q is the nibble as in Q4_0 plus 16 times bit j of qh.
+// Q5_0: d f16, qh[4], qs[16]; value d (q - 16); q is the nibble as in Q4_0 plus 16 times bit j of
+// qh.
 #pragma once
 
 #include "baracuda/numeric.h"

@@ -3,8 +3,8 @@
 // The nibbles are those of Q4_K; bit g of qh[l] is the fifth bit of element l of group g.
 #pragma once
 
-#include "baracuda/numeric.h"
 #include "baracuda/formats/k_scales.cuh"
+#include "baracuda/numeric.h"
 
 namespace bcy {
 
@@ -14,7 +14,8 @@ struct Q5_K {
   static constexpr bool kUnsignedCodes = false;
 
   static BCY_INLINE uint32_t codes(const uint8_t* block, int group, int word) {
-    const uint32_t low = load32<kAlignment>(block + 48 + 32 * (group / 2) + 4 * word) >> 4 * (group & 1);
+    const uint32_t low =
+        load32<kAlignment>(block + 48 + 32 * (group / 2) + 4 * word) >> 4 * (group & 1);
     const uint32_t high = load32<kAlignment>(block + 16 + 4 * word) >> group;
     return (low & 0x0f0f0f0fu) | (high & 0x01010101u) << 4;
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Q8_K: d f32, int8[256], int16 sums of 16 (not read: ggml leaves them unwritten for zero blocks); value d q.
+// Q8_K: d f32, int8[256], int16 sums of 16 (not read: ggml leaves them unwritten for zero blocks);
+// value d q.
 #pragma once
 
 #include "baracuda/numeric.h"
@@ -15,7 +16,9 @@ struct Q8_K {
     return load32<kAlignment>(block + 4 + 32 * group + 4 * word);
   }
   static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int) { return as_float(load32<kAlignment>(block)); }
+  static BCY_INLINE float scale(const uint8_t* block, int) {
+    return as_float(load32<kAlignment>(block));
+  }
 };
 
 }  // namespace bcy

@@ -13,7 +13,8 @@ struct Table16 {
 // nibbles: four bytes of 0 to 15. Gives the four entries in their places.
 BCY_INLINE uint32_t look_up(const Table16& table, uint32_t nibbles) {
 #ifdef __CUDA_ARCH__
-  // A byte permute picks four of eight bytes: one for each half of the table, then a choice by the top bit.
+  // A byte permute picks four of eight bytes: one for each half of the table, then a choice by the
+  // top bit.
   uint32_t selector = nibbles & 0x07070707u;
   selector = (selector | selector >> 4) & 0x00ff00ffu;
   selector = (selector | selector >> 8) & 0x0000ffffu;
@@ -32,9 +33,13 @@ BCY_INLINE uint32_t look_up(const Table16& table, uint32_t nibbles) {
 }
 
 // -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113
-BCY_INLINE constexpr Table16 iq4_table() { return {{0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u}}; }
+BCY_INLINE constexpr Table16 iq4_table() {
+  return {{0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u}};
+}
 
 // Twice the values of E2M1: 0 1 2 3 4 6 8 12, then the same negated.
-BCY_INLINE constexpr Table16 e2m1_table() { return {{0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu}}; }
+BCY_INLINE constexpr Table16 e2m1_table() {
+  return {{0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu}};
+}
 
 }  // namespace bcy
