@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of the numbers, written a second time: NumPy only, no line shared with the package.
+"""The specification of the numbers, written a second time in NumPy, with no line of the package.
 
 `decode` reads packed blocks, `stage` and `staged_product` and `float_product` follow the documented
 order of summation, and `fma` is an exactly rounded float32 fused multiply-add. What the CPU backend
@@ -93,7 +93,7 @@ def _k_scales(packed):
 
 
 def _planes(qs, bits):
-    """[.., 64] bytes whose fields of `bits` bits belong to groups j of 32, in two halves of 32 bytes."""
+    """[.., 64] bytes, two halves of 32, whose fields of `bits` bits belong to groups j of 32."""
     h = qs.reshape(*qs.shape[:-1], 2, 1, 32).astype(np.int64)
     j = np.arange(8 // bits).reshape(-1, 1)
     return (h >> (bits * j)) & ((1 << bits) - 1)  # [.., 2, 8 / bits, 32]
@@ -124,7 +124,9 @@ def decode(data, name, nrows, ncols):
         if name in ("Q4_1", "Q5_1"):
             return Decoded(q, d, None, _halves(block, 2)[..., None])
         # Q4_0's codes are kept sixteen times as large and its scale a sixteenth: a power of two.
-        return Decoded((q - 8) * 16, d / F32(16), None, None) if name == "Q4_0" else Decoded(q - 16, d, None, None)
+        if name == "Q4_0":
+            return Decoded((q - 8) * 16, d / F32(16), None, None)
+        return Decoded(q - 16, d, None, None)
     if name == "Q8_0":
         return Decoded(block[..., 2:].view(np.int8).astype(np.int64), _halves(block, 0), None, None)
     if name == "Q8_K":
@@ -145,9 +147,8 @@ def decode(data, name, nrows, ncols):
         low = _planes(block[..., 32:96], 2).reshape(*block.shape[:2], 8, 32)
         high = block[..., None, 0:32].astype(np.int64) >> np.arange(8)[:, None] & 1
         scale = np.repeat(_halves(block, 108)[..., None], 8, axis=2)
-        return Decoded(
-            flat(low - 4 * (1 - high)), flat(scale), flat((sc - 32).reshape(*sc.shape[:2], 8, 2)), None
-        )
+        half_scale = (sc - 32).reshape(*sc.shape[:2], 8, 2)
+        return Decoded(flat(low - 4 * (1 - high)), flat(scale), flat(half_scale), None)
     if name in ("Q4_K", "Q5_K"):
         sc, m = _k_scales(block[..., 4:16])
         low = block[..., -128:].astype(np.int64).reshape(*block.shape[:2], 4, 1, 32)
@@ -161,8 +162,8 @@ def decode(data, name, nrows, ncols):
         minimum = -(_halves(block, 2)[..., None] * m.astype(F32))
         return Decoded(flat(q), flat(scale), None, flat(minimum[..., None]))
     if name == "Q6_K":
-        low = block[..., :128].reshape(*block.shape[:2], 2, 1, 64) >> np.array([[0], [4]], np.uint8) & 15
-        low = low.reshape(*block.shape[:2], 8, 32).astype(np.int64)
+        low = block[..., :128].astype(np.int64).reshape(*block.shape[:2], 2, 1, 64)
+        low = (low >> np.array([[0], [4]]) & 15).reshape(*block.shape[:2], 8, 32)
         high = _planes(block[..., 128:192], 2).reshape(*block.shape[:2], 8, 32)
         sc = block[..., 192:208].view(np.int8).astype(np.int64).reshape(*block.shape[:2], 8, 2)
         scale = np.repeat(_halves(block, 208)[..., None], 8, axis=2)
@@ -228,7 +229,7 @@ def staged_product(weight, x):
 
 
 def float_product(values, x):
-    """Product on the float path of float32 weights [N, K] and tokens [M, K], before bias and rounding."""
+    """Product on the float path of weights [N, K] and tokens [M, K], before bias and rounding."""
     x = np.asarray(x, F32)
     (n, k), m = values.shape, x.shape[0]
     partial = np.zeros((m, n, 8, 32), F32)
@@ -244,7 +245,7 @@ def float_product(values, x):
 
 
 def finish(product, bias=None, output="float32"):
-    """Add the bias, round to the output's type, make every NaN the one NaN; returns bit patterns."""
+    """Add the bias, round to the output's type, make every NaN the one NaN; give the bits."""
     with np.errstate(all="ignore"):
         y = product if bias is None else product + np.asarray(bias, F32)
         nan = np.isnan(y)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exceptions this package raises.
 
-Each derives from `BaracudaError` and from the built-in exception a caller would expect. A message names what was
-wrong, what was expected, what was given and what to do about it.
+Each derives from `BaracudaError` and from the built-in exception a caller would expect. A message
+names what was wrong, what was expected, what was given and what to do about it.
 """
 
 
@@ -11,7 +11,7 @@ class BaracudaError(Exception):
 
 
 class InvalidProblem(BaracudaError, ValueError):
-    """Arguments that do not describe a problem: a dtype, shape, stride, device or size that does not fit."""
+    """Arguments that do not describe a problem: a dtype, shape, stride or device does not fit."""
 
 
 class NotAnArray(InvalidProblem, TypeError):

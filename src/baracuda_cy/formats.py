@@ -12,7 +12,7 @@ __all__ = ["ElementKind", "GgufBlockFormat"]
 
 
 class Named(IntEnum):
-    """An `IntEnum` that is looked up by name as well, in any case, and whose repr evaluates back."""
+    """An `IntEnum` looked up by number or by name, in any case, whose repr evaluates back."""
 
     @classmethod
     def _missing_(cls, value: object) -> Named | None:
@@ -29,15 +29,17 @@ def choose(enum: type[Named], value: Any, argument: str) -> Any:
     except ValueError:
         members = ", ".join(enum.__members__)
         raise InvalidProblem(
-            f"{argument}: expected a {enum.__name__}, its name or its value, got {value!r}; choose from {members}"
+            f"{argument}: expected a {enum.__name__}, its name or its value, got {value!r}; "
+            f"choose from {members}"
         ) from None
 
 
 class ElementKind(Named):
     """Type of one array element.
 
-    Numbers are the package's own, because bfloat16 is no NumPy type. Accepted wherever a dtype is asked for: a
-    member, a name (``"f16"``, ``"float16"``, ``"half"``), a ``numpy.dtype``, a ``torch.dtype`` or a JAX dtype.
+    Numbers are the package's own, because bfloat16 is no NumPy type. Accepted wherever a dtype is
+    asked for: a member, a name (``"f16"``, ``"float16"``, ``"half"``), a ``numpy.dtype``, a
+    ``torch.dtype`` or a JAX dtype.
 
     Examples
     --------
@@ -81,13 +83,20 @@ class ElementKind(Named):
         if isinstance(dtype, int) and not isinstance(dtype, bool):
             return choose(cls, dtype, argument)
         if not getattr(dtype, "isnative", True):
-            raise InvalidProblem(f"{argument}: expected native byte order, got {dtype!r}; convert with .newbyteorder()")
-        # numpy.dtype has name, a NumPy or JAX scalar type has __name__, torch.dtype prints as torch.float16.
-        name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)
+            raise InvalidProblem(
+                f"{argument}: expected native byte order, got {dtype!r}; "
+                "convert the array, as in .astype(dtype.newbyteorder('='))"
+            )
+        # numpy.dtype has a name, scalar types of NumPy and JAX have a __name__, torch.float16
+        # prints as that.
+        name = dtype
+        if not isinstance(dtype, str):
+            name = getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)
         kind = _KIND_OF_NAME.get(str(name).rpartition(".")[2].lower())
         if kind is None:
             raise InvalidProblem(
-                f"{argument}: expected an ElementKind or a dtype, got {dtype!r}; choose from {', '.join(_DTYPE)}"
+                f"{argument}: expected an ElementKind or a dtype, got {dtype!r}; "
+                f"choose from {', '.join(_DTYPE)}"
             )
         return kind
 
@@ -170,12 +179,13 @@ class GgufBlockFormat(Named):
         """
         if isinstance(value, cls):
             return value
-        # Another library's enum of the same types, such as gguf.GGMLQuantizationType, counts by its name.
+        # Another library's enum of the same types, such as gguf's, counts by name.
         known = getattr(value, "name", value)
         name = OTHER_GGUF_TYPES.get(known) if isinstance(known, int) else str(known).upper()
         if name in OTHER_GGUF_TYPES.values():
             raise Unsupported(
-                f"{argument}: expected one of {', '.join(cls.__members__)}, got {name}; requantize the tensor to one of them"
+                f"{argument}: expected one of {', '.join(cls.__members__)}, got {name}; "
+                "requantize the tensor to one of them"
             )
         return choose(cls, known, argument)
 
@@ -211,8 +221,8 @@ class GgufBlockFormat(Named):
         elements, size, _ = _BLOCK[self]
         if ncols < 0 or ncols % elements:
             raise InvalidProblem(
-                f"ncols: expected a multiple of {elements} (the block size of {self.name}), got {ncols}; "
-                "pad the rows or choose a format with smaller blocks"
+                f"ncols: expected a multiple of {elements} (the block size of {self.name}), "
+                f"got {ncols}; pad the rows or choose a format with smaller blocks"
             )
         return ncols // elements * size
 

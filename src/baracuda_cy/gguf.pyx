@@ -138,7 +138,9 @@ cdef int set_matrix(
     return 0
 
 
-cdef object describe_kernel(Plan plan, object op, object element, object output, object activations):
+cdef object describe_kernel(
+    Plan plan, object op, object element, object output, object activations
+):
     """The SKU of a GGUF operation."""
     cdef bint host = plan.device_type == HOST
     arch = ArchSku.CPU
@@ -307,7 +309,8 @@ cdef class GgufProductPlan(Plan):
         activations : array
             [m, ncols] in ``descriptor.activation``; rows may be padded. For m = 1 also [ncols].
         output : array
-            [m, nrows] in ``descriptor.output``, written; rows may be padded. For m = 1 also [nrows].
+            [m, nrows] in ``descriptor.output``, written; rows may be padded. For m = 1 also
+            [nrows].
         bias : array, optional
             [nrows] in ``descriptor.output``, added before rounding.
         workspace : Workspace or array, optional
@@ -624,7 +627,8 @@ def select_product(
     if floating:
         kind, plan = GgufMmvqDescriptor, GgufMmvqPlan
     descriptor = kind(
-        nrows=nrows, ncols=ncols, m=m, block_format=block_format, activation=activation, output=output
+        nrows=nrows, ncols=ncols, m=m, block_format=block_format,
+        activation=activation, output=output,
     )
     return plan.select(device, descriptor, preference)
 
@@ -825,7 +829,8 @@ def pack(array, block_format, threads):
     try:
         if view.device_type != HOST:
             raise invalid(
-                "array", "an array on the host", describe(array), "copy it there first, as in .cpu()"
+                "array", "an array on the host", describe(array),
+                "copy it there first, as in .cpu()",
             )
         if view.element not in (F32, F16, BF16):
             raise invalid(
@@ -843,8 +848,9 @@ def pack(array, block_format, threads):
                 view.shape[0] > 1 and view.strides[0] < view.shape[1]
             ):
                 raise invalid(
-                    "array", "contiguous rows", f"strides ({view.strides[0]}, {view.strides[1]}) in "
-                    f"{describe(array)}", "copy it, as in .contiguous() or .copy()",
+                    "array", "contiguous rows",
+                    f"strides ({view.strides[0]}, {view.strides[1]}) in {describe(array)}",
+                    "copy it, as in .contiguous() or .copy()",
                 )
             with nogil:
                 for row in range(view.shape[0]):
@@ -876,53 +882,46 @@ def pack(array, block_format, threads):
 
 def move(data, int64_t nbytes, device, stream):
     """The first `nbytes` of packed `data` on `device`: `data` itself where it is there already."""
-    cdef ArrayView view
+    cdef ArrayView view, host
     cdef int32_t device_type = HOST, device_id = 0
     cdef int32_t source_type = HOST, source_id = 0
     cdef PyObject* arrays[SLOTS]
     cdef void* handle = NULL
     cdef DeviceBuffer buffer
-    cdef char[::1] host
-    cdef void* target
     import numpy as np
 
     resolve_device(device, &device_type, &device_id)
     device_of(data, &source_type, &source_id)
     if device_type == source_type and (device_type == HOST or device_id == source_id):
         return data
-    from baracuda_cy.memory import DeviceBuffer as Buffer
-
     if source_type == HOST:
-        return Buffer.from_host(
-            np.from_dlpack(data).reshape(-1).view(np.uint8)[:nbytes]
-            if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)[:nbytes],
-            stream=stream, device=device_id,
+        flat = data if isinstance(data, np.ndarray) else np.from_dlpack(data)
+        return DeviceBuffer.from_host(
+            flat.reshape(-1).view(np.uint8)[:nbytes], stream=stream, device=device_id
         )
     memset(&view, 0, sizeof(view))
+    memset(&host, 0, sizeof(host))
     memset(arrays, 0, sizeof(arrays))
     arrays[WEIGHT] = <PyObject*>data
-    # The copy runs on the stream of the device that holds the bytes.
+    # The copy runs in the order of the stream that the bytes are on, and is waited for.
     find_stream(CUDA, source_id, arrays, stream, &handle)
     acquire_view(data, &view, handle, True, "data")
     try:
         if device_type == HOST:
             result = np.empty(nbytes, np.uint8)
+            acquire_view(result, &host, NULL, False, "result")
             if nbytes:
-                host = result.view(np.int8)
-                target = &host[0]
                 with nogil:
-                    _cuda.copy(source_id, target, view.data, nbytes, handle)
+                    _cuda.copy(source_id, host.data, view.data, nbytes, handle)
                     _cuda.stream_synchronize(source_id, handle)
         else:
-            result = Buffer(nbytes, device=device_id)
-            buffer = result
+            result = buffer = DeviceBuffer(nbytes, device=device_id)
             if nbytes:
-                target = buffer.raw
                 with nogil:
-                    # The target's own stream allocated it; the copy runs on the source's.
                     _cuda.stream_synchronize(device_id, buffer.order.raw)
-                    _cuda.copy(source_id, target, view.data, nbytes, handle)
+                    _cuda.copy(source_id, buffer.raw, view.data, nbytes, handle)
                     _cuda.stream_synchronize(source_id, handle)
     finally:
         release_view(&view)
+        release_view(&host)
     return result

@@ -21,7 +21,7 @@ def _check_packed(w: Any) -> None:
     if not isinstance(w, GgufTensor):
         raise InvalidProblem(
             f"w: expected a GgufTensor, got {type(w).__name__}; "
-            'make one, as in GgufTensor(data, "Q4_K", shape=(nrows, ncols)) or quantize(array, "Q4_K")'
+            'make one: GgufTensor(data, "Q4_K", shape=(nrows, ncols)), or quantize(array, "Q4_K")'
         )
 
 

@@ -72,9 +72,11 @@ cdef class Plan:
 
 cdef str message(str argument, str expected, str given, str remedy)
 cdef object invalid(str argument, str expected, str given, str remedy)
-# The CUDA stream of a call: the one asked for, else the one an array's framework works on, else the legacy default.
+# The CUDA stream of a call: the one asked for, else the one that an array's framework works on,
+# else the legacy default.
 cdef int find_stream(
-    int32_t device_type, int32_t device_id, PyObject** arrays, object stream, void** handle) except -1
+    int32_t device_type, int32_t device_id, PyObject** arrays, object stream, void** handle
+) except -1
 cdef int resolve_device(object device, int32_t* device_type, int32_t* device_id) except -1
 cdef bint collapse_rows(ArrayView* view) noexcept nogil
 cdef bint contiguous(const ArrayView* view) noexcept nogil

@@ -6,9 +6,8 @@ arrays, checks them against that in C, and only where something is wrong goes ba
 to say what. Nothing is allocated, and nothing of a call stays in the plan.
 """
 
-cimport cython
 from cpython.ref cimport PyObject
-from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.string cimport memset
 
 from baracuda_cy cimport _cuda
@@ -27,10 +26,9 @@ from baracuda_cy.dlpack cimport (
 from baracuda_cy.stream cimport cuda_ordinal, stream_of
 
 from baracuda_cy.errors import InvalidProblem, ReadOnlyArray, Unsupported, WorkspaceTooSmall
-from baracuda_cy.formats import ElementKind
-from baracuda_cy.sku import ArchSku, PlanPreference
+from baracuda_cy.sku import PlanPreference
 
-from baracuda_cy import _cpu as _cpu_module, _cuda as _cuda_module
+from baracuda_cy import _cuda as _cuda_module
 
 
 cdef extern from *:
@@ -108,7 +106,7 @@ cdef int resolve_device(object device, int32_t* device_type, int32_t* device_id)
             )
         why = _cuda_module.why_unavailable()
         if why is not None:
-            raise Unsupported(f'device: {why}; device="cpu" runs the same plans, with the same bits')
+            raise Unsupported(f'device: {why}; device="cpu" runs the same plans with the same bits')
         device_id[0] = cuda_ordinal(asked)
     _cuda.require_device(device_id[0])
     return 0
@@ -323,8 +321,9 @@ cdef class Plan:
     cdef str machine(self):
         if self.device_type == CUDA:
             return f"{self.device} sm_{int(self.sku.arch)}"
-        threads = f", {self.threads} threads" if self.threads > 1 else ", 1 thread" if self.threads else ""
-        return f"cpu {self.sku.isa}{threads}"
+        if not self.threads:
+            return f"cpu {self.sku.isa}"
+        return f"cpu {self.sku.isa}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
     cdef int bind(self, object device, object descriptor, object preference) except -1:
         """The part of `select` that does not depend on the operation."""
@@ -332,7 +331,8 @@ cdef class Plan:
             preference = PlanPreference()
         elif not isinstance(preference, PlanPreference):
             raise invalid(
-                "pref", "a PlanPreference", type(preference).__name__, "pass PlanPreference(...) or None"
+                "pref", "a PlanPreference", type(preference).__name__,
+                "pass PlanPreference(...) or None",
             )
         resolve_device(device, &self.device_type, &self.device_id)
         self.descriptor = descriptor
@@ -427,9 +427,10 @@ cdef class Plan:
         cdef str given = describe(<object>arrays[slot])
         cdef int64_t size
         if fault == WRONG_DEVICE:
+            there = device_name(view.device_type, view.device_id)
             return invalid(
                 name, f"an array on {self.device}", given,
-                f"move it there, or select a plan for {device_name(view.device_type, view.device_id)}",
+                f"move it there, or select a plan for {there}",
             )
         if fault == WRONG_TYPE:
             if operand.role == PACKED:
@@ -438,7 +439,8 @@ cdef class Plan:
                 )
             if operand.role == SCRATCH:
                 return invalid(
-                    name, "bytes", given, f"lend Workspace(plan.workspace_size, device={self.device!r})"
+                    name, "bytes", given,
+                    f"lend Workspace(plan.workspace_size, device={self.device!r})",
                 )
             return invalid(
                 name, element_name(operand.element), given,
@@ -460,7 +462,8 @@ cdef class Plan:
                 expected = "stride 1"
             strides = ", ".join([str(view.strides[i]) for i in range(view.ndim)])
             return invalid(
-                name, expected, f"strides ({strides}) in {given}", "copy it, as in .contiguous() or .copy()"
+                name, expected, f"strides ({strides}) in {given}",
+                "copy it, as in .contiguous() or .copy()",
             )
         if fault == TOO_SHORT:
             size = elements_of(view) * element_bytes(view.element)
@@ -468,10 +471,13 @@ cdef class Plan:
                 return WorkspaceTooSmall(operand.cols, size)
             return invalid(
                 name, f"at least {operand.offset + operand.cols} bytes ({self.problem()})",
-                f"{size} in {given}", "pass the whole packed matrix, or correct shape, format or offset",
+                f"{size} in {given}",
+                "pass the whole packed matrix, or correct shape, format or offset",
             )
         if fault == NO_MEMORY:
-            return invalid(name, "memory", f"a null pointer for {given}", "pass an array that is allocated")
+            return invalid(
+                name, "memory", f"a null pointer for {given}", "pass an array that is allocated"
+            )
         if fault == MISALIGNED:
             address = <uintptr_t>call.data[slot]
             return invalid(
@@ -486,7 +492,8 @@ cdef class Plan:
                         "pass one that may be written; JAX arrays are immutable")
             )
         return invalid(
-            name, f"memory apart from {names[other]}", f"{given} overlapping {describe(<object>arrays[other])}",
+            name, f"memory apart from {names[other]}",
+            f"{given} overlapping {describe(<object>arrays[other])}",
             "give it memory of its own",
         )
 
@@ -500,7 +507,8 @@ def inspect_packed(object data, int64_t needed, int64_t alignment):
     try:
         if view.element != U8 and view.element != I8:
             raise invalid(
-                "data", "uint8", describe(data), "view the packed blocks as bytes, as in .view(uint8)"
+                "data", "uint8", describe(data),
+                "view the packed blocks as bytes, as in .view(uint8)",
             )
         if not contiguous(&view):
             raise invalid(
@@ -516,7 +524,8 @@ def inspect_packed(object data, int64_t needed, int64_t alignment):
         if needed and <uintptr_t>view.data % <uintptr_t>alignment:
             raise invalid(
                 "data", f"an address that is a multiple of {alignment}",
-                f"{<uintptr_t>view.data:#x} for {describe(data)}", "copy it into an array of its own",
+                f"{<uintptr_t>view.data:#x} for {describe(data)}",
+                "copy it into an array of its own",
             )
         return device_name(view.device_type, view.device_id)
     finally:

@@ -86,7 +86,7 @@ class ArchSku(Named):
         known = super()._missing_(value)
         if known is not None or not isinstance(value, int) or value < 75:
             return known
-        # A GPU that came after this list: the PTX of the build runs on it, so it gets a member all the same.
+        # A GPU that came after this list runs the build's PTX, so it gets a member all the same.
         member = int.__new__(cls, value)
         member._name_ = f"SM{value}"
         member._value_ = value
@@ -105,7 +105,8 @@ def _integer(value: Any, argument: str) -> int:
         return operator.index(value)
     except TypeError:
         raise InvalidProblem(
-            f"{argument}: expected an integer, got {value!r} of type {type(value).__name__}; pass int({argument})"
+            f"{argument}: expected an integer, got {value!r} of type {type(value).__name__}; "
+            f"pass int({argument})"
         ) from None
 
 
@@ -136,11 +137,11 @@ class PlanPreference(_Value):
     Parameters
     ----------
     activations : {"staged", "float"}, optional
-        Path of a product: ``"staged"`` quantizes the activations to int8 groups first, ``"float"`` multiplies them as
-        they are. By default a plan takes its own path and `linear` the staged one.
+        Path of a product: ``"staged"`` quantizes the activations to int8 groups first, ``"float"``
+        multiplies them as they are. By default a plan takes its own path and `linear` the staged.
     threads : int, optional
-        Threads of the CPU backend. By default the environment variable ``BARACUDA_THREADS``, else as many as the
-        process may run on. The bits of a result do not depend on it.
+        Threads of the CPU backend. By default the environment variable ``BARACUDA_THREADS``, else
+        as many as the process may run on. The bits of a result do not depend on it.
 
     Raises
     ------
@@ -160,7 +161,8 @@ class PlanPreference(_Value):
             _set(self, "threads", _integer(self.threads, "threads"))
             if not 1 <= self.threads <= 65536:
                 raise InvalidProblem(
-                    f"threads: expected 1 to 65536, got {self.threads}; leave it out for the default"
+                    f"threads: expected 1 to 65536, got {self.threads}; "
+                    "leave it out for the default"
                 )
 
 
@@ -177,7 +179,7 @@ class PrecisionGuarantee(_Value):
     deterministic : bool
         The same call gives the same bits.
     bit_stable_on_same_hardware : bool
-        So it does in another process, on another stream, in a graph's replay and at another alignment.
+        So it does in another process, on another stream, in a graph's replay, at another alignment.
     batch_invariant : bool
         Token `m` of any batch has the bits it has alone.
     bit_stable_across_hardware : bool
@@ -222,7 +224,8 @@ class KernelSku(_Value):
     block_format : GgufBlockFormat, optional
         How the weight is packed.
     activations : {"staged", "float"}, optional
-        Whether activations are quantized to int8 groups first or multiplied as they are; None where there are none.
+        Whether activations are quantized to int8 groups first or multiplied as they are; None where
+        there are none.
     layout, epilogue : str, optional
         None: the kernels have one layout, and a bias is an argument of `run`.
     arch : ArchSku

@@ -25,8 +25,8 @@ class GgufTensor:
     ----------
     data : array or buffer
         The packed blocks, row after row: a contiguous uint8 array of any framework, on the host or
-        on CUDA, or an object with the buffer protocol (``bytes``, ``mmap``, ``memoryview``). Nothing
-        is copied. It may be longer than needed.
+        on CUDA, or an object with the buffer protocol (``bytes``, ``mmap``, ``memoryview``).
+        Nothing is copied. It may be longer than needed.
     format : GgufBlockFormat or str
         How the blocks are packed.
     shape : tuple of int
@@ -110,9 +110,8 @@ class GgufTensor:
     __delattr__ = __setattr__  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return (
-            f"GgufTensor({self.format.name}, shape={self.shape}, {self.nbytes} bytes on {self.device})"
-        )
+        where = f"{self.nbytes} bytes on {self.device}"
+        return f"GgufTensor({self.format.name}, shape={self.shape}, {where})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.to("cpu").data, self.format, self.shape)

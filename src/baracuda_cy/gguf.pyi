@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any, final
+
+from baracuda_cy.formats import ElementKind, GgufBlockFormat
+from baracuda_cy.plan import Plan
+from baracuda_cy.sku import (
+    GgufDequantizeDescriptor,
+    GgufMmvqDescriptor,
+    GgufMmvqMultiMDescriptor,
+    PlanPreference,
+)
+from baracuda_cy.tensor import GgufTensor
+
+class GgufProductPlan(Plan):
+    def run(
+        self,
+        weight: Any,
+        activations: Any,
+        output: Any,
+        *,
+        bias: Any = None,
+        workspace: Any = None,
+        stream: Any = None,
+    ) -> None: ...
+    def validate(self, weight: Any, activations: Any, output: Any, *, bias: Any = None) -> None: ...
+    def can_implement(
+        self, weight: Any, activations: Any, output: Any, *, bias: Any = None
+    ) -> bool: ...
+
+@final
+class GgufMmvqPlan(GgufProductPlan):
+    @classmethod
+    def select(
+        cls, device: Any, desc: GgufMmvqDescriptor, pref: PlanPreference | None = None
+    ) -> GgufMmvqPlan: ...
+
+@final
+class GgufMmvqMultiMPlan(GgufProductPlan):
+    @classmethod
+    def select(
+        cls, device: Any, desc: GgufMmvqMultiMDescriptor, pref: PlanPreference | None = None
+    ) -> GgufMmvqMultiMPlan: ...
+
+@final
+class GgufDequantizePlan(Plan):
+    @classmethod
+    def select(
+        cls, device: Any, desc: GgufDequantizeDescriptor, pref: PlanPreference | None = None
+    ) -> GgufDequantizePlan: ...
+    def run(
+        self, weight: Any, output: Any, *, workspace: Any = None, stream: Any = None
+    ) -> None: ...
+    def validate(self, weight: Any, output: Any) -> None: ...
+    def can_implement(self, weight: Any, output: Any) -> bool: ...
+
+def select_product(
+    host: bool,
+    ordinal: int,
+    block_format: GgufBlockFormat,
+    nrows: int,
+    ncols: int,
+    m: int,
+    activation: ElementKind,
+    output: ElementKind,
+    preference: PlanPreference | None,
+) -> GgufMmvqPlan | GgufMmvqMultiMPlan: ...
+def multiply(
+    x: Any, w: GgufTensor, bias: Any, out: Any, stream: Any, preference: PlanPreference | None
+) -> Any: ...
+def unpack(
+    w: GgufTensor, dtype: Any, out: Any, stream: Any, preference: PlanPreference | None
+) -> Any: ...
+def pack(
+    array: Any, block_format: GgufBlockFormat, threads: int
+) -> tuple[Any, tuple[int, ...]]: ...
+def move(data: Any, nbytes: int, device: Any, stream: Any) -> Any: ...
