@@ -315,24 +315,24 @@ class BuildExt(build_ext):
                 "CPU backend alone with BARACUDA_CUDA=0."
             )
         BUILD.mkdir(exist_ok=True)
-        with open(
-            BUILD / ".lock", "w"
-        ) as lock:  # two builds of one tree would write the same objects
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(BUILD / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree would write the same objects
             library = build_library(toolkit)
             for extension in self.extensions:
                 if extension.name in LINKED:
-                    extension.extra_objects = extension.depends = [str(library)]
+                    extension.extra_objects = [str(library)]
+                    extension.depends += extension.extra_objects
                     extension.extra_link_args += ["-Wl,--exclude-libs,ALL", "-pthread"]
+                    extension.libraries = ["stdc++"]
                 if extension.name == "baracuda_cy._cuda" and toolkit:
                     extension.library_dirs = [str(toolkit.library)]
-                    extension.libraries = ["cudart_static", "rt", "pthread", "dl"]
+                    extension.libraries = ["cudart_static", "rt", "pthread", "dl", "stdc++"]
             self.translate()
             self.parallel = jobs()
             super().run()
 
     def translate(self):
-        """Cython to C++, under build/."""
+        """Cython to C, under build/."""
         from Cython.Build import cythonize
 
         sources = {
@@ -355,10 +355,10 @@ def extensions() -> list[Extension]:
             f"baracuda_cy.{source.stem}",
             [str(source)],
             include_dirs=[str(INCLUDE)],
-            language="c++",
+            depends=sorted(map(str, (INCLUDE / "baracuda").glob("*.h"))),
             define_macros=[] if FREE_THREADED else [("Py_LIMITED_API", "0x030b0000")],
             py_limited_api=not FREE_THREADED,
-            extra_compile_args=["-std=c++17", "-g0", "-fvisibility=hidden"],
+            extra_compile_args=["-g0", "-fvisibility=hidden"],
             extra_link_args=["-s"],
         )
         for source in sorted(PACKAGE.glob("*.pyx"))
