@@ -355,7 +355,7 @@ def extensions() -> list[Extension]:
             f"baracuda_cy.{source.stem}",
             [str(source)],
             include_dirs=[str(INCLUDE)],
-            depends=sorted(map(str, (INCLUDE / "baracuda").glob("*.h"))),
+            depends=["setup.py", *map(str, (INCLUDE / "baracuda").glob("*.h"))],
             define_macros=[] if FREE_THREADED else [("Py_LIMITED_API", "0x030b0000")],
             py_limited_api=not FREE_THREADED,
             extra_compile_args=["-g0", "-fvisibility=hidden"],
