@@ -357,52 +357,71 @@ def compare(weights, tokenizer, formats, query: str, device: str, folder: Path, 
 
 def show(console, results, query: str, device: str) -> None:
     """Print what `compare` found."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     reference = results["float32"]
     packed = [name for name in results if name != "float32"]
-    quality = Table(title="Similar sentences, and what the bits cost")
-    quality.add_column("weights", style="bold")
-    quality.add_column("stored as")
-    heads = ["size", *("\n".join(pair) for pair in TOPICS)]
-    for head in [*heads, "lowest cosine\nto float32", "search\norder", "time of\na batch"]:
-        quality.add_column(head, justify="right")
-    quality.add_column("kernel")
+    wide = console.width >= 110
+    plain = {
+        "box": SIMPLE_HEAD,
+        "title_justify": "left",
+        "title_style": "bold",
+        "padding": (0, 1, 0, 0),
+    }
+    quality = Table(title="Similar sentences, and what the bits cost", **plain)
+    quality.add_column("weights", style="bold", no_wrap=True)
+    quality.add_column("stored as", no_wrap=True)
+    pairs = ("\n".join(pair) for pair in TOPICS)
+    for head in ("MB", *pairs, "cosine to\nfloat32", "search\norder", "ms a\nbatch"):
+        quality.add_column(head, justify="right", no_wrap=True)
+    if wide:
+        quality.add_column("kernel", no_wrap=True)
     for name, result in results.items():
-        quality.add_row(
+        row = [
             name,
             result.get("stored", "float32"),
-            f"{result['size'] / 1e6:.1f} MB",
+            f"{result['size'] / 1e6:.1f}",
             *(f"{cosine:.3f}" for cosine in result["pairs"]),
             f"{result.get('closeness', 1):.4f}",
             f"{result.get('order', 1):.2f}",
-            f"{result['ms']:.1f} ms",
-            sku_name(result["plan"].sku) if "plan" in result else array_module(device).__name__,
-            end_section=result is reference,
-        )
+            f"{result['ms']:.1f}",
+        ]
+        if wide:
+            ours = "plan" in result
+            row.append(sku_name(result["plan"].sku) if ours else array_module(device).__name__)
+        quality.add_row(*row, end_section=result is reference)
     console.print(quality)
 
-    search = Table(title=f"Search: {query}")
-    search.add_column("sentence", no_wrap=True)
-    for name in results:
-        search.add_column(name, justify="right")
+    room = max(1, (console.width - 50) // 11)
+    shown = packed[:: -(-len(packed) // room)]  # what a narrow terminal has room for
+    search = Table(title=f"Search: {query}", **plain)
+    space = console.width - 12 * (1 + len(shown))
+    search.add_column("sentence", no_wrap=True, overflow="ellipsis", max_width=space)
+    for name in ("float32", *shown):
+        search.add_column(name, justify="right", no_wrap=True)
     ranks = {name: np.argsort(np.argsort(-result["scores"])) for name, result in results.items()}
     for i in np.argsort(-reference["scores"]):
         row = [f"{reference['scores'][i]:.3f}"]
-        for name in packed:
+        for name in shown:
             score, moved = results[name]["scores"][i], ranks[name][i] - ranks["float32"][i]
             style = "green" if not moved else "yellow"
             row.append(f"[{style}]{score:.3f}[/]{'' if not moved else ' ▲' if moved < 0 else ' ▼'}")
         search.add_row(CORPUS[i], *row)
     console.print(search)
-    console.print("[dim]▲ ▼ ranked higher or lower than with float32 weights[/]")
+    console.print(
+        "[dim]Cosine to float32: the lowest of the batch. Search order: rank correlation. "
+        "▲ ▼ ranked higher, lower than with float32.[/]"
+    )
     for name in packed:
-        console.print(f"[bold]{name:<7}[/]", results[name]["plan"], soft_wrap=True)
+        console.print(
+            f"{name:<7} {results[name]['plan']!r}", soft_wrap=True, highlight=False, markup=False
+        )
 
 
 def sku_name(sku: bcy.KernelSku) -> str:
-    """A KernelSku in a few words."""
-    return f"{sku.op.name} {sku.activations} {sku.isa or sku.arch.name}"
+    """A KernelSku in a few words; its plan says the rest."""
+    return f"{sku.activations} {sku.isa or sku.arch.name}"
 
 
 def main(arguments: list[str] | None = None) -> None:
