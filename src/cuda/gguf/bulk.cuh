@@ -57,6 +57,12 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t b
       : "memory");
 }
 
+// A barrier among the first Threads threads of the block.
+template <int Threads>
+__device__ __forceinline__ void consumers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
+}
+
 #endif
 
 }  // namespace bcy
