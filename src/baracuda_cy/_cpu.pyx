@@ -19,7 +19,7 @@ from baracuda_cy._native cimport (
 
 
 cdef int fail(int status, const char* what) except -1 with gil:
-    return check(status, (<bytes> what).decode())
+    return check(status, (<bytes>what).decode())
 
 
 cdef int gguf_dequantize(const bcy_gguf_dequantize_args* args, int threads) except -1 nogil:
@@ -85,7 +85,7 @@ def isa():
     str
         ``"avx512_vnni"``, ``"avx2"`` or ``"baseline"``.
     """
-    return (<bytes> bcy_cpu_isa()).decode()
+    return (<bytes>bcy_cpu_isa()).decode()
 
 
 def block_layout(int32_t format):

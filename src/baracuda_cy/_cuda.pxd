@@ -19,11 +19,13 @@ cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexc
 cdef int require_ordinal(int device) except -1
 cdef int require_device(int device) except -1
 cdef int get_device(int* device) except -1 nogil
+cdef int current_device(int* device) noexcept nogil
 cdef int set_device(int device) except -1 nogil
 
 cdef int stream_create(int device, int priority, void** stream) except -1 nogil
 cdef int stream_destroy(int device, void* stream) noexcept nogil
 cdef int stream_synchronize(int device, void* stream) except -1 nogil
+cdef int stream_wait_quietly(int device, void* stream) noexcept nogil
 cdef int stream_query(int device, void* stream, int* done) except -1 nogil
 cdef int stream_wait(int device, void* stream, void* event) except -1 nogil
 cdef int stream_is_capturing(int device, void* stream, int* capturing) except -1 nogil
@@ -36,6 +38,7 @@ cdef int event_destroy(int device, void* event) noexcept nogil
 cdef int event_record(int device, void* event, void* stream) except -1 nogil
 cdef int event_synchronize(void* event) except -1 nogil
 cdef int event_query(void* event, int* done) except -1 nogil
+cdef int event_wait(void* event) noexcept nogil
 cdef int event_poll(void* event) noexcept nogil   # 1 when done (or beyond asking), 0 while pending
 cdef int event_elapsed_ms(void* start, void* end, float* ms) except -1 nogil
 
@@ -45,4 +48,4 @@ cdef int malloc_pinned(int64_t nbytes, void** pointer) except -1 nogil
 cdef int free_pinned(void* pointer) noexcept nogil
 cdef int copy(int device, void* to, const void* source, int64_t nbytes, void* stream) except -1 nogil
 cdef int fill(int device, void* to, int value, int64_t nbytes, void* stream) except -1 nogil
-cdef int pointer_device(const void* pointer, int* device_type, int* device) except -1 nogil
+cdef int pointer_device(const void* pointer, int* device_type, int* device) noexcept nogil

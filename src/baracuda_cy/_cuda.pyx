@@ -97,11 +97,11 @@ cdef str name_of(int status):
         return "BCY_ERROR_INVALID_ARGUMENT"
     if status < 0:
         return "unknown status"
-    return (<bytes> bcy_cuda_error_name(status)).decode()
+    return (<bytes>bcy_cuda_error_name(status)).decode()
 
 
 cdef str text_of(int status):
-    return (<bytes> bcy_cuda_error_text(status)).decode(errors="replace")
+    return (<bytes>bcy_cuda_error_text(status)).decode(errors="replace")
 
 
 cdef str reason_of(int status):
@@ -146,7 +146,7 @@ cdef str no_kernels(int device):
         status = bcy_cuda_device_info(device, &info)
     gpu, rebuild = f"cuda:{device}", "native"
     if status == 0:
-        name = (<bytes> info.name).decode(errors="replace")
+        name = (<bytes>info.name).decode(errors="replace")
         gpu = f"{name} (compute capability {info.major}.{info.minor})"
         rebuild = f"{info.major}{info.minor}"
     return (
@@ -188,7 +188,7 @@ cdef int check(int status, str what) except -1:
 
 
 cdef int fail(int status, const char* what) except -1 with gil:
-    return check(status, (<bytes> what).decode())
+    return check(status, (<bytes>what).decode())
 
 
 cdef int fail_allocation(int status, int64_t nbytes, int device) except -1 with gil:
@@ -276,6 +276,10 @@ cdef int get_device(int* device) except -1 nogil:
     return fail(status, b"asking for the current device") if status else 0
 
 
+cdef int current_device(int* device) noexcept nogil:
+    return bcy_cuda_get_device(device)
+
+
 cdef int set_device(int device) except -1 nogil:
     cdef int status = bcy_cuda_set_device(device)
     return fail(status, b"setting the current device") if status else 0
@@ -296,6 +300,10 @@ cdef int stream_destroy(int device, void* stream) noexcept nogil:
 cdef int stream_synchronize(int device, void* stream) except -1 nogil:
     cdef int status = bcy_cuda_stream_synchronize(device, stream)
     return fail(status, b"waiting for a stream") if status else 0
+
+
+cdef int stream_wait_quietly(int device, void* stream) noexcept nogil:
+    return bcy_cuda_stream_synchronize(device, stream)
 
 
 cdef int stream_query(int device, void* stream, int* done) except -1 nogil:
@@ -352,6 +360,10 @@ cdef int event_query(void* event, int* done) except -1 nogil:
     return fail(status, b"querying an event") if status else 0
 
 
+cdef int event_wait(void* event) noexcept nogil:
+    return bcy_cuda_event_synchronize(event)
+
+
 cdef int event_poll(void* event) noexcept nogil:
     # An event that cannot be asked any more (a failed context) has nothing left to protect.
     cdef int done = 0
@@ -394,9 +406,8 @@ cdef int fill(int device, void* to, int value, int64_t nbytes, void* stream) exc
     return fail(status, b"filling memory") if status else 0
 
 
-cdef int pointer_device(const void* pointer, int* device_type, int* device) except -1 nogil:
-    cdef int status = bcy_cuda_pointer_device(pointer, device_type, device)
-    return fail(status, b"asking where a pointer points") if status else 0
+cdef int pointer_device(const void* pointer, int* device_type, int* device) noexcept nogil:
+    return bcy_cuda_pointer_device(pointer, device_type, device)
 
 
 # ---- what Python sees ----------------------------------------------------------------------------
@@ -426,7 +437,7 @@ def architectures():
     tuple of str
         Such as ``("80", "90", "90-virtual")``; empty in a build without CUDA.
     """
-    text = (<bytes> bcy_cuda_architectures()).decode()
+    text = (<bytes>bcy_cuda_architectures()).decode()
     return tuple(text.split(";")) if text else ()
 
 
@@ -524,7 +535,7 @@ def device_name(int device=0):
     """
     cdef bcy_device_info info
     read_device(device, &info)
-    return (<bytes> info.name).decode(errors="replace")
+    return (<bytes>info.name).decode(errors="replace")
 
 
 def compute_capability(int device=0):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 cimport cython
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 
 
 cdef struct ArrayView:
@@ -11,39 +11,54 @@ cdef struct ArrayView:
     int32_t element           # ElementKind value, 0 when the dtype is none of ours
     int32_t device_type       # 1 = host (kDLCPU, kDLCUDAHost), 2 = CUDA (kDLCUDA, kDLCUDAManaged)
     int32_t device_id
-    bint readonly             # read-only buffers and flags, copies made by the producer, and every JAX array
-    bint foreign_order        # what keeps the memory alive is not ordered with the stream given: hold_until_done
+    bint readonly             # read-only buffers and flags, copies by the producer, every JAX array
+    bint foreign_order        # what keeps the memory alive is not ordered with the stream given
     # Private: what keeps the memory alive, for release_view.
     int32_t keep_kind
     void* keep
 
 
-# `name` = argument's name for messages. stream: the CUDA stream the work will run on (NULL = legacy default);
-# on_cuda_stream False: no CUDA work follows, nothing is ordered. The view must be released, also when it is borrowed
-# (it is valid only as long as the caller holds `array`). On failure the view is left zeroed.
-cdef int acquire_view(object array, ArrayView* view, void* stream, bint on_cuda_stream, str name) except -1
+cdef enum:
+    KEEP_NOTHING = 0
+    KEEP_VERSIONED = 1        # DLManagedTensorVersioned*
+    KEEP_LEGACY = 2           # DLManagedTensor*
+    KEEP_OBJECT = 3           # PyObject*, one reference
+    KEEP_BUFFER = 4           # Py_buffer*, ours
+
+
+# `name` = argument's name for messages. stream: the CUDA stream the work will run on (NULL = legacy
+# default); on_cuda_stream False: no CUDA work follows, nothing is ordered. The view must be released,
+# also when it is borrowed (it is valid only as long as the caller holds `array`). Zeroed on failure.
+cdef int acquire_view(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name) except -1
 # Idempotent; a zero-initialised view is fine. Needs the GIL.
 cdef void release_view(ArrayView* view) noexcept
-# Refuses torch tensors with requires_grad=True; costs one pointer comparison for other types.
+# Refuses torch tensors with requires_grad=True; costs a look at the type for all others.
 cdef int check_no_grad(object array, str name) except -1
-# 1 when the array's framework says on which CUDA stream it works now (exchange API, CuPy, our buffers), else 0.
+# 1 when the array's framework says on which CUDA stream it works now (exchange API, torch, CuPy, our
+# buffers), else 0.
 cdef int current_stream(object array, void** stream) except -1
+# The same for an array that is expected on CUDA device `device_id`: torch tensors need not be read.
+cdef int current_stream_on(object array, int32_t device_id, void** stream) except -1
 # 1 if it is an array (device_type as in ArrayView), 0 if not.
 cdef int device_of(object array, int32_t* device_type, int32_t* device_id) except -1
-# Moves what the views keep alive, and a reference to `owners` (the arrays), into a list that is released once the work
-# now on `stream` is done. Leaves the views zeroed. While `stream` is capturing a graph nothing is held (events cannot
-# be queried, and a replay needs the arrays as long as the graph lives): the views are just released.
-cdef int hold_until_done(ArrayView* views, int count, tuple owners, int device, void* stream) except -1
-# Short text "float16[8, 4096] on cuda:0" for messages; the type's name for what is no array. Never raises.
+# Moves what the views keep alive, and a reference to `owners` (the arrays), into a list that is
+# released once the work now on `stream` is done. Leaves the views zeroed. While `stream` is capturing
+# a graph nothing is held: events cannot be queried then, and a replay needs the arrays as long as the
+# graph lives, which only the caller knows.
+cdef int hold_until_done(
+    ArrayView* views, int count, tuple owners, int device, void* stream) except -1
+# Short text "float16[8, 4096] on cuda:0" for messages; the type's name for no array. Never raises.
 cpdef object describe(object array)
 
 
 @cython.final
 cdef class Allocation:
-    # Memory for a result, in two steps because JAX arrays are immutable once made: `target` is written by us (pass it
-    # to acquire_view), then, after the launch, finish() gives the array of the prototype's own framework.
+    # Memory for a result, in two steps because a JAX array cannot be written once it is one: `target`
+    # is what the kernel writes (pass it to acquire_view); after the launch, finish() gives the array
+    # of the prototype's own framework. Scratch needs no finish().
     cdef object target
-    cdef object framework
+    cdef object prototype
     cdef int kind
     cdef object finish(self)
 
@@ -51,15 +66,17 @@ cdef class Allocation:
 cdef Allocation allocate_like(
     object prototype, tuple shape, int element, int device_type, int device_id, void* stream)
 
-# ElementKind value of a dtype: an ElementKind, a name ("float16", "f16", "bf16"), or a framework's dtype object.
+# ElementKind value of a dtype: an ElementKind, a name, or a framework's dtype object.
 cdef int element_of(object dtype, str name) except -1
 cdef int element_bytes(int element) noexcept nogil   # 0 for 0
-cdef str element_name(int element)                   # "float16"; "an unknown type" for 0
+cdef str element_name(int element)                   # "float16"; "an unsupported type" for 0
 
-# For the types of this package: a type that fills its own view. `fill` sets data .. readonly and *stream (the stream
-# its memory is ordered on); the view borrows. device_type 1 leaves *stream alone.
+# For this package's own types: `fill` fills all of the view, keep included (which must outlive
+# close()), and *stream, the stream its memory is ordered on, when it is on CUDA.
 ctypedef int (*fill_function)(object array, ArrayView* view, void** stream) except -1
 cdef int register_type(object type_, fill_function fill) except -1
-# A DLPack capsule over `owner`'s memory. Orders `stream_` (the protocol's stream argument) after `ready`.
-cdef object export_dlpack(
-    object owner, ArrayView* view, void* ready, object stream_, object max_version, object dl_device, object copy)
+# A capsule over memory that `owner` keeps alive. `flags` are those of DLManagedTensorVersioned.
+cdef object make_capsule(object owner, ArrayView* view, uint64_t flags, object max_version)
+# Whether this is asked from inside Allocation.finish(), while JAX takes the result over.
+cdef bint exporting_to_jax() noexcept
+cdef object numpy_dtype(int element, str name)   # bfloat16 from ml_dtypes, or Unsupported

@@ -5,19 +5,50 @@ from libc.stdint cimport int64_t
 from baracuda_cy.dlpack cimport ArrayView
 from baracuda_cy.stream cimport StreamHandle
 
+# What owns memory is apart from what Python closes: an exported array or a running call keeps the
+# owner, and close() only lets go of it.
+
+
+cdef enum:
+    CONSUMERS = 4
+
 
 @cython.final
 @cython.no_gc_clear
+cdef class DeviceMemory:
+    cdef void* raw
+    cdef int64_t size
+    cdef int device
+    cdef int pid
+    cdef StreamHandle order       # allocated and freed in this stream's order; outlives the memory
+    # Streams of those it was exported to: freed after what they hold by then.
+    cdef void* consumers[CONSUMERS]
+    cdef int consumer_count
+    cdef int add_consumer(self, void* stream) except -1
+
+
+@cython.final
+cdef class HostMemory:
+    cdef void* raw                # 256-byte aligned
+    cdef int64_t size
+
+
+@cython.final
+cdef class LentMemory:
+    cdef ArrayView view
+    cdef object source
+
+
+@cython.final
 cdef class DeviceBuffer:
+    cdef DeviceMemory memory      # None once closed
     cdef void* raw                # NULL when empty or closed
     cdef int64_t size
-    cdef StreamHandle order       # allocated, copied and freed in this stream's order; outlives the memory
+    cdef StreamHandle order
     cdef object _stream
-    cdef int _device
-    cdef int pid
-    cdef int exports              # DLPack capsules that still point here
-    cdef bint _closed
     cdef object __weakref__
+    cdef DeviceMemory require_open(self)
+    cdef int adopt(self, DeviceMemory memory, object stream) except -1
 
 
 @cython.final
@@ -27,29 +58,30 @@ cdef class PinnedBuffer:
     cdef Py_ssize_t length        # what Py_buffer.shape points to
     cdef Py_ssize_t step
     cdef int pid
-    cdef int exports
+    cdef int exports              # a buffer that is in use is not closed, as in bytearray and mmap
     cdef bint _closed
     cdef object __weakref__
+    cdef int require_open(self) except -1
+    cdef int free(self) noexcept
 
 
 @cython.final
-@cython.no_gc_clear
 cdef class DeviceArray:
+    cdef DeviceMemory memory
     cdef readonly DeviceBuffer buffer
-    cdef ArrayView view           # borrowed from `buffer`
+    cdef ArrayView view           # borrowed from `memory`
     cdef object __weakref__
+    cdef int64_t byte_size(self) noexcept
 
 
-# Passes through acquire_view as a uint8 array of `nbytes`, so plans take it where they take any array.
+# Passes through acquire_view as a uint8 array of `nbytes`, so plans take it where they take an array.
 @cython.final
-@cython.no_gc_clear
 cdef class Workspace:
+    cdef object memory            # HostMemory, DeviceMemory or LentMemory; None once closed
     cdef char* raw                # 256-byte aligned
     cdef int64_t size
     cdef int device_type
     cdef int device_id
-    cdef void* host               # memory of our own
-    cdef object source            # the DeviceBuffer, or the array that lends
-    cdef ArrayView lent
-    cdef bint _closed
     cdef object __weakref__
+    cdef int require_open(self) except -1
+    cdef int lend(self, object buffer) except -1

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 cimport cython
+from libc.stdint cimport uintptr_t
 
 
 @cython.final
@@ -43,3 +44,17 @@ cdef StreamHandle handle_of(object stream)
 # A device ordinal from None (the current device), an int, "cuda", "cuda:1", torch.device, a Stream
 # or a CUDA array with __dlpack_device__. Raises unless there is such a device.
 cdef int cuda_ordinal(object device) except -1
+
+# A NULL handle and cudaStreamLegacy name the same stream.
+cdef inline bint same_stream(void* a, void* b) noexcept nogil:
+    return a == b or (<uintptr_t>a <= 1 and <uintptr_t>b <= 1)
+
+# Makes later work on `later` wait for what is on `earlier`; both are on `device`. Does nothing when
+# they are one stream, or when `later` is capturing a graph and `earlier` is not: an event from
+# outside cannot enter a capture, so there the caller orders the two before capturing.
+cdef int order_after(void* later, void* earlier, int device) except -1
+# The same in a destructor: whatever fails is dropped, and nothing is drawn into a capture.
+cdef void order_quietly(void* later, void* earlier, int device) noexcept
+# Events without timing, lent from a pool per device.
+cdef void* take_event(int device) except NULL
+cdef void give_event(int device, void* event) noexcept

@@ -11,6 +11,8 @@ from posix.unistd cimport getpid
 
 cimport baracuda_cy._cuda as _cuda
 
+import os
+
 from baracuda_cy.errors import InvalidProblem, Unsupported
 
 __all__ = ["LEGACY_DEFAULT_STREAM", "PER_THREAD_DEFAULT_STREAM", "Event", "Stream", "as_stream"]
@@ -21,7 +23,7 @@ cdef enum:
 
 
 cdef inline bint is_default(void* raw) noexcept nogil:
-    return <uintptr_t> raw <= PER_THREAD
+    return <uintptr_t>raw <= PER_THREAD
 
 
 @cython.final
@@ -33,6 +35,76 @@ cdef class StreamHandle:
         if self.owned and self.raw != NULL and self.pid == getpid():
             with nogil:
                 _cuda.stream_destroy(self.device, self.raw)
+
+
+# ---- events to order streams with ----------------------------------------------------------------
+
+cdef enum:
+    MAX_DEVICES = 64
+    POOLED = 32
+
+cdef void* pool[MAX_DEVICES][POOLED]
+cdef int pooled[MAX_DEVICES]
+
+
+cdef void* take_event(int device) except NULL:
+    cdef void* event = NULL
+    if 0 <= device < MAX_DEVICES and pooled[device]:
+        pooled[device] -= 1
+        return pool[device][pooled[device]]
+    with nogil:
+        _cuda.event_create(device, 0, &event)
+    return event
+
+
+cdef void give_event(int device, void* event) noexcept:
+    if 0 <= device < MAX_DEVICES and pooled[device] < POOLED:
+        pool[device][pooled[device]] = event
+        pooled[device] += 1
+        return
+    with nogil:
+        _cuda.event_destroy(device, event)
+
+
+cdef int order_after(void* later, void* earlier, int device) except -1:
+    cdef int capturing = 0
+    cdef void* event
+    if same_stream(later, earlier):
+        return 0
+    with nogil:
+        _cuda.stream_is_capturing(device, later, &capturing)
+        if capturing:
+            _cuda.stream_is_capturing(device, earlier, &capturing)
+            if not capturing:
+                return 0
+    event = take_event(device)
+    try:
+        with nogil:
+            _cuda.event_record(device, event, earlier)
+            _cuda.stream_wait(device, later, event)
+    finally:
+        give_event(device, event)
+    return 0
+
+
+cdef void order_quietly(void* later, void* earlier, int device) noexcept:
+    cdef int capturing = 0
+    try:
+        with nogil:
+            _cuda.stream_is_capturing(device, earlier, &capturing)
+        if not capturing:
+            order_after(later, earlier, device)
+    except Exception:
+        pass
+
+
+def _forget():
+    """Drop what belongs to the parent process, in a child that was just forked."""
+    for device in range(MAX_DEVICES):
+        pooled[device] = 0
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 cdef StreamHandle borrow(void* raw, int device, object owner):
@@ -132,13 +204,13 @@ cdef void* read_handle(object handle, str given) except? NULL:
         raise InvalidProblem(
             f"stream: expected a handle that is an address, got {handle!r} from {given}"
         )
-    return <void*> <uintptr_t> handle
+    return <void*><uintptr_t>handle
 
 
 cdef int stream_of(object stream, void** handle, int* device) except -1:
     cdef StreamHandle native
     if type(stream) is Stream:
-        native = (<Stream> stream).native
+        native = (<Stream>stream).native
         if native is None:
             raise InvalidProblem("stream: expected an open Stream, got one that is closed")
         handle[0] = native.raw
@@ -151,10 +223,10 @@ cdef StreamHandle handle_of(object stream):
     cdef void* raw = NULL
     cdef int device = -1
     if stream is None:
-        return (<Stream> LEGACY_DEFAULT_STREAM).native
+        return (<Stream>LEGACY_DEFAULT_STREAM).native
     stream_of(stream, &raw, &device)
     if type(stream) is Stream:
-        return (<Stream> stream).native
+        return (<Stream>stream).native
     return borrow(raw, device, stream)
 
 
@@ -305,7 +377,7 @@ cdef class Stream:
     @property
     def handle(self):
         """The ``cudaStream_t`` as an integer."""
-        return <uintptr_t> self.open_handle().raw
+        return <uintptr_t>self.open_handle().raw
 
     @property
     def device(self):
@@ -369,7 +441,7 @@ cdef class Stream:
             event = Event()
         elif not isinstance(event, Event):
             raise InvalidProblem(f"event: expected an Event, got {type(event).__name__}")
-        (<Event> event).record(self)
+        (<Event>event).record(self)
         return event
 
     def wait(self, event):
@@ -418,11 +490,11 @@ cdef class Stream:
         if is_default(self.native.raw) and self.native.device < 0:
             return (
                 "PER_THREAD_DEFAULT_STREAM"
-                if <uintptr_t> self.native.raw == PER_THREAD
+                if <uintptr_t>self.native.raw == PER_THREAD
                 else "LEGACY_DEFAULT_STREAM"
             )
         where = f"cuda:{self.native.device}" if self.native.device >= 0 else "cuda"
-        return f"Stream.from_handle({<uintptr_t> self.native.raw:#x}, device={where!r})"
+        return f"Stream.from_handle({<uintptr_t>self.native.raw:#x}, device={where!r})"
 
 
 @cython.final
@@ -496,7 +568,7 @@ cdef class Event:
     def handle(self):
         """The ``cudaEvent_t`` as an integer; 0 until it is recorded."""
         self.require_open()
-        return <uintptr_t> self.raw
+        return <uintptr_t>self.raw
 
     @property
     def closed(self):
@@ -577,11 +649,11 @@ cdef class Event:
             raise InvalidProblem(f"start: expected an Event, got {type(start).__name__}")
         first = start
         for event in (first, self):
-            (<Event> event).require_open()
-            if not ((<Event> event).timing and (<Event> event).recorded):
+            (<Event>event).require_open()
+            if not ((<Event>event).timing and (<Event>event).recorded):
                 raise InvalidProblem(
                     "event: expected two recorded events made with timing=True, got one that "
-                    + ("was never recorded" if (<Event> event).timing else "has no timing")
+                    + ("was never recorded" if (<Event>event).timing else "has no timing")
                 )
         with nogil:
             _cuda.event_synchronize(first.raw)
@@ -632,10 +704,10 @@ def as_stream(stream=None):
     LEGACY_DEFAULT_STREAM
     """
     if type(stream) is Stream:
-        (<Stream> stream).open_handle()
+        (<Stream>stream).open_handle()
         return stream
     return LEGACY_DEFAULT_STREAM if stream is None else Stream.wrap(stream)
 
 
-LEGACY_DEFAULT_STREAM = wrap_handle(borrow(<void*> <uintptr_t> LEGACY, -1, None))
-PER_THREAD_DEFAULT_STREAM = wrap_handle(borrow(<void*> <uintptr_t> PER_THREAD, -1, None))
+LEGACY_DEFAULT_STREAM = wrap_handle(borrow(<void*><uintptr_t>LEGACY, -1, None))
+PER_THREAD_DEFAULT_STREAM = wrap_handle(borrow(<void*><uintptr_t>PER_THREAD, -1, None))

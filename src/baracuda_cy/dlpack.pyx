@@ -1,0 +1,1487 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays of any library, in and out.
+
+In: the C exchange table of the type, else ``__dlpack__``, else ``__cuda_array_interface__``, else the
+buffer protocol. NumPy arrays go through the buffer protocol, which is faster and knows what is
+read-only. How a type is read is found out once and remembered.
+
+Out: results are allocated by the library that made the array they belong to.
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_FORMAT,
+    PyBUF_STRIDES,
+    PyBuffer_Release,
+    PyObject_CheckBuffer,
+    PyObject_GetBuffer,
+)
+from cpython.exc cimport PyErr_Fetch, PyErr_Restore
+from cpython.object cimport PyObject, Py_TYPE
+from cpython.pycapsule cimport (
+    PyCapsule_CheckExact,
+    PyCapsule_GetPointer,
+    PyCapsule_IsValid,
+    PyCapsule_New,
+    PyCapsule_SetName,
+)
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
+from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+cimport baracuda_cy._cuda as _cuda
+from baracuda_cy._dlpack cimport (
+    DLPACK_FLAG_IS_COPIED,
+    DLPACK_FLAG_READ_ONLY,
+    DLDataType,
+    DLManagedTensor,
+    DLManagedTensorVersioned,
+    DLPackExchangeAPI,
+    DLPackExchangeAPIHeader,
+    DLTensor,
+    kDLBfloat,
+    kDLBool,
+    kDLCPU,
+    kDLCUDA,
+    kDLCUDAHost,
+    kDLCUDAManaged,
+    kDLFloat,
+    kDLInt,
+    kDLUInt,
+)
+from baracuda_cy.stream cimport give_event, order_after, same_stream, stream_of, take_event
+
+import atexit
+import os
+import sys
+
+from baracuda_cy.errors import BaracudaError, InvalidProblem, NotAnArray, Unsupported
+from baracuda_cy.formats import ElementKind
+
+__all__ = ["describe", "inspect", "pending"]
+
+cdef extern from *:
+    """
+    static inline int bcy_array_product(int64_t a, int64_t b, int64_t* r) {
+      return __builtin_mul_overflow(a, b, r);
+    }
+    """
+    bint product_overflows "bcy_array_product"(int64_t a, int64_t b, int64_t* r) noexcept nogil
+    int Py_IsInitialized() nogil
+
+cdef enum:
+    MAX_NDIM = 8
+    F32 = 1
+    F16 = 2
+    BF16 = 3
+    U8 = 4
+    I8 = 5
+    I32 = 6
+    I64 = 7
+    F64 = 8
+    U16 = 9
+    I16 = 10
+    U32 = 11
+    U64 = 12
+    BOOL = 13
+
+cdef const char* LEGACY_NAME = "dltensor"
+cdef const char* LEGACY_USED = "used_dltensor"
+cdef const char* VERSIONED_NAME = "dltensor_versioned"
+cdef const char* VERSIONED_USED = "used_dltensor_versioned"
+cdef tuple MAX_VERSION = (1, 1)
+
+# ---- element types -------------------------------------------------------------------------------
+
+cdef const char* ELEMENT_NAMES[14]
+ELEMENT_NAMES[:] = [
+    b"an unsupported type", b"float32", b"float16", b"bfloat16", b"uint8", b"int8", b"int32",
+    b"int64", b"float64", b"uint16", b"int16", b"uint32", b"uint64", b"bool",
+]
+cdef int ELEMENT_BYTES[14]
+ELEMENT_BYTES[:] = [0, 4, 2, 2, 1, 1, 4, 8, 8, 2, 2, 4, 8, 1]
+
+
+cdef int element_of(object dtype, str name) except -1:
+    return ElementKind.of(dtype, name)
+
+
+cdef int element_bytes(int element) noexcept nogil:
+    return ELEMENT_BYTES[element] if 0 < element < 14 else 0
+
+
+cdef str element_name(int element):
+    return (<bytes>ELEMENT_NAMES[element if 0 < element < 14 else 0]).decode()
+
+
+cdef inline int32_t integer_element(bint signed, int bits) noexcept nogil:
+    if bits == 8:
+        return I8 if signed else U8
+    if bits == 16:
+        return I16 if signed else U16
+    if bits == 32:
+        return I32 if signed else U32
+    if bits == 64:
+        return I64 if signed else U64
+    return 0
+
+
+cdef inline int32_t float_element(int bits) noexcept nogil:
+    return F32 if bits == 32 else F16 if bits == 16 else F64 if bits == 64 else 0
+
+
+cdef inline int32_t dlpack_element(DLDataType dtype) noexcept nogil:
+    if dtype.lanes != 1:
+        return 0
+    if dtype.code == kDLFloat:
+        return float_element(dtype.bits)
+    if dtype.code == kDLBfloat:
+        return BF16 if dtype.bits == 16 else 0
+    if dtype.code == kDLUInt or dtype.code == kDLInt:
+        return integer_element(dtype.code == kDLInt, dtype.bits)
+    if dtype.code == kDLBool:
+        return BOOL if dtype.bits == 8 else 0
+    return 0
+
+
+cdef DLDataType dlpack_dtype(int element) noexcept nogil:
+    cdef DLDataType dtype
+    dtype.bits = ELEMENT_BYTES[element] * 8
+    dtype.lanes = 1
+    if element == F32 or element == F16 or element == F64:
+        dtype.code = kDLFloat
+    elif element == BF16:
+        dtype.code = kDLBfloat
+    elif element == BOOL:
+        dtype.code = kDLBool
+    elif element == U8 or element == U16 or element == U32 or element == U64:
+        dtype.code = kDLUInt
+    else:
+        dtype.code = kDLInt
+    return dtype
+
+
+cdef int32_t struct_element(const char* format, Py_ssize_t itemsize) noexcept:
+    """Element of a PEP 3118 format: one code of the struct module, in this machine's byte order."""
+    cdef char code
+    if format == NULL:
+        return U8 if itemsize == 1 else 0
+    if format[0] in (b"@", b"=", b"<"):
+        format += 1
+    elif format[0] in (b">", b"!"):
+        if itemsize != 1:
+            return 0
+        format += 1
+    code = format[0]
+    if code == 0 or format[1] != 0:
+        return 0
+    if code in (b"B", b"H", b"I", b"L", b"Q", b"N"):
+        return integer_element(False, 8 * itemsize)
+    if code in (b"b", b"h", b"i", b"l", b"q", b"n"):
+        return integer_element(True, 8 * itemsize)
+    if code in (b"e", b"f", b"d"):
+        return float_element(8 * itemsize)
+    return BOOL if code == b"?" and itemsize == 1 else 0
+
+
+cdef int32_t typestr_element(str typestr):
+    """Element of an array-interface type, such as ``<f4``."""
+    if len(typestr) < 3 or not typestr[2:].isdecimal():
+        return 0
+    cdef int size = int(typestr[2:]) if len(typestr) < 6 else 0
+    if typestr[0] not in "<|=" and size != 1:
+        return 0
+    kind = typestr[1]
+    if kind == "f":
+        return float_element(8 * size)
+    if kind == "b":
+        return BOOL if size == 1 else 0
+    return integer_element(kind == "i", 8 * size) if kind in "iu" else 0
+
+
+# ---- what is known about a type ------------------------------------------------------------------
+
+cdef enum Route:
+    NOT_AN_ARRAY
+    OWN
+    EXCHANGE
+    DLPACK
+    CUDA_INTERFACE
+    BUFFER
+
+cdef enum Framework:
+    OTHER
+    NUMPY
+    MASKED
+    TORCH
+    CUPY
+    JAX
+
+cdef struct Kind:
+    PyObject* type           # a reference: an address that is freed could become another type
+    DLPackExchangeAPI* api
+    fill_function fill
+    Route route
+    Framework framework
+    bint unversioned         # its __dlpack__ knows no max_version
+
+cdef enum:
+    KINDS = 512              # a power of two; more types than half of it start the table afresh
+    OWN_TYPES = 8
+
+cdef Kind kinds[KINDS]
+cdef int kinds_used = 0
+cdef Kind own_types[OWN_TYPES]
+cdef int own_types_used = 0
+
+
+cdef inline Kind* slot_of(void* type_) noexcept nogil:
+    cdef uintptr_t i = (<uintptr_t>type_ >> 4) ^ (<uintptr_t>type_ >> 13)
+    while True:
+        i &= KINDS - 1
+        if kinds[i].type == <PyObject*>type_ or kinds[i].type == NULL:
+            return &kinds[i]
+        i += 1
+
+
+cdef inline Kind* kind_of(object array) except NULL:
+    cdef Kind* kind = slot_of(<void*>Py_TYPE(array))
+    return kind if kind.type != NULL else learn(array)
+
+
+cdef Kind* learn(object array) except NULL:
+    global kinds_used
+    cdef object type_ = type(array)
+    cdef Kind found
+    cdef Kind* slot
+    cdef PyObject* old[KINDS]
+    cdef int i, count = 0
+    memset(&found, 0, sizeof(found))
+    classify(array, &found)
+    if 2 * kinds_used >= KINDS:
+        for i in range(KINDS):
+            if kinds[i].type != NULL:
+                old[count] = kinds[i].type
+                count += 1
+        memset(kinds, 0, sizeof(kinds))
+        kinds_used = 0
+        # A type that dies here runs code of others, which may come back to the table.
+        for i in range(count):
+            Py_DECREF(<object>old[i])
+    slot = slot_of(<void*>type_)
+    if slot.type == NULL:
+        Py_INCREF(type_)
+        slot[0] = found
+        slot.type = <PyObject*>type_
+        kinds_used += 1
+    return slot
+
+
+cdef Framework framework_of(object type_):
+    for base in type_.__mro__:
+        module = getattr(base, "__module__", None)
+        package = module.partition(".")[0] if isinstance(module, str) else ""
+        if package == "torch":
+            return TORCH
+        if package == "jax" or package == "jaxlib":
+            return JAX
+        if package == "cupy":
+            return CUPY
+        if package == "numpy":
+            return MASKED if base.__name__ == "MaskedArray" else NUMPY
+    return OTHER
+
+
+cdef int classify(object array, Kind* kind) except -1:
+    cdef object type_ = type(array)
+    cdef int i
+    for i in range(own_types_used):
+        if own_types[i].type == <PyObject*>type_:
+            kind[0] = own_types[i]
+            return 0
+    kind.framework = framework_of(type_)
+    kind.api = exchange_api(type_)
+    if kind.api != NULL:
+        kind.route = EXCHANGE
+    elif kind.framework == NUMPY or kind.framework == MASKED:
+        kind.route = BUFFER
+    elif hasattr(type_, "__dlpack__") and hasattr(type_, "__dlpack_device__"):
+        kind.route = DLPACK
+    elif hasattr(type_, "__cuda_array_interface__"):
+        kind.route = CUDA_INTERFACE
+    elif PyObject_CheckBuffer(array):
+        kind.route = BUFFER
+    return 0
+
+
+cdef Route route_of(object array, Kind* kind) except *:
+    # What the type does not offer, one object may.
+    if kind.route == NOT_AN_ARRAY:
+        if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+            return DLPACK
+        if hasattr(array, "__cuda_array_interface__"):
+            return CUDA_INTERFACE
+    return kind.route
+
+
+cdef DLPackExchangeAPI* exchange_api(object type_) except? NULL:
+    """The exchange table of a type in a version we read, or NULL."""
+    cdef DLPackExchangeAPIHeader* header = NULL
+    table = getattr(type_, "__dlpack_c_exchange_api__", None)
+    if table is None:
+        table = getattr(type_, "__c_dlpack_exchange_api__", None)
+    if PyCapsule_CheckExact(table):
+        if PyCapsule_IsValid(table, "dlpack_exchange_api"):
+            header = <DLPackExchangeAPIHeader*>PyCapsule_GetPointer(table, "dlpack_exchange_api")
+    elif isinstance(table, int):
+        header = <DLPackExchangeAPIHeader*><uintptr_t>table
+    while header != NULL and header.version.major != 1:
+        header = header.prev_api
+    return <DLPackExchangeAPI*>header
+
+
+cdef int register_type(object type_, fill_function fill) except -1:
+    global own_types_used
+    Py_INCREF(type_)
+    own_types[own_types_used].type = <PyObject*>type_
+    own_types[own_types_used].fill = fill
+    own_types[own_types_used].route = OWN
+    own_types_used += 1
+    return 0
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+cdef str type_name(object array):
+    module = type(array).__module__
+    name = type(array).__qualname__
+    return name if module in ("builtins", "__main__") else f"{module}.{name}"
+
+
+cdef object cannot_share(object array, str name, object error):
+    # Some producers append a native stack trace.
+    reason = str(error).partition("\n")[0]
+    return InvalidProblem(
+        f"{name}: expected an array that can be shared, got {type_name(array)}, which refused: "
+        f"{type(error).__name__}: {reason}"
+    )
+
+
+cdef int raised() except -1:
+    # The error that a C function of the producer has set.
+    return -1
+
+
+cdef int refused(object array, str name) except -1:
+    """Turn a producer's error into ours, keeping it as the cause."""
+    try:
+        raised()
+    except (BaracudaError, MemoryError):
+        raise
+    except Exception as error:
+        raise cannot_share(array, name, error) from error
+    return 0
+
+
+cdef int not_an_array(object array, str name) except -1:
+    if framework_of(type(array)) == JAX:
+        raise NotAnArray(
+            f"{name}: expected an array with memory, got {type_name(array)}, which jax traces; "
+            "call this outside of jax.jit and other transformations"
+        )
+    raise NotAnArray(
+        f"{name}: expected an array (__dlpack__, __cuda_array_interface__ or the buffer protocol), "
+        f"got {type_name(array)}; convert it with numpy.asarray or a framework's asarray"
+    )
+
+
+cdef int too_many_dimensions(int64_t ndim, str name) except -1:
+    raise InvalidProblem(f"{name}: expected 0 to {MAX_NDIM} dimensions, got {ndim}; reshape it")
+
+
+# ---- DLPack tensors ------------------------------------------------------------------------------
+
+
+cdef int unreadable(const DLTensor* tensor, str name) except -1:
+    """Say what is wrong with a tensor that read_tensor refused."""
+    cdef int device_type = tensor.device.device_type
+    if device_type not in (kDLCPU, kDLCUDA, kDLCUDAHost, kDLCUDAManaged):
+        raise InvalidProblem(
+            f"{name}: expected an array in CPU or CUDA memory, got one on DLPack device type "
+            f"{device_type}; copy it there first"
+        )
+    if not 0 <= tensor.ndim <= MAX_NDIM:
+        too_many_dimensions(tensor.ndim, name)
+    if tensor.ndim and tensor.shape == NULL:
+        raise InvalidProblem(f"{name}: expected a shape, got none from its producer; copy the array")
+    shape = tuple([tensor.shape[i] for i in range(tensor.ndim)])
+    if min(shape, default=0) < 0:
+        raise InvalidProblem(f"{name}: expected sizes of 0 or more, got shape {shape}")
+    if tensor.data == NULL:
+        raise InvalidProblem(
+            f"{name}: expected memory for shape {shape}, got a null pointer; allocate the array"
+        )
+    raise InvalidProblem(
+        f"{name}: expected fewer than 2**63 elements, got shape {shape}; split the array"
+    )
+
+
+cdef inline int read_tensor(ArrayView* view, const DLTensor* tensor, str name) except -1:
+    cdef int32_t ndim = tensor.ndim
+    cdef int64_t count = 1
+    cdef int64_t step
+    cdef int device_type = tensor.device.device_type
+    cdef int device = 0
+    cdef int i
+    cdef bint sound = 0 <= ndim <= MAX_NDIM and (ndim == 0 or tensor.shape != NULL)
+    if device_type == kDLCUDAManaged:
+        view.device_type = kDLCUDA
+        # DLPack gives managed memory the id 0, whatever device it was made for.
+        with nogil:
+            i = _cuda.pointer_device(tensor.data, &device_type, &device)
+        _cuda.check(i, name)
+        view.device_id = device
+    elif device_type == kDLCPU or device_type == kDLCUDAHost:
+        view.device_type = kDLCPU
+        view.device_id = 0
+    else:
+        view.device_type = kDLCUDA
+        view.device_id = tensor.device.device_id
+        sound = sound and device_type == kDLCUDA
+    if sound:
+        for i in range(ndim):
+            view.shape[i] = tensor.shape[i]
+            if tensor.shape[i] < 0 or product_overflows(count, tensor.shape[i], &count):
+                sound = False
+                break
+    if not sound or (tensor.data == NULL and count != 0):
+        return unreadable(tensor, name)
+    if tensor.strides != NULL:
+        for i in range(ndim):
+            view.strides[i] = tensor.strides[i]
+    else:
+        step = 1
+        for i in range(ndim - 1, -1, -1):
+            view.strides[i] = step
+            step *= view.shape[i]
+    view.ndim = ndim
+    view.element = dlpack_element(tensor.dtype)
+    view.data = <char*>tensor.data + tensor.byte_offset if tensor.data != NULL else NULL
+    return 0
+
+
+cdef object stream_number(void* stream):
+    # 0 is not allowed in the protocol, because it could mean either default stream.
+    return <uintptr_t>stream if stream != NULL else 1
+
+
+cdef object call_dlpack(object array, dict arguments, Kind* kind):
+    """Call ``__dlpack__``, leaving max_version out for producers older than it."""
+    if kind.unversioned:
+        return array.__dlpack__(**arguments)
+    try:
+        return array.__dlpack__(max_version=MAX_VERSION, **arguments)
+    except TypeError as error:
+        if "max_version" not in str(error):
+            raise
+    capsule = array.__dlpack__(**arguments)
+    kind_of(array).unversioned = True
+    return capsule
+
+
+cdef object request_capsule(object array, int device_type, int device_id, object stream, Kind* kind):
+    cdef int previous = -1
+    if device_type != kDLCUDA and device_type != kDLCUDAManaged:
+        return call_dlpack(array, {}, kind)
+    if stream is None:
+        return call_dlpack(array, {"stream": -1}, kind)
+    # Producers record events on their current stream of the current device.
+    if device_type == kDLCUDA:
+        with nogil:
+            _cuda.get_device(&previous)
+        if previous != device_id:
+            with nogil:
+                _cuda.set_device(device_id)
+    try:
+        return call_dlpack(array, {"stream": stream}, kind)
+    finally:
+        if previous >= 0 and previous != device_id:
+            with nogil:
+                _cuda.set_device(previous)
+
+
+cdef int take_versioned(DLManagedTensorVersioned* tensor, ArrayView* view, str name) except -1:
+    view.keep = tensor
+    view.keep_kind = KEEP_VERSIONED
+    if tensor.version.major != 1:
+        # Of another major version only what comes before `flags` may be touched.
+        raise Unsupported(
+            f"{name}: expected a tensor of DLPack 1.x, got one of {tensor.version.major}."
+            f"{tensor.version.minor}; its library must honour max_version"
+        )
+    # What is written to a copy does not reach the array.
+    view.readonly = (tensor.flags & (DLPACK_FLAG_READ_ONLY | DLPACK_FLAG_IS_COPIED)) != 0
+    return read_tensor(view, &tensor.dl_tensor, name)
+
+
+cdef int take_capsule(object capsule, ArrayView* view, str name) except -1:
+    """Own what a capsule holds, and read it."""
+    cdef DLManagedTensorVersioned* versioned
+    cdef DLManagedTensor* legacy
+    if PyCapsule_IsValid(capsule, VERSIONED_NAME):
+        versioned = <DLManagedTensorVersioned*>PyCapsule_GetPointer(capsule, VERSIONED_NAME)
+        PyCapsule_SetName(capsule, VERSIONED_USED)
+        return take_versioned(versioned, view, name)
+    if PyCapsule_IsValid(capsule, LEGACY_NAME):
+        legacy = <DLManagedTensor*>PyCapsule_GetPointer(capsule, LEGACY_NAME)
+        PyCapsule_SetName(capsule, LEGACY_USED)
+        view.keep = legacy
+        view.keep_kind = KEEP_LEGACY
+        return read_tensor(view, &legacy.dl_tensor, name)
+    raise InvalidProblem(
+        f"{name}: expected __dlpack__ to give an unused DLPack capsule, got {capsule!r}"
+    )
+
+
+# ---- one function per protocol -------------------------------------------------------------------
+
+
+cdef int acquire_own(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, Kind* kind
+) except -1:
+    cdef void* theirs = NULL
+    kind.fill(array, view, &theirs)
+    if on_cuda_stream and view.device_type == kDLCUDA and not same_stream(theirs, stream):
+        order_after(stream, theirs, view.device_id)
+        view.foreign_order = True
+    return 0
+
+
+cdef inline int acquire_borrowed(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name,
+    const DLPackExchangeAPI* api,
+) except -1:
+    cdef DLTensor tensor
+    if api.dltensor_from_py_object_no_sync(<void*>array, &tensor) != 0:
+        return refused(array, name)
+    read_tensor(view, &tensor, name)
+    return follow_exchange(array, view, stream, on_cuda_stream, name, api)
+
+
+cdef int acquire_managed(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name,
+    const DLPackExchangeAPI* api,
+) except -1:
+    cdef DLManagedTensorVersioned* managed = NULL
+    if api.managed_tensor_from_py_object_no_sync(<void*>array, &managed) != 0:
+        return refused(array, name)
+    take_versioned(managed, view, name)
+    return follow_exchange(array, view, stream, on_cuda_stream, name, api)
+
+
+cdef inline int follow_exchange(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name,
+    const DLPackExchangeAPI* api,
+) except -1:
+    cdef void* theirs = NULL
+    if on_cuda_stream and view.device_type == kDLCUDA:
+        if api.current_work_stream(kDLCUDA, view.device_id, &theirs) != 0:
+            return refused(array, name)
+        if not same_stream(theirs, stream):
+            order_after(stream, theirs, view.device_id)
+            view.foreign_order = True
+    return 0
+
+
+cdef int acquire_dlpack(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name, Kind* kind
+) except -1:
+    cdef void* theirs = NULL
+    cdef Framework framework = kind.framework
+    try:
+        device_type, device_id = array.__dlpack_device__()
+        capsule = request_capsule(
+            array, int(device_type), int(device_id),
+            stream_number(stream) if on_cuda_stream else None, kind,
+        )
+    except (BaracudaError, MemoryError):
+        raise
+    except Exception as error:
+        raise cannot_share(array, name, error) from error
+    take_capsule(capsule, view, name)
+    if framework == JAX:
+        view.readonly = True
+    if on_cuda_stream and view.device_type == kDLCUDA:
+        view.foreign_order = not (
+            framework_stream(framework, view.device_id, &theirs) and same_stream(theirs, stream)
+        )
+    return 0
+
+
+cdef int acquire_cuda_interface(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name
+) except -1:
+    cdef int device_type = kDLCUDA
+    cdef int device = 0
+    cdef int status, i
+    cdef int64_t count = 1
+    cdef int64_t step
+    cdef void* pointer
+    cdef str given = type_name(array)
+    try:
+        interface = array.__cuda_array_interface__
+        version = interface.get("version", 0)
+        shape = tuple(interface["shape"])
+        typestr = interface["typestr"]
+        address, readonly = interface["data"]
+        strides = interface.get("strides")
+        mask = interface.get("mask")
+        # Before version 3 the interface had no stream, and work was on the legacy default stream.
+        theirs = interface.get("stream") if version >= 3 else 1
+        address = address or 0
+        itemsize = int(typestr[2:])
+    except (BaracudaError, MemoryError):
+        raise
+    except Exception as error:
+        raise InvalidProblem(
+            f"{name}: expected a __cuda_array_interface__ of version 2 or 3, got one of {given} that "
+            f"cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    if version > 3:
+        raise Unsupported(
+            f"{name}: expected a __cuda_array_interface__ of version 3 or less, got {version}"
+        )
+    if mask is not None:
+        raise InvalidProblem(f"{name}: expected an array without a mask, got {given} with one; fill it")
+    if theirs is not None and (not isinstance(theirs, int) or theirs <= 0):
+        raise InvalidProblem(
+            f"{name}: expected the stream of __cuda_array_interface__ to be None, 1, 2 or a handle, "
+            f"got {theirs!r}"
+        )
+    if len(shape) > MAX_NDIM:
+        too_many_dimensions(len(shape), name)
+    view.ndim = len(shape)
+    for i in range(view.ndim):
+        view.shape[i] = shape[i]
+        if view.shape[i] < 0 or product_overflows(count, view.shape[i], &count):
+            raise InvalidProblem(
+                f"{name}: expected sizes of 0 or more, fewer than 2**63 elements, got shape {shape}"
+            )
+    if strides is None:
+        step = 1
+        for i in range(view.ndim - 1, -1, -1):
+            view.strides[i] = step
+            step *= view.shape[i]
+    else:
+        element_strides(view, strides, itemsize, name)
+    view.element = typestr_element(typestr)
+    view.readonly = bool(readonly)
+    pointer = <void*><uintptr_t>address
+    if pointer == NULL and count != 0:
+        raise InvalidProblem(
+            f"{name}: expected memory for shape {shape}, got a null pointer; allocate the array"
+        )
+    with nogil:
+        if pointer == NULL:
+            status = _cuda.current_device(&device)
+        else:
+            status = _cuda.pointer_device(pointer, &device_type, &device)
+    _cuda.check(status, name)
+    if device_type == kDLCPU:
+        raise InvalidProblem(
+            f"{name}: expected __cuda_array_interface__ to point to CUDA memory, got {address:#x}, "
+            "which CUDA does not know"
+        )
+    view.data = <char*>pointer
+    view.device_type = kDLCUDA
+    view.device_id = device
+    if on_cuda_stream:
+        # A producer that names no stream has nothing to wait for, but does not wait for us either.
+        view.foreign_order = True
+        if theirs is not None:
+            pointer = <void*><uintptr_t>theirs
+            order_after(stream, pointer, device)
+            view.foreign_order = not same_stream(stream, pointer)
+    Py_INCREF(array)
+    view.keep = <void*>array
+    view.keep_kind = KEEP_OBJECT
+    return 0
+
+
+cdef int element_strides(ArrayView* view, object strides, int64_t itemsize, str name) except -1:
+    """Strides in elements from strides in bytes."""
+    cdef int i
+    strides = tuple(strides)
+    if len(strides) != view.ndim:
+        raise InvalidProblem(
+            f"{name}: expected one stride per dimension, got {len(strides)} for {view.ndim}"
+        )
+    for i in range(view.ndim):
+        view.strides[i] = strides[i] // itemsize if itemsize else 0
+        if itemsize and strides[i] % itemsize:
+            if view.shape[i] > 1:
+                raise InvalidProblem(
+                    f"{name}: expected strides that are multiples of the element's {itemsize} bytes, "
+                    f"got {strides}; copy the array, as in .copy()"
+                )
+    return 0
+
+
+cdef int acquire_buffer(object array, ArrayView* view, str name, Kind* kind) except -1:
+    cdef Py_buffer* buffer
+    cdef Framework framework = kind.framework
+    cdef int i
+    if framework == MASKED:
+        raise InvalidProblem(
+            f"{name}: expected an array without a mask, got {type_name(array)}; "
+            "fill it, as in .filled(0)"
+        )
+    buffer = <Py_buffer*>calloc(1, sizeof(Py_buffer))
+    if buffer == NULL:
+        raise MemoryError()
+    try:
+        PyObject_GetBuffer(array, buffer, PyBUF_STRIDES | PyBUF_FORMAT)
+    except (BufferError, ValueError) as error:
+        free(buffer)
+        if framework == NUMPY:
+            return acquire_numpy(array, view, name)
+        raise cannot_share(array, name, error) from error
+    except BaseException:
+        free(buffer)
+        raise
+    view.keep = buffer
+    view.keep_kind = KEEP_BUFFER
+    if buffer.ndim > MAX_NDIM:
+        too_many_dimensions(buffer.ndim, name)
+    view.ndim = buffer.ndim
+    for i in range(view.ndim):
+        view.shape[i] = buffer.shape[i]
+        if buffer.itemsize:
+            # The remainder of a C division is not zero exactly where Python's is not.
+            view.strides[i] = buffer.strides[i] // buffer.itemsize
+            if buffer.strides[i] % buffer.itemsize and buffer.shape[i] > 1:
+                element_strides(
+                    view, [buffer.strides[j] for j in range(buffer.ndim)], buffer.itemsize, name
+                )
+    view.element = struct_element(buffer.format, buffer.itemsize)
+    view.data = <char*>buffer.buf
+    view.device_type = kDLCPU
+    view.readonly = buffer.readonly
+    return 0
+
+
+cdef int acquire_numpy(object array, ArrayView* view, str name) except -1:
+    """NumPy arrays of types that the buffer protocol has no letter for, such as ml_dtypes' bfloat16."""
+    cdef object dtype = array.dtype
+    cdef int i
+    if dtype.name == "bfloat16" and type(dtype).__module__.partition(".")[0] in ("ml_dtypes", "numpy"):
+        return acquire_bfloat16(array, view, name)
+    if array.ndim > MAX_NDIM:
+        too_many_dimensions(array.ndim, name)
+    view.ndim = array.ndim
+    for i in range(view.ndim):
+        view.shape[i] = array.shape[i]
+    element_strides(view, array.strides, dtype.itemsize, name)
+    view.data = <char*><uintptr_t>array.ctypes.data
+    view.device_type = kDLCPU
+    view.readonly = not array.flags.writeable
+    Py_INCREF(array)
+    view.keep = <void*>array
+    view.keep_kind = KEEP_OBJECT
+    return 0
+
+
+cdef int acquire_bfloat16(object array, ArrayView* view, str name) except -1:
+    cdef Kind plain
+    memset(&plain, 0, sizeof(plain))
+    acquire_buffer(array.view("uint16"), view, name, &plain)
+    view.element = BF16 if array.dtype.isnative else 0
+    return 0
+
+
+# ---- what plans call -----------------------------------------------------------------------------
+
+
+cdef int acquire_view(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name
+) except -1:
+    cdef Kind* kind = kind_of(array)
+    view.readonly = False
+    view.foreign_order = False
+    view.keep_kind = KEEP_NOTHING
+    view.keep = NULL
+    if pending_count:
+        collect_now_and_then()
+    if kind.route == EXCHANGE and kind.api.dltensor_from_py_object_no_sync != NULL:
+        return acquire_borrowed(array, view, stream, on_cuda_stream, name, kind.api)
+    try:
+        # By value: what the producers run may move the table.
+        acquire_kept(array, view, stream, on_cuda_stream, name, kind[0])
+    except BaseException:
+        release_view(view)
+        raise
+    return 0
+
+
+cdef int acquire_kept(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name, Kind kind
+) except -1:
+    cdef Route route = route_of(array, &kind)
+    if route == OWN:
+        return acquire_own(array, view, stream, on_cuda_stream, &kind)
+    if route == EXCHANGE:
+        return acquire_managed(array, view, stream, on_cuda_stream, name, kind.api)
+    if route == DLPACK:
+        return acquire_dlpack(array, view, stream, on_cuda_stream, name, &kind)
+    if route == CUDA_INTERFACE:
+        return acquire_cuda_interface(array, view, stream, on_cuda_stream, name)
+    if route == BUFFER:
+        return acquire_buffer(array, view, name, &kind)
+    return not_an_array(array, name)
+
+
+cdef void release_view(ArrayView* view) noexcept:
+    cdef int kind = view.keep_kind
+    cdef void* keep = view.keep
+    view.keep_kind = KEEP_NOTHING
+    view.keep = NULL
+    if kind != KEEP_NOTHING:
+        drop(kind, keep)
+
+
+cdef void drop(int kind, void* keep) noexcept:
+    """Let go of what a view kept. An error that is on its way to the caller stays as it is."""
+    cdef PyObject* error_type = NULL
+    cdef PyObject* error = NULL
+    cdef PyObject* traceback = NULL
+    cdef DLManagedTensorVersioned* versioned
+    cdef DLManagedTensor* legacy
+    PyErr_Fetch(&error_type, &error, &traceback)
+    if kind == KEEP_VERSIONED:
+        versioned = <DLManagedTensorVersioned*>keep
+        if versioned.deleter != NULL:
+            versioned.deleter(versioned)
+    elif kind == KEEP_LEGACY:
+        legacy = <DLManagedTensor*>keep
+        if legacy.deleter != NULL:
+            legacy.deleter(legacy)
+    elif kind == KEEP_OBJECT:
+        Py_DECREF(<object>keep)
+    elif kind == KEEP_BUFFER:
+        PyBuffer_Release(<Py_buffer*>keep)
+        free(keep)
+    PyErr_Restore(error_type, error, traceback)
+
+
+cdef int check_no_grad(object array, str name) except -1:
+    if kind_of(array).framework == TORCH and array.requires_grad:
+        raise InvalidProblem(
+            f"{name}: expected a tensor that needs no gradient, got requires_grad=True; "
+            "pass it as .detach()"
+        )
+    return 0
+
+
+cdef int framework_stream(Framework framework, int device, void** stream) except -1:
+    """1 and the stream on which a framework without exchange table works now, else 0."""
+    if framework == CUPY:
+        module = sys.modules["cupy"]
+        stream[0] = <void*><uintptr_t>module.cuda.get_current_stream(device).ptr
+        return 1
+    if framework == TORCH:
+        module = sys.modules["torch"]
+        stream[0] = <void*><uintptr_t>module.cuda.current_stream(device).cuda_stream
+        return 1
+    return 0
+
+
+cdef int current_stream_on(object array, int32_t device_id, void** stream) except -1:
+    cdef Kind* kind = kind_of(array)
+    if kind.route == EXCHANGE:
+        if kind.api.current_work_stream(kDLCUDA, device_id, stream) != 0:
+            return refused(array, "stream")
+        return 1
+    return current_stream(array, stream)
+
+
+cdef int current_stream(object array, void** stream) except -1:
+    cdef Kind kind = kind_of(array)[0]
+    cdef ArrayView view
+    cdef void* theirs = NULL
+    cdef int32_t device_type = 0
+    cdef int32_t device_id = 0
+    if kind.route == OWN:
+        memset(&view, 0, sizeof(view))
+        kind.fill(array, &view, &theirs)
+        release_view(&view)
+        if view.device_type != kDLCUDA:
+            return 0
+        stream[0] = theirs
+        return 1
+    if kind.route != EXCHANGE and kind.framework != CUPY and kind.framework != TORCH:
+        return 0
+    if not device_of(array, &device_type, &device_id) or device_type != kDLCUDA:
+        return 0
+    if kind.route != EXCHANGE:
+        return framework_stream(kind.framework, device_id, stream)
+    if kind.api.current_work_stream(kDLCUDA, device_id, stream) != 0:
+        return refused(array, "stream")
+    return 1
+
+
+cdef int device_of(object array, int32_t* device_type, int32_t* device_id) except -1:
+    cdef Kind kind = kind_of(array)[0]
+    cdef Route route = route_of(array, &kind)
+    cdef ArrayView view
+    if route == NOT_AN_ARRAY:
+        return 0
+    if route == BUFFER:
+        device_type[0] = kDLCPU
+        device_id[0] = 0
+        return 1
+    if route == DLPACK:
+        theirs, index = array.__dlpack_device__()
+        # Managed memory does not say where it is.
+        if int(theirs) != kDLCUDAManaged:
+            device_type[0] = kDLCPU if int(theirs) == kDLCUDAHost else int(theirs)
+            device_id[0] = index if device_type[0] != kDLCPU else 0
+            return 1
+    memset(&view, 0, sizeof(view))
+    acquire_view(array, &view, NULL, False, "array")
+    device_type[0] = view.device_type
+    device_id[0] = view.device_id
+    release_view(&view)
+    return 1
+
+
+# ---- arrays that a running kernel still reads ----------------------------------------------------
+
+cdef struct Kept:
+    int32_t kind
+    void* keep
+
+cdef struct Pending:
+    Pending* next
+    void* event
+    PyObject* owners
+    int device
+    int count
+    bint done
+    Kept kept[1]
+
+cdef enum:
+    MOST_PENDING = 256     # then the oldest is waited for
+    MOST_UNFINISHED = 4    # that one poll asks about
+    POLL_EVERY = 16        # acquired arrays
+
+cdef Pending* pending_first = NULL
+cdef Pending* pending_last = NULL
+cdef int pending_count = 0
+cdef int since_poll = 0
+
+
+cdef int collect_now_and_then() except -1:
+    global since_poll
+    since_poll += 1
+    if since_poll >= POLL_EVERY:
+        since_poll = 0
+        collect()
+    return 0
+
+
+cdef void poll(Pending* entry) noexcept nogil:
+    cdef int unfinished = 0
+    while entry != NULL and unfinished < MOST_UNFINISHED:
+        entry.done = _cuda.event_poll(entry.event)
+        unfinished += not entry.done
+        entry = entry.next
+
+
+cdef void wait_for(Pending* entry) noexcept nogil:
+    if not entry.done:
+        _cuda.event_wait(entry.event)
+        entry.done = True
+
+
+cdef Pending* take_pending() noexcept:
+    """Take the whole list, so that nobody else changes it while the GIL is released."""
+    global pending_first, pending_last, pending_count
+    cdef Pending* first = pending_first
+    pending_first = pending_last = NULL
+    pending_count = 0
+    return first
+
+
+cdef void release_finished(Pending* entry) noexcept:
+    """Put back what is unfinished, in front, and release the rest."""
+    global pending_first, pending_last, pending_count
+    cdef Pending* finished = NULL
+    cdef Pending* last = NULL
+    cdef Pending* first = NULL
+    cdef Pending* following
+    cdef int i
+    while entry != NULL:
+        following = entry.next
+        if entry.done:
+            entry.next = finished
+            finished = entry
+        else:
+            entry.next = NULL
+            if last != NULL:
+                last.next = entry
+            else:
+                first = entry
+            last = entry
+            pending_count += 1
+        entry = following
+    if last != NULL:
+        last.next = pending_first
+        pending_first = first
+        if pending_last == NULL:
+            pending_last = last
+    # Only now, with the list in order: releasing may run anybody's code, which may come back here.
+    while finished != NULL:
+        following = finished.next
+        give_event(finished.device, finished.event)
+        for i in range(finished.count):
+            drop(finished.kept[i].kind, finished.kept[i].keep)
+        Py_XDECREF(finished.owners)
+        free(finished)
+        finished = following
+
+
+cdef int collect() except -1:
+    cdef Pending* first = take_pending()
+    if first != NULL:
+        with nogil:
+            poll(first)
+        release_finished(first)
+    return 0
+
+
+cdef int make_room() except -1:
+    cdef Pending* first
+    while pending_count >= MOST_PENDING:
+        first = take_pending()
+        with nogil:
+            wait_for(first)
+            poll(first)
+        release_finished(first)
+    return 0
+
+
+cdef int hold_until_done(
+    ArrayView* views, int count, tuple owners, int device, void* stream
+) except -1:
+    global pending_first, pending_last, pending_count
+    cdef Pending* entry = NULL
+    cdef int i
+    cdef int capturing = 0
+    try:
+        with nogil:
+            _cuda.stream_is_capturing(device, stream, &capturing)
+        if not capturing:
+            make_room()
+            collect()
+            entry = <Pending*>calloc(1, sizeof(Pending) + count * sizeof(Kept))
+            if entry == NULL:
+                raise MemoryError()
+            entry.event = take_event(device)
+            entry.device = device
+            with nogil:
+                _cuda.event_record(device, entry.event, stream)
+            Py_INCREF(owners)
+            entry.owners = <PyObject*>owners
+            for i in range(count):
+                if views[i].keep_kind != KEEP_NOTHING:
+                    entry.kept[entry.count].kind = views[i].keep_kind
+                    entry.kept[entry.count].keep = views[i].keep
+                    views[i].keep_kind = KEEP_NOTHING
+                    entry.count += 1
+            if pending_last != NULL:
+                pending_last.next = entry
+            else:
+                pending_first = entry
+            pending_last = entry
+            pending_count += 1
+    except BaseException:
+        # Without an event there is only waiting.
+        if entry != NULL:
+            if entry.event != NULL:
+                give_event(device, entry.event)
+            free(entry)
+        with nogil:
+            _cuda.stream_wait_quietly(device, stream)
+        raise
+    finally:
+        for i in range(count):
+            release_view(&views[i])
+            memset(&views[i], 0, sizeof(ArrayView))
+    return 0
+
+
+def pending():
+    """Release the arrays whose kernels are done, and count the launches that still hold some.
+
+    A launch holds its arrays when it runs on another stream than the one their library works on.
+    Later calls look after that; this is for tests and for those who want memory back now.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> from baracuda_cy import dlpack
+    >>> dlpack.pending()
+    0
+    """
+    collect()
+    return pending_count
+
+
+def _drain():
+    """Wait for what is pending, before the interpreter takes the arrays apart."""
+    cdef Pending* first = take_pending()
+    cdef Pending* entry = first
+    with nogil:
+        while entry != NULL:
+            wait_for(entry)
+            entry = entry.next
+    release_finished(first)
+
+
+def _forget():
+    """Leave the parent's arrays and events to the parent, in a child that was just forked."""
+    take_pending()
+
+
+atexit.register(_drain)
+os.register_at_fork(after_in_child=_forget)
+
+
+# ---- arrays out ----------------------------------------------------------------------------------
+
+cdef struct Export:
+    DLManagedTensorVersioned versioned
+    DLManagedTensor legacy
+    int64_t shape[MAX_NDIM]
+    int64_t strides[MAX_NDIM]
+
+
+cdef void release_export(void* owner, Export* export) noexcept with gil:
+    Py_DECREF(<object>owner)
+    free(export)
+
+
+cdef void delete_versioned(DLManagedTensorVersioned* tensor) noexcept nogil:
+    # After the interpreter is gone nothing can be released, and nothing needs to be.
+    if Py_IsInitialized():
+        release_export(tensor.manager_ctx, <Export*>tensor)
+
+
+cdef void delete_legacy(DLManagedTensor* tensor) noexcept nogil:
+    cdef Export* export = NULL
+    if Py_IsInitialized():
+        # `legacy` lies at a fixed distance from the beginning of its Export.
+        export = <Export*>(<char*>tensor - <uintptr_t>&export.legacy)
+        release_export(tensor.manager_ctx, export)
+
+
+cdef void destroy_capsule(object capsule) noexcept:
+    # A capsule that was consumed has another name, and its tensor belongs to the consumer.
+    cdef DLManagedTensorVersioned* versioned
+    cdef DLManagedTensor* legacy
+    if PyCapsule_IsValid(capsule, VERSIONED_NAME):
+        versioned = <DLManagedTensorVersioned*>PyCapsule_GetPointer(capsule, VERSIONED_NAME)
+        versioned.deleter(versioned)
+    elif PyCapsule_IsValid(capsule, LEGACY_NAME):
+        legacy = <DLManagedTensor*>PyCapsule_GetPointer(capsule, LEGACY_NAME)
+        legacy.deleter(legacy)
+
+
+cdef void fill_tensor(DLTensor* tensor, Export* export, ArrayView* view) noexcept:
+    cdef int i
+    for i in range(view.ndim):
+        export.shape[i] = view.shape[i]
+        export.strides[i] = view.strides[i]
+    tensor.data = view.data
+    tensor.device.device_type = view.device_type
+    tensor.device.device_id = view.device_id
+    tensor.ndim = view.ndim
+    tensor.dtype = dlpack_dtype(view.element)
+    tensor.shape = export.shape
+    tensor.strides = export.strides
+    tensor.byte_offset = 0
+
+
+cdef object make_capsule(object owner, ArrayView* view, uint64_t flags, object max_version):
+    cdef Export* export
+    cdef bint versioned = max_version is not None and max_version[0] >= 1
+    export = <Export*>calloc(1, sizeof(Export))
+    if export == NULL:
+        raise MemoryError()
+    # From here on nothing may fail but making the capsule.
+    if versioned:
+        fill_tensor(&export.versioned.dl_tensor, export, view)
+        export.versioned.version.major = 1
+        export.versioned.version.minor = 1
+        export.versioned.flags = flags
+        export.versioned.manager_ctx = <void*>owner
+        export.versioned.deleter = delete_versioned
+    else:
+        fill_tensor(&export.legacy.dl_tensor, export, view)
+        export.legacy.manager_ctx = <void*>owner
+        export.legacy.deleter = delete_legacy
+    Py_INCREF(owner)
+    try:
+        if versioned:
+            return PyCapsule_New(&export.versioned, VERSIONED_NAME, destroy_capsule)
+        return PyCapsule_New(&export.legacy, LEGACY_NAME, destroy_capsule)
+    except BaseException:
+        release_export(<void*>owner, export)
+        raise
+
+
+cdef enum Making:
+    MADE               # target is the result
+    HAND_TO_JAX
+    PUT_ON_JAX_CPU
+    SETTLE             # a DeviceArray that outlives the stream it was made on
+
+
+cdef int handing_over = 0
+
+
+cdef bint exporting_to_jax() noexcept:
+    return handing_over != 0
+
+
+@cython.final
+cdef class Allocation:
+    cdef object finish(self):
+        global handing_over
+        if self.kind == HAND_TO_JAX:
+            handing_over += 1
+            try:
+                return sys.modules["jax"].dlpack.from_dlpack(self.target)
+            finally:
+                handing_over -= 1
+        if self.kind == PUT_ON_JAX_CPU:
+            devices = getattr(self.prototype, "devices", None)
+            device = next(iter(devices())) if devices is not None else None
+            return sys.modules["jax"].device_put(self.target, device)
+        if self.kind == SETTLE:
+            self.target._settle()
+        return self.target
+
+
+cdef Allocation allocated(object target, int kind=MADE, object prototype=None):
+    cdef Allocation result = Allocation.__new__(Allocation)
+    result.target = target
+    result.kind = kind
+    result.prototype = prototype
+    return result
+
+
+cdef void set_error(void* context, const char* kind, const char* message) noexcept with gil:
+    (<list>context).append(
+        f"{(<bytes>kind).decode(errors='replace')}: {(<bytes>message).decode(errors='replace')}"
+    )
+
+
+cdef object allocate_by_exchange(
+    const DLPackExchangeAPI* api, tuple shape, int element, int device_type, int device_id
+):
+    cdef DLTensor prototype
+    cdef DLManagedTensorVersioned* managed = NULL
+    cdef void* array = NULL
+    cdef int64_t sizes[MAX_NDIM]
+    cdef list errors = []
+    cdef object result
+    cdef int i
+    memset(&prototype, 0, sizeof(prototype))
+    for i in range(len(shape)):
+        sizes[i] = shape[i]
+    prototype.device.device_type = device_type
+    prototype.device.device_id = device_id
+    prototype.ndim = len(shape)
+    prototype.dtype = dlpack_dtype(element)
+    prototype.shape = sizes
+    if api.managed_tensor_allocator(&prototype, &managed, <void*>errors, set_error) != 0:
+        if errors:
+            raise MemoryError(f"output: {errors[0]}")
+        raised()
+    if api.managed_tensor_to_py_object_no_sync(managed, &array) != 0:
+        raised()
+    result = <object>array
+    Py_DECREF(result)
+    return result
+
+
+cdef object numpy_dtype(int element, str name):
+    import numpy as np
+
+    if element != BF16:
+        return np.dtype(element_name(element))
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise Unsupported(
+            f"{name}: NumPy has no bfloat16; install ml_dtypes, or ask for float32 or float16"
+        ) from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+cdef object device_array(tuple shape, int element, int device_id, void* stream):
+    from baracuda_cy.memory import DeviceArray
+    from baracuda_cy.stream import Stream
+
+    return DeviceArray.empty(
+        shape, element, stream=Stream.from_handle(<uintptr_t>stream, device=device_id),
+    )
+
+
+cdef Allocation allocate_like(
+    object prototype, tuple shape, int element, int device_type, int device_id, void* stream
+):
+    cdef Kind kind = kind_of(prototype)[0]
+    if len(shape) > MAX_NDIM:
+        too_many_dimensions(len(shape), "output")
+    if kind.route == EXCHANGE:
+        return allocated(allocate_by_exchange(kind.api, shape, element, device_type, device_id))
+    if kind.framework == TORCH:
+        torch = sys.modules["torch"]
+        where = "cpu" if device_type == kDLCPU else f"cuda:{device_id}"
+        return allocated(
+            torch.empty(shape, dtype=getattr(torch, element_name(element)), device=where)
+        )
+    if device_type == kDLCPU:
+        import numpy as np
+
+        target = np.empty(shape, numpy_dtype(element, "output"))
+        return allocated(target, PUT_ON_JAX_CPU if kind.framework == JAX else MADE, prototype)
+    if kind.framework == CUPY:
+        cupy = sys.modules["cupy"]
+        dtype = numpy_dtype(element, "output")
+        # CuPy's pool reuses memory in the order of the stream that is current when it lends it.
+        with cupy.cuda.Device(device_id):
+            with cupy.cuda.ExternalStream(<uintptr_t>stream, device_id):
+                return allocated(cupy.empty(shape, dtype))
+    target = device_array(shape, element, device_id, stream)
+    return allocated(target, HAND_TO_JAX if kind.framework == JAX else SETTLE, prototype)
+
+
+# ---- what Python sees ----------------------------------------------------------------------------
+
+
+cdef str text_of(ArrayView* view, object array):
+    name = element_name(view.element)
+    if view.element == 0:
+        # Types that are none of ours still have a name in their own library.
+        dtype = getattr(array, "dtype", None)
+        name = str(dtype).rpartition(".")[2] if dtype is not None else name
+    shape = ", ".join([str(view.shape[i]) for i in range(view.ndim)])
+    where = "cpu" if view.device_type == kDLCPU else f"cuda:{view.device_id}"
+    return f"{name}[{shape}] on {where}"
+
+
+cpdef object describe(object array):
+    """Short text for messages, such as ``"float16[8, 4096] on cuda:0"``.
+
+    Parameters
+    ----------
+    array : object
+        Any array; what is none gets the name of its type.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> from baracuda_cy.dlpack import describe
+    >>> describe(bytearray(16)), describe(None)
+    ('uint8[16] on cpu', 'NoneType')
+    """
+    cdef ArrayView view
+    memset(&view, 0, sizeof(view))
+    try:
+        acquire_view(array, &view, NULL, False, "array")
+        return text_of(&view, array)
+    except Exception:
+        return type(array).__name__
+    finally:
+        release_view(&view)
+
+
+cdef str route_name(object array, ArrayView* view):
+    cdef Kind kind = kind_of(array)[0]
+    cdef Route route = route_of(array, &kind)
+    if route == OWN:
+        return "baracuda_cy"
+    if route == EXCHANGE:
+        return "__dlpack_c_exchange_api__"
+    if route == CUDA_INTERFACE:
+        return "__cuda_array_interface__"
+    if route == DLPACK:
+        return "__dlpack__" if view.keep_kind == KEEP_VERSIONED else "__dlpack__ (unversioned)"
+    return "buffer protocol"
+
+
+def inspect(array, stream=None):
+    """Show what the library sees of an array.
+
+    Parameters
+    ----------
+    array : object
+        Any array.
+    stream : Stream or object with ``__cuda_stream__``, optional
+        Show it as to work on this stream: the array's own stream is ordered before it. By default
+        nothing is ordered.
+
+    Returns
+    -------
+    dict
+        ``pointer`` (int, of the first element), ``shape``, ``strides`` (elements), ``element``
+        (`ElementKind`, or None when the dtype is none of ours), ``device``, ``readonly``,
+        ``foreign_order`` (whether it is held until a kernel on `stream` is done) and ``protocol``
+        (how it was read).
+
+    Raises
+    ------
+    NotAnArray
+        `array` offers no protocol.
+    InvalidProblem
+        Its library refuses to share it, or it is none that can be described.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from baracuda_cy.dlpack import inspect
+    >>> seen = inspect(np.zeros((2, 6), "float16")[:, ::2])
+    >>> seen["shape"], seen["strides"], seen["element"], seen["protocol"]
+    ((2, 3), (6, 2), ElementKind.F16, 'buffer protocol')
+    """
+    cdef ArrayView view
+    cdef void* handle = NULL
+    cdef int device = -1
+    memset(&view, 0, sizeof(view))
+    if stream is not None:
+        stream_of(stream, &handle, &device)
+    acquire_view(array, &view, handle, stream is not None, "array")
+    try:
+        return {
+            "pointer": <uintptr_t>view.data,
+            "shape": tuple([view.shape[i] for i in range(view.ndim)]),
+            "strides": tuple([view.strides[i] for i in range(view.ndim)]),
+            "element": ElementKind(view.element) if view.element else None,
+            "device": "cpu" if view.device_type == kDLCPU else f"cuda:{view.device_id}",
+            "readonly": bool(view.readonly),
+            "foreign_order": bool(view.foreign_order),
+            "protocol": route_name(array, &view),
+        }
+    finally:
+        release_view(&view)
