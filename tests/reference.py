@@ -181,7 +181,7 @@ def decode(data, name, nrows, ncols):
 def stage(x):
     """Stage float32 tokens [M, K]: int64 codes [M, G, 32] and float32 scales [M, G]."""
     x = np.asarray(x, F32)
-    groups = x.reshape(x.shape[0], -1, 32)
+    groups = x.reshape(x.shape[0], x.shape[1] // 32, 32)
     finite = np.isfinite(groups).all(axis=2)
     amax = np.abs(np.where(finite[..., None], groups, 0)).max(axis=2, initial=0)
     live = finite & (amax >= F32(1e-36))

@@ -81,32 +81,28 @@ cdef str device_name(int32_t device_type, int32_t device_id):
 cdef int resolve_device(object device, int32_t* device_type, int32_t* device_id) except -1:
     """Find the device that a name, a stream or an array stands for."""
     cdef object asked = device
-    # torch.device has type and index and prints as a name.
-    if not isinstance(asked, str) and hasattr(asked, "type") and hasattr(asked, "index"):
-        asked = str(asked)
     device_type[0] = HOST
     device_id[0] = 0
-    if isinstance(asked, str) and asked in ("cpu", "cpu:0"):
-        return 0
-    if not isinstance(asked, str) and not hasattr(asked, "__cuda_stream__"):
-        if not device_of(asked, device_type, device_id):
-            raise invalid(
-                "device", '"cpu", "cuda", "cuda:1", a Stream or an array', repr(device),
-                'name the device, as in "cpu"',
-            )
+    if device_of(asked, device_type, device_id):
         if device_type[0] == HOST:
             device_id[0] = 0
             return 0
-    device_type[0] = CUDA
-    if isinstance(asked, str) or hasattr(asked, "__cuda_stream__"):
-        if isinstance(asked, str) and asked.partition(":")[0] != "cuda":
+    else:
+        # torch.device prints as a name.
+        if hasattr(asked, "type") and hasattr(asked, "index"):
+            asked = str(asked)
+        if isinstance(asked, str) and asked in ("cpu", "cpu:0"):
+            return 0
+        if not hasattr(asked, "__cuda_stream__") and str(asked).partition(":")[0] != "cuda":
             raise invalid(
-                "device", '"cpu", "cuda", "cuda:1", a Stream or an array', repr(device),
+                "device", '"cpu", "cuda", "cuda:1", a Stream or an array',
+                repr(device) if isinstance(device, str) else type(device).__name__,
                 'name the device, as in "cpu"',
             )
+        device_type[0] = CUDA
         why = _cuda_module.why_unavailable()
         if why is not None:
-            raise Unsupported(f'device: {why}; device="cpu" runs the same plans with the same bits')
+            raise Unsupported(f"device: {why}")
         device_id[0] = cuda_ordinal(asked)
     _cuda.require_device(device_id[0])
     return 0
@@ -358,6 +354,8 @@ cdef class Plan:
                     )
             self.check(&call, arrays, names)
             if start:
+                if self.workspace_size and arrays[WORKSPACE] == NULL:
+                    raise WorkspaceTooSmall(self.workspace_size, 0)
                 self.start(&call, arrays)
         finally:
             for slot in range(SLOTS):
@@ -372,8 +370,6 @@ cdef class Plan:
             if self.operands[slot].role == ABSENT:
                 continue
             if arrays[slot] == NULL:
-                if self.operands[slot].role == SCRATCH:
-                    raise WorkspaceTooSmall(self.workspace_size, 0)
                 continue
             view = &call.views[slot]
             fault = WRONG_DEVICE

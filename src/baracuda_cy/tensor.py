@@ -107,7 +107,8 @@ class GgufTensor:
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name}: a GgufTensor is immutable; make another one")
 
-    __delattr__ = __setattr__  # type: ignore[assignment]
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
 
     def __repr__(self) -> str:
         where = f"{self.nbytes} bytes on {self.device}"

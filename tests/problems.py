@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights, activations and backends to test with, and ggml's own C code through ctypes."""
+
+import ctypes
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+
+import baracuda_cy as bcy
+
+FORMATS = list(reference.FORMATS)
+FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+BITS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
+BACKENDS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+# Byte offsets of a block's scales in half precision.
+_HALVES = {
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "Q8_0": [0],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+    "IQ4_NL": [0],
+    "IQ4_XS": [0],
+}
+
+
+def block_size(name):
+    return reference.FORMATS[name][1]
+
+
+def packed_bytes(name, nrows, ncols):
+    _, elements, size = reference.FORMATS[name]
+    return nrows * ncols // elements * size
+
+
+def random_weight(name, nrows, ncols, seed=0):
+    """Packed blocks of every bit pattern, with scales of ordinary size and either sign."""
+    rng = np.random.default_rng([seed, nrows, ncols, reference.FORMATS[name][0]])
+    size = reference.FORMATS[name][2]
+    data = rng.integers(0, 256, (packed_bytes(name, nrows, ncols) // size, size), np.uint8)
+    for at in _HALVES.get(name, []):
+        scale = rng.normal(0, 0.05, len(data)).astype(np.float16)
+        data[:, at : at + 2] = scale[:, None].view(np.uint8)
+    if name == "Q8_K":
+        data[:, :4] = rng.normal(0, 0.01, (len(data), 1)).astype(np.float32).view(np.uint8)
+    if name == "MXFP4":
+        data[:, 0] = rng.integers(118, 128, len(data))
+    return data.reshape(-1)
+
+
+def random_activations(m, k, dtype="float32", seed=1):
+    """Normal tokens with a few outliers and a zero group."""
+    rng = np.random.default_rng([seed, m, k])
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    x *= np.where(rng.random((m, k)) < 0.01, 20, 1)
+    if m and k:
+        x[-1, :32] = 0
+    return x.astype(FLOATS[dtype])
+
+
+def bits(array):
+    return np.asarray(array).view({2: np.uint16, 4: np.uint32}[np.asarray(array).dtype.itemsize])
+
+
+class _Strided:
+    """A CUDA array that only has the CUDA array interface."""
+
+    def __init__(self, owner, interface):
+        self.owner = owner
+        self.__cuda_array_interface__ = interface
+
+
+class Backend:
+    """Arrays of a device without any framework."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def put(self, array, padding=0):
+        """`array` on the device, its rows `padding` elements further apart than they need be."""
+        rows, cols = array.shape if array.ndim == 2 else (1, array.size)
+        wide = np.zeros((rows, cols + padding), array.dtype)
+        wide[:, :cols] = array.reshape(rows, cols)
+        if self.device == "cpu":
+            return wide[:, :cols].reshape(array.shape) if array.ndim == 2 else wide[0, :cols]
+        buffer = bcy.DeviceBuffer.from_host(wide.view(np.uint8).reshape(-1), device=self.device)
+        name = array.dtype.name
+        if not padding:
+            return bcy.DeviceArray(array.shape, name, buffer)
+        interface = {
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (buffer.ptr, False),
+            "strides": (wide.strides[0], wide.strides[1]) if array.ndim == 2 else None,
+            "version": 3,
+            "stream": 1,
+        }
+        return _Strided(buffer, interface)
+
+    def empty(self, shape, dtype, padding=0):
+        """An array filled with a pattern that no result has."""
+        array = np.full(shape, 77, FLOATS[dtype])
+        return self.put(array, padding)
+
+    def get(self, array, dtype=None, shape=None):
+        if self.device == "cpu":
+            return np.asarray(array)
+        buffer = array.owner if isinstance(array, _Strided) else array.buffer
+        data = np.asarray(buffer.copy_to_host()).view(np.uint8)
+        if isinstance(array, _Strided):
+            interface = array.__cuda_array_interface__
+            kind = np.dtype(interface["typestr"])
+            width = interface["strides"][0] // kind.itemsize
+            return data.view(kind).reshape(-1, width)[:, : interface["shape"][-1]]
+        return data.view(FLOATS.get(array.dtype, array.dtype)).reshape(array.shape)
+
+    def workspace(self, plan):
+        if not plan.workspace_size:
+            return None
+        return bcy.Workspace(plan.workspace_size, device=self.device)
+
+    def run(self, plan, weight, x, bias=None, padding=(0, 0), workspace=None):
+        """Run a product plan on NumPy arrays; a NumPy result."""
+        d = plan.descriptor
+        y = self.empty((d.m, d.nrows), d.output.dtype, padding[1])
+        plan.run(
+            weight if not isinstance(weight, np.ndarray) else self.put(weight),
+            self.put(x, padding[0]),
+            y,
+            bias=None if bias is None else self.put(bias),
+            workspace=self.workspace(plan) if workspace is None else workspace,
+        )
+        return self.get(y)
+
+
+def staged_plan(device, name, nrows, ncols, m, activation="float32", output="float32", **more):
+    pref = more.pop("pref", None)
+    descriptor = bcy.GgufMmvqMultiMDescriptor(
+        nrows=nrows, ncols=ncols, m=m, block_format=name, activation=activation, output=output, **more
+    )
+    return bcy.GgufMmvqMultiMPlan.select(device, descriptor, pref)
+
+
+def float_plan(device, name, nrows, ncols, m, activation="float32", output=None, **more):
+    pref = more.pop("pref", None)
+    descriptor = bcy.GgufMmvqDescriptor(
+        nrows=nrows, ncols=ncols, m=m, block_format=name, activation=activation, output=output, **more
+    )
+    return bcy.GgufMmvqPlan.select(device, descriptor, pref)
+
+
+def dequantize_plan(device, name, nrows, ncols, output="float32", **more):
+    pref = more.pop("pref", None)
+    descriptor = bcy.GgufDequantizeDescriptor(
+        nrows=nrows, ncols=ncols, block_format=name, output=output, **more
+    )
+    return bcy.GgufDequantizePlan.select(device, descriptor, pref)
+
+
+# ---- ggml ----------------------------------------------------------------------------------------
+
+
+class Ggml:
+    """ggml's C code from the libggml-python wheel."""
+
+    def __init__(self):
+        libggml = pytest.importorskip("libggml", reason="libggml-python is not installed")
+        (path,) = Path(libggml.__file__).parent.glob("lib*/libggml-base.so")
+        self.library = ctypes.CDLL(str(path))
+        self.library.ggml_quantize_chunk.restype = ctypes.c_size_t
+
+    @staticmethod
+    def _pointer(array):
+        return array.ctypes.data_as(ctypes.c_void_p)
+
+    def dequantize(self, name, data, count):
+        # The symbols are q4_0 and iq4_nl, but q4_K and iq4_xs.
+        symbol = name.lower().replace("_k", "_K")
+        out = np.empty(count, np.float32)
+        function = getattr(self.library, f"dequantize_row_{symbol}")
+        function(self._pointer(data), self._pointer(out), ctypes.c_int64(count))
+        return out
+
+    def quantize(self, name, array):
+        array = np.ascontiguousarray(array, np.float32)
+        nrows, ncols = array.shape
+        data = np.zeros(packed_bytes(name, nrows, ncols), np.uint8)
+        if name == "Q8_K":
+            self.library.quantize_row_q8_K_ref(
+                self._pointer(array), self._pointer(data), ctypes.c_int64(array.size)
+            )
+            return data
+        self.library.ggml_quantize_chunk(
+            ctypes.c_int(reference.FORMATS[name][0]),
+            self._pointer(array),
+            self._pointer(data),
+            ctypes.c_int64(0),
+            ctypes.c_int64(nrows),
+            ctypes.c_int64(ncols),
+            None,
+        )
+        return data
