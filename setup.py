@@ -334,17 +334,19 @@ class BuildExt(build_ext):
     def translate(self):
         """Cython to C, under build/."""
         from Cython.Build import cythonize
+        from Cython.Compiler.Errors import CompileError
 
-        sources = {
-            module.name: module.sources
-            for module in cythonize(
+        try:
+            modules = cythonize(
                 self.extensions,
                 nthreads=jobs(),
                 build_dir=str(BUILD / "cython"),
                 include_path=["src"],
                 compiler_directives={"language_level": 3},
             )
-        }
+        except CompileError as error:  # the messages themselves are printed already
+            sys.exit(f"Cython failed: {error}")
+        sources = {module.name: module.sources for module in modules}
         for extension in self.extensions:
             extension.sources = sources[extension.name]
 
