@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "baracuda/formats.h"
 
@@ -125,12 +126,18 @@ struct MXFP4Block {
     block[0] = uint8_t(e);
     const float unit = MXFP4::scale(block, 0);
     // Nearest value, the smaller magnitude in a tie. The thresholds are exact: values of at most
-    // three bits.
-    static constexpr float kMiddles[7] = {0.5f, 1.5f, 2.5f, 3.5f, 5.0f, 7.0f, 10.0f};
+    // three bits. What exceeds float32 at this exponent is out of reach.
+    static constexpr float kValues[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+    float thresholds[7];
+    for (int i = 0; i < 7; ++i) {
+      const float middle = 0.5f * (kValues[i] + kValues[i + 1]);
+      const bool reachable = is_finite(kValues[i + 1] * unit);
+      thresholds[i] = reachable ? middle * unit : std::numeric_limits<float>::infinity();
+    }
     int codes[32];
     for (int j = 0; j < 32; ++j) {
       int code = 0;
-      for (float middle : kMiddles) code += std::fabs(x[j]) > middle * unit;
+      for (float threshold : thresholds) code += std::fabs(x[j]) > threshold;
       codes[j] = code != 0 && x[j] < 0.0f ? code + 8 : code;
     }
     pack_nibbles(codes, block + 1);

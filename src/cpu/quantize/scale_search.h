@@ -93,7 +93,10 @@ struct InHalf {
 
 struct InFloat {
   static Superscale round(float wanted, int exponent) {
-    const float d = std::ldexp(wanted, -exponent);
+    // The largest whose product with a level of 127 is finite.
+    constexpr float kLargest = std::numeric_limits<float>::max() / 127 * (1.0f - 0x1p-23f);
+    float d = std::ldexp(wanted, -exponent);
+    d = d > kLargest ? kLargest : d < -kLargest ? -kLargest : d;
     return {std::ldexp(d, exponent), as_bits(d)};
   }
 };
@@ -259,14 +262,11 @@ class OffsetSearch {
     float level = 0.0f;  // mean level under this scale and offset
   };
 
-  // Guesses move the smallest and the largest element from the ends of the levels by so many steps
-  // in turn: both ways where there are many levels, inwards only where clipping costs more than a
-  // finer step brings.
   static constexpr int kReach = 1;
-  static constexpr bool kFewLevels = Levels::kHighest < 7;
-  static constexpr int kMoves = kFewLevels ? 3 : 5;
-  static constexpr float kFirstMove = kFewLevels ? 0.0f : -0.66f;
-  static constexpr float kNextMove = kFewLevels ? 0.25f : 0.33f;
+
+  // A guess moves the smallest and the largest element so many steps in from the ends of the
+  // levels. Moving one out by a step leaves a level unused, which suits elements of few values.
+  static constexpr float kMoves[] = {0.0f, 0.25f, 0.5f, -0.25f, -1.0f};
 
   OffsetSearch(const float* x, int exponent) : x_(x), exponent_(exponent) {}
 
@@ -287,10 +287,9 @@ class OffsetSearch {
     estimates_[g] = {0.0f, mean, 0.0f};
     const float step = (high - low) / Levels::kHighest;
     float explained = 0.0f;
-    for (int i = 0; i < kMoves; ++i) {
-      for (int j = 0; j < kMoves; ++j) {
-        const float from = low - mean + step * (kFirstMove + kNextMove * float(i));
-        const float to = high - mean - step * (kFirstMove + kNextMove * float(j));
+    for (const float up : kMoves) {
+      for (const float down : kMoves) {
+        const float from = low - mean + step * up, to = high - mean - step * down;
         const Moments sums = moments<Levels, kSize>(centered, (to - from) / Levels::kHighest, from);
         const float variance = sums.cc - sums.c * sums.c / kSize;
         // Guesses that differ by rounding only are equal: the first is kept, so that groups alike
