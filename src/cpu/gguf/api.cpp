@@ -17,7 +17,33 @@ struct Isa {
 };
 
 constexpr Isa kBaseline = {"baseline", baseline_kernels};
-const Isa& isa() { return kBaseline; }
+#ifdef __x86_64__
+constexpr Isa kAvx2 = {"avx2", avx2_kernels};
+constexpr Isa kAvx512 = {"avx512_vnni", avx512_kernels};
+#endif
+
+// The best that the processor has. BARACUDA_CPU_ISA (baseline, avx2 or avx512) can only lower it.
+Isa choose_isa() {
+#ifdef __x86_64__
+  const char* const asked = getenv("BARACUDA_CPU_ISA");
+  const bool at_most_avx2 = asked && strcmp(asked, "avx2") == 0;
+  const bool at_most_baseline = asked && strcmp(asked, "baseline") == 0;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (!avx2 || at_most_baseline) return kBaseline;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  return avx512 && !at_most_avx2 ? kAvx512 : kAvx2;
+#else
+  return kBaseline;
+#endif
+}
+
+const Isa& isa() {
+  static const Isa chosen = choose_isa();
+  return chosen;
+}
 
 bool is_element(int32_t type) { return type == BCY_F32 || type == BCY_F16 || type == BCY_BF16; }
 

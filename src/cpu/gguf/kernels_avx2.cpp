@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/gguf/floats.h"
+#include "cpu/gguf/products.h"
+#include "cpu/gguf/staging.h"
+#include "cpu/gguf/vectors_avx2.h"
+
+namespace bcy::cpu {
+namespace {
+
+template <class Format>
+constexpr Kernels kKernels = {Staging<Avx2, Format>::stage, Product<Avx2, Format>::matmul,
+                              FloatPath<Avx2, Format>::matvec, FloatPath<Avx2, Format>::dequantize};
+
+}  // namespace
+
+const Kernels* avx2_kernels(int32_t format) {
+  switch (format) {
+#define BCY_FORMAT(name, file) \
+  case name::kId:              \
+    return &kKernels<name>;
+#include "baracuda/formats.def"
+#undef BCY_FORMAT
+  }
+  return nullptr;
+}
+
+}  // namespace bcy::cpu

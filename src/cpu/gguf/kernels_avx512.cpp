@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/gguf/floats.h"
+#include "cpu/gguf/products.h"
+#include "cpu/gguf/staging.h"
+#include "cpu/gguf/vectors_avx512.h"
+
+namespace bcy::cpu {
+namespace {
+
+template <class Format>
+constexpr Kernels kKernels = {Staging<Avx512, Format>::stage, Product<Avx512, Format>::matmul,
+                              FloatPath<Avx512, Format>::matvec,
+                              FloatPath<Avx512, Format>::dequantize};
+
+}  // namespace
+
+const Kernels* avx512_kernels(int32_t format) {
+  switch (format) {
+#define BCY_FORMAT(name, file) \
+  case name::kId:              \
+    return &kKernels<name>;
+#include "baracuda/formats.def"
+#undef BCY_FORMAT
+  }
+  return nullptr;
+}
+
+}  // namespace bcy::cpu

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+// The staged product for any instruction set V:
+//
+//   Words, Ints, Floats       GCC vectors of V::kRows * kLanes 32-bit elements: lane p of row r is
+//   r * kLanes + p kAnyByte                  dot takes any unsigned code; else codes should be
+//   small load_chunk(rows, stride, d)         16 bytes from every lane, transposed to four vectors
+//   of dwords half_to_float, to_float, as_float   of the low 16 bits; of a signed integer; of bits
+//   select<mask>(a, b)                  bits of a where mask has ones, else of b
+//   copy_byte<i>(w)                     byte i of every dword to all four
+//   add_where<mask, n>(w, bits)         n to every byte of w whose bit of mask is set in bits
+//   look_up(table, offset, w)           table[byte] + offset for every byte
+//   dot<max, words>(codes, u, correction)
+//   broadcast(p)                        eight floats for every row
+//   fma(a, b, c), fma_where(mask, a, b, c)
+//   meet(sums, out)                     one sum per row, in the order of meet() in order.cuh
+#pragma once
+
+#include <utility>
+
+#include "cpu/gguf/unpack.h"
+
+namespace bcy::cpu {
+namespace {
+
+template <class V, class Format>
+struct Product {
+  using Words = typename V::Words;
+  using Floats = typename V::Floats;
+  using U = Unpack<V, Format>;
+  using L = Layout<Format>;
+  static constexpr int kUnitBytes = L::kUnitBytes;
+  // Lanes are read side by side: the processor's own prefetcher sees no stream in that.
+  static constexpr int64_t kPrefetch = 12 << 10;
+
+  static constexpr uint32_t chunks_before(int group) {
+    uint32_t seen = 0;
+    for (int g = 0; g < group; ++g) seen |= U::chunks(g);
+    return seen;
+  }
+  static constexpr int kChunks = 32 - __builtin_clz(chunks_before(kUnitGroups));
+  static constexpr int kOverread = 16 * kChunks > kUnitBytes ? 16 * kChunks - kUnitBytes : 0;
+
+  template <int g, int i = 0>
+  static BCY_INLINE void load_chunks(const uint8_t* const* rows, Words* d) {
+    if constexpr (i < kChunks) {
+      constexpr bool kWanted = (U::chunks(g) & ~chunks_before(g)) >> i & 1u;
+      if constexpr (kWanted) V::template load_chunk<kUnitBytes>(rows, 16 * i, d + 4 * i);
+      load_chunks<g, i + 1>(rows, d);
+    }
+  }
+
+  // What a group of weights is to all tokens.
+  struct Group {
+    Words codes[8];
+    Floats scale;
+    Floats half_scales[L::kHalves];
+    Floats minima[L::kHalves];
+  };
+
+  template <int g>
+  static BCY_INLINE Group unpack(const Words* d) {
+    Group group;
+    U::template codes<g>(d, group.codes);
+    group.scale = U::template scale<g>(d);
+    if constexpr (L::kHalves == 2) {
+      group.half_scales[0] = U::template half_scale<g, 0>(d);
+      group.half_scales[1] = U::template half_scale<g, 1>(d);
+    }
+    if constexpr (Format::kMinima > 0) {
+      for (int half = 0; half < L::kHalves; ++half) {
+        group.minima[half] = U::template minimum<g>(d, half);
+      }
+    }
+    return group;
+  }
+
+  template <int kWords>
+  static BCY_INLINE typename V::Ints dot(const Words* codes, const uint8_t* u,
+                                         const uint8_t* correction) {
+    return V::template dot<U::kMax, kWords>(codes, u, kOffset<Format> ? correction : nullptr);
+  }
+
+  template <int g>
+  static BCY_INLINE Floats add_step(Floats sum, const Group& group, const uint8_t* record,
+                                    typename V::Mask mask) {
+    const uint8_t* const extra = record + L::kSum;
+    Floats dots;
+    if constexpr (L::kHalves == 1) {
+      dots = V::to_float(dot<8>(group.codes, record, extra) << U::pending(g));
+    } else {
+      // Every integer here is below 2^24. Starting from +0 keeps a zero sum from being -0.
+      const Floats first = V::to_float(dot<4>(group.codes, record, extra) << U::pending(g));
+      const Floats second = V::to_float(
+          dot<4>(group.codes + 4, record + 16 * kLanes, extra + 4 * kLanes) << U::pending(g));
+      dots = V::fma(group.half_scales[0], first, Floats{});
+      dots = V::fma(group.half_scales[1], second, dots);
+    }
+    const Floats scale = group.scale * V::broadcast(record + L::kScale);
+    sum = V::fma_where(mask, dots, scale, sum);
+    if constexpr (Format::kMinima > 0) {
+      for (int half = 0; half < L::kHalves; ++half) {
+        sum = V::fma_where(mask, group.minima[half], V::broadcast(extra + 4 * kLanes * half), sum);
+      }
+    }
+    return sum;
+  }
+
+  // A span of V::kRows rows. kOne: a single token, whose sums stay in a register.
+  template <bool kOne, int g>
+  static BCY_INLINE void add_group(Words* d, const uint8_t* const* rows, int64_t ahead,
+                                   const uint8_t* staged, int64_t token_stride, int tokens,
+                                   const uint8_t* masks, Floats* sums) {
+    for (int r = 0; r < V::kRows; ++r) {
+      for (int line = (g * kUnitBytes + 63) / 64 * 64; line < (g + 1) * kUnitBytes; line += 64) {
+        __builtin_prefetch(rows[r] + ahead + line);
+      }
+    }
+    load_chunks<g>(rows, d);
+    const Group group = unpack<g>(d);
+    const typename V::Mask mask = V::mask(masks[g]);
+    staged += g * L::kRecord;
+    if constexpr (kOne) {
+      sums[0] = add_step<g>(sums[0], group, staged, mask);
+    } else {
+      for (int t = 0; t < tokens; ++t) {
+        sums[t] = add_step<g>(sums[t], group, staged + t * token_stride, mask);
+      }
+    }
+  }
+  template <bool kOne, int... g>
+  static BCY_INLINE void add_span(const uint8_t* const* rows, int64_t ahead, const uint8_t* staged,
+                                  int64_t token_stride, int tokens, const uint8_t* masks,
+                                  Floats* sums, std::integer_sequence<int, g...>) {
+    Words d[4 * kChunks];
+    (add_group<kOne, g>(d, rows, ahead, staged, token_stride, tokens, masks, sums), ...);
+  }
+
+  // Where a tile's lanes find their units when these do not follow each other in the matrix, or
+  // when reading whole chunks would leave it.
+  struct Copy {
+    alignas(64) uint8_t bytes[V::kRows][kLanes * kUnitBytes + kOverread];
+  };
+
+  template <bool kOne>
+  static void multiply(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end, int64_t first,
+                       int tokens) {
+    const Spans k(args.ncols);
+    const int64_t stride = row_bytes<Format>(args.ncols);
+    const uint8_t* const weight = static_cast<const uint8_t*>(args.weight);
+    const uint8_t* const weight_end = weight + args.nrows * stride;
+    const int64_t token_stride = token_bytes<Format>(args.ncols);
+    const uint8_t* const staged =
+        static_cast<const uint8_t*>(args.workspace) + first * token_stride;
+    const int64_t full_spans = args.ncols / kSpan;
+    const int rows_per_lane_set = kLanes / k.lanes;
+    const int tile_rows = V::kRows * rows_per_lane_set;
+    const int64_t ahead =
+        kPrefetch / (tile_rows * stride + 1) * tile_rows * stride + tile_rows * stride;
+
+    uint8_t all[kUnitGroups], last[kUnitGroups];
+    for (int g = 0; g < kUnitGroups; ++g) {
+      all[g] = 0xff;
+      last[g] = 0;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t at = full_spans * kSpan + lane % k.lanes * kUnit + g * kGroup;
+        last[g] |= uint8_t((at < args.ncols) << lane);
+      }
+    }
+    Copy copy;
+    bool clean = false;
+
+    for (int64_t row = begin; row < end; row += tile_rows) {
+      const uint8_t* bases[V::kRows];
+      for (int r = 0; r < V::kRows; ++r) {
+        const int64_t at = row + r * rows_per_lane_set;
+        bases[r] = weight + (at < end ? at : end - 1) * stride;
+      }
+      Floats sums[kOne ? 1 : kTokenTile];
+      for (int t = 0; t < (kOne ? 1 : tokens); ++t) sums[t] = Floats{};
+      for (int64_t span = 0; span < k.spans; ++span) {
+        const bool whole = span < full_spans;
+        const int64_t offset = span * kLanes * kUnitBytes;
+        const uint8_t* units[V::kRows];
+        bool in_place = whole;
+        for (int r = 0; r < V::kRows; ++r) {
+          units[r] = bases[r] + offset;
+          in_place &= weight_end - units[r] >= kLanes * kUnitBytes + kOverread;
+        }
+        if (!in_place) {
+          if (!clean) memset(&copy, 0, sizeof copy);
+          clean = true;
+          const int64_t left = stride - offset;
+          for (int r = 0; r < V::kRows; ++r) {
+            for (int i = 0; i < rows_per_lane_set; ++i) {
+              const int64_t at = row + r * rows_per_lane_set + i;
+              const int64_t room = int64_t(k.lanes) * kUnitBytes;
+              memcpy(copy.bytes[r] + i * room, weight + (at < end ? at : end - 1) * stride + offset,
+                     size_t(left < room ? left : room));
+            }
+            units[r] = copy.bytes[r];
+          }
+        }
+        add_span<kOne>(units, ahead, staged + span * kUnitGroups * L::kRecord, token_stride, tokens,
+                       whole ? all : last, sums, std::make_integer_sequence<int, kUnitGroups>());
+      }
+      for (int t = 0; t < (kOne ? 1 : tokens); ++t) {
+        store_tile(args, first + t, row, end, k.lanes, sums[t]);
+      }
+    }
+  }
+
+  static BCY_INLINE void store_tile(const bcy_gguf_matmul_args& args, int64_t token, int64_t row,
+                                    int64_t end, int lanes, Floats sums) {
+    float results[V::kRows * kLanes];
+    const int count = V::kRows * kLanes / lanes;
+    if (lanes == kLanes) {
+      V::meet(sums, results);
+    } else {
+      alignas(64) float p[V::kRows * kLanes + kLanes] = {};
+      memcpy(p, &sums, sizeof sums);
+      for (int r = 0; r < count; ++r) {
+        const float* const q = p + r * lanes;
+        const float zero = 0.0f;
+        results[r] = meet(q[0], lanes > 1 ? q[1] : zero, lanes > 2 ? q[2] : zero,
+                          lanes > 2 ? q[3] : zero, zero, zero, zero, zero);
+      }
+    }
+    with_element(args.y_type, [&](auto element) {
+      for (int r = 0; r < count && row + r < end; ++r) {
+        store_output<decltype(element)>(args, token, row + r, results[r]);
+      }
+    });
+  }
+
+  static void matmul(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
+    for (int64_t first = 0; first < args.m; first += kTokenTile) {
+      const int64_t left = args.m - first;
+      if (left == 1) {
+        multiply<true>(args, begin, end, first, 1);
+      } else {
+        multiply<false>(args, begin, end, first, int(left < kTokenTile ? left : kTokenTile));
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace bcy::cpu
