@@ -393,10 +393,10 @@ def show(console, results, query: str, device: str) -> None:
         quality.add_row(*row, end_section=result is reference)
     console.print(quality)
 
-    room = max(1, (console.width - 50) // 11)
+    room = max(1, (console.width - 50) // 9)
     shown = packed[:: -(-len(packed) // room)]  # what a narrow terminal has room for
     search = Table(title=f"Search: {query}", **plain)
-    space = console.width - 12 * (1 + len(shown))
+    space = console.width - 9 * (1 + len(shown)) - 3
     search.add_column("sentence", no_wrap=True, overflow="ellipsis", max_width=space)
     for name in ("float32", *shown):
         search.add_column(name, justify="right", no_wrap=True)
@@ -440,7 +440,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=150)
+        console = Console(width=160)
     device = choose_device(options.device)
     weights, tokenizer = load_model()
     with contextlib.ExitStack() as stack:

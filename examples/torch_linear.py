@@ -30,7 +30,7 @@ plan = bcy.GgufMmvqMultiMPlan.select(
     device,
     bcy.GgufMmvqMultiMDescriptor(nrows=1024, ncols=4096, m=8, block_format="Q4_K"),
 )
-scratch = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
+scratch = bcy.Workspace(plan.workspace_size, device=device)
 out = torch.empty(8, 1024, device=device)
 plan.run(weight.data, x.view(8, 4096), out, workspace=scratch)
 assert torch.equal(out + bias, y.view(8, 1024))
