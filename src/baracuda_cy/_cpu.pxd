@@ -2,14 +2,19 @@
 # The CPU half of the native code. Functions raise on failure; threads <= 0 takes default_threads().
 from libc.stdint cimport int32_t, int64_t
 
-from baracuda_cy._native cimport bcy_gguf_dequantize_args, bcy_gguf_matmul_args, bcy_gguf_quantize_args
+from baracuda_cy._native cimport (
+    bcy_gguf_dequantize_args,
+    bcy_gguf_matmul_args,
+    bcy_gguf_quantize_args,
+)
 
 cdef int gguf_dequantize(const bcy_gguf_dequantize_args* args, int threads) except -1 nogil
 cdef int gguf_matvec(const bcy_gguf_matmul_args* args, int threads) except -1 nogil
 cdef int gguf_stage(const bcy_gguf_matmul_args* args, int threads) except -1 nogil
 cdef int gguf_matmul(const bcy_gguf_matmul_args* args, int threads) except -1 nogil
 cdef int gguf_quantize(const bcy_gguf_quantize_args* args, int threads) except -1 nogil
-cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil   # -1 beyond int64
+# -1 beyond int64
+cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil
 # Elements and bytes of one block, 0 for a format that is not in formats.def.
 cdef int64_t gguf_block_elements(int32_t format) noexcept nogil
 cdef int64_t gguf_block_bytes(int32_t format) noexcept nogil

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU half of the native code: the operations in C++, over the same format definitions as the CUDA kernels."""
+"""The CPU half of the native code: the operations in C++, over the same formats as the kernels."""
 
 from libc.stdint cimport int32_t, int64_t
 

@@ -12,7 +12,8 @@ cdef int gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream) exc
 cdef int gguf_matvec(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil
 cdef int gguf_stage(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil
 cdef int gguf_matmul(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil
-cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil   # -1 beyond int64
+# -1 beyond int64
+cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil
 
 # Raise Unsupported, with the reason and the remedy, unless there is such a device, or this build's
 # kernels run on it.
@@ -46,6 +47,7 @@ cdef int malloc_device(int device, int64_t nbytes, void* stream, void** pointer)
 cdef int free_device(int device, void* pointer, void* stream) noexcept nogil
 cdef int malloc_pinned(int64_t nbytes, void** pointer) except -1 nogil
 cdef int free_pinned(void* pointer) noexcept nogil
-cdef int copy(int device, void* to, const void* source, int64_t nbytes, void* stream) except -1 nogil
+cdef int copy(
+    int device, void* to, const void* source, int64_t nbytes, void* stream) except -1 nogil
 cdef int fill(int device, void* to, int value, int64_t nbytes, void* stream) except -1 nogil
 cdef int pointer_device(const void* pointer, int* device_type, int* device) noexcept nogil

@@ -396,7 +396,9 @@ cdef int free_pinned(void* pointer) noexcept nogil:
     return bcy_cuda_free_host(pointer)
 
 
-cdef int copy(int device, void* to, const void* source, int64_t nbytes, void* stream) except -1 nogil:
+cdef int copy(
+    int device, void* to, const void* source, int64_t nbytes, void* stream
+) except -1 nogil:
     cdef int status = bcy_cuda_memcpy(device, to, source, nbytes, stream)
     return fail(status, b"copying memory") if status else 0
 
@@ -468,7 +470,7 @@ def driver_version():
 
 
 def device_count():
-    """Number of CUDA devices that can be used; 0 where there is no driver, or the driver is too old.
+    """Number of CUDA devices that can be used; 0 without a driver or with one that is too old.
 
     Returns
     -------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The C layout of DLPack 1.x: versioned and legacy tensors, and the exchange table that types offer since 1.2.
+# The C layout of DLPack 1.x: versioned and legacy tensors, and the exchange table of types.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
@@ -46,7 +46,7 @@ cdef struct DLManagedTensor:
     void* manager_ctx
     void (*deleter)(DLManagedTensor*) noexcept
 
-# Everything up to `flags` is stable across major versions: enough to call the deleter of a tensor we cannot read.
+# Everything up to `flags` is stable across major versions: enough to delete what we cannot read.
 cdef struct DLManagedTensorVersioned:
     DLPackVersion version
     void* manager_ctx
@@ -63,8 +63,16 @@ ctypedef void (*DLPackSetError)(void* context, const char* kind, const char* mes
 cdef struct DLPackExchangeAPI:
     DLPackExchangeAPIHeader header
     int (*managed_tensor_allocator)(
-        DLTensor* prototype, DLManagedTensorVersioned** out, void* context, DLPackSetError set_error) noexcept
-    int (*managed_tensor_from_py_object_no_sync)(void* array, DLManagedTensorVersioned** out) noexcept
-    int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned* tensor, void** array) noexcept
+        DLTensor* prototype,
+        DLManagedTensorVersioned** out,
+        void* context,
+        DLPackSetError set_error,
+    ) noexcept
+    int (*managed_tensor_from_py_object_no_sync)(
+        void* array, DLManagedTensorVersioned** out
+    ) noexcept
+    int (*managed_tensor_to_py_object_no_sync)(
+        DLManagedTensorVersioned* tensor, void** array
+    ) noexcept
     int (*dltensor_from_py_object_no_sync)(void* array, DLTensor* out) noexcept
     int (*current_work_stream)(int32_t device_type, int32_t device_id, void** stream) noexcept

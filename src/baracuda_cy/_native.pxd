@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# The C interface of src/cuda/include/baracuda: declarations only. `_cuda` and `_cpu` call these functions and are the
-# only modules that link them; every other module uses the types and calls the wrappers of `_cuda.pxd` and `_cpu.pxd`.
+# The C interface of src/cuda/include/baracuda: declarations only. `_cuda` and `_cpu` call these
+# functions and are the only modules that link them; every other module uses the types and calls the
+# wrappers of `_cuda.pxd` and `_cpu.pxd`.
 from libc.stdint cimport int32_t, int64_t
 
 

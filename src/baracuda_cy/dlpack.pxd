@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 
 
 cdef struct ArrayView:
-    char* data                # first element, byte_offset applied; may be NULL when the array has size 0
+    char* data                # first element, byte_offset applied; may be NULL when the size is 0
     int64_t shape[8]
     int64_t strides[8]        # in elements, always filled (also when the producer gave NULL)
     int32_t ndim
@@ -27,25 +27,26 @@ cdef enum:
 
 
 # `name` = argument's name for messages. stream: the CUDA stream the work will run on (NULL = legacy
-# default); on_cuda_stream False: no CUDA work follows, nothing is ordered. The view must be released,
-# also when it is borrowed (it is valid only as long as the caller holds `array`). Zeroed on failure.
+# default); on_cuda_stream False: no CUDA work follows, nothing is ordered. The view must be
+# released, also when it is borrowed (it is valid only as long as the caller holds `array`). On
+# failure it keeps nothing.
 cdef int acquire_view(
     object array, ArrayView* view, void* stream, bint on_cuda_stream, str name) except -1
 # Idempotent; a zero-initialised view is fine. Needs the GIL.
 cdef void release_view(ArrayView* view) noexcept
 # Refuses torch tensors with requires_grad=True; costs a look at the type for all others.
 cdef int check_no_grad(object array, str name) except -1
-# 1 when the array's framework says on which CUDA stream it works now (exchange API, torch, CuPy, our
-# buffers), else 0.
+# 1 when the array's framework says on which CUDA stream it works now (exchange API, torch, CuPy,
+# our buffers), else 0.
 cdef int current_stream(object array, void** stream) except -1
 # The same for an array that is expected on CUDA device `device_id`: torch tensors need not be read.
 cdef int current_stream_on(object array, int32_t device_id, void** stream) except -1
 # 1 if it is an array (device_type as in ArrayView), 0 if not.
 cdef int device_of(object array, int32_t* device_type, int32_t* device_id) except -1
 # Moves what the views keep alive, and a reference to `owners` (the arrays), into a list that is
-# released once the work now on `stream` is done. Leaves the views zeroed. While `stream` is capturing
-# a graph nothing is held: events cannot be queried then, and a replay needs the arrays as long as the
-# graph lives, which only the caller knows.
+# released once the work now on `stream` is done. Leaves the views zeroed. While `stream` is
+# capturing a graph nothing is held: events cannot be queried then, and a replay needs the arrays as
+# long as the graph lives, which only the caller knows.
 cdef int hold_until_done(
     ArrayView* views, int count, tuple owners, int device, void* stream) except -1
 # Short text "float16[8, 4096] on cuda:0" for messages; the type's name for no array. Never raises.
@@ -54,9 +55,9 @@ cpdef object describe(object array)
 
 @cython.final
 cdef class Allocation:
-    # Memory for a result, in two steps because a JAX array cannot be written once it is one: `target`
-    # is what the kernel writes (pass it to acquire_view); after the launch, finish() gives the array
-    # of the prototype's own framework. Scratch needs no finish().
+    # Memory for a result, in two steps because a JAX array cannot be written once it is one:
+    # `target` is what the kernel writes (pass it to acquire_view); after the launch, finish() gives
+    # the array of the prototype's own framework. Scratch needs no finish().
     cdef object target
     cdef object prototype
     cdef int kind

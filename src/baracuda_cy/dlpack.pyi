@@ -3,7 +3,7 @@ from typing import Any, TypedDict, final
 
 from baracuda_cy.formats import ElementKind
 
-__all__ = ["describe", "inspect", "pending"]
+__all__ = ["describe", "empty_like", "inspect", "pending"]
 
 class _Seen(TypedDict):
     pointer: int
@@ -19,5 +19,8 @@ class _Seen(TypedDict):
 class Allocation: ...
 
 def describe(array: Any) -> str: ...
+def empty_like(
+    prototype: Any, shape: tuple[int, ...], dtype: Any = None, *, stream: Any = None
+) -> Any: ...
 def inspect(array: Any, stream: Any = None) -> _Seen: ...
 def pending() -> int: ...

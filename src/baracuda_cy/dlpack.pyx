@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays of any library, in and out.
 
-In: the C exchange table of the type, else ``__dlpack__``, else ``__cuda_array_interface__``, else the
-buffer protocol. NumPy arrays go through the buffer protocol, which is faster and knows what is
+In: the C exchange table of the type, else ``__dlpack__``, else ``__cuda_array_interface__``, else
+the buffer protocol. NumPy arrays go through the buffer protocol, which is faster and knows what is
 read-only. How a type is read is found out once and remembered.
 
 Out: results are allocated by the library that made the array they belong to.
@@ -56,10 +56,16 @@ import atexit
 import os
 import sys
 
-from baracuda_cy.errors import BaracudaError, InvalidProblem, NotAnArray, Unsupported
+from baracuda_cy.errors import (
+    BaracudaError,
+    InvalidProblem,
+    NotAnArray,
+    OutOfMemory,
+    Unsupported,
+)
 from baracuda_cy.formats import ElementKind
 
-__all__ = ["describe", "inspect", "pending"]
+__all__ = ["describe", "empty_like", "inspect", "pending"]
 
 cdef extern from *:
     """
@@ -415,7 +421,7 @@ cdef int unreadable(const DLTensor* tensor, str name) except -1:
     if not 0 <= tensor.ndim <= MAX_NDIM:
         too_many_dimensions(tensor.ndim, name)
     if tensor.ndim and tensor.shape == NULL:
-        raise InvalidProblem(f"{name}: expected a shape, got none from its producer; copy the array")
+        raise InvalidProblem(f"{name}: expected a shape, got none from its library; copy the array")
     shape = tuple([tensor.shape[i] for i in range(tensor.ndim)])
     if min(shape, default=0) < 0:
         raise InvalidProblem(f"{name}: expected sizes of 0 or more, got shape {shape}")
@@ -491,7 +497,9 @@ cdef object call_dlpack(object array, dict arguments, Kind* kind):
     return capsule
 
 
-cdef object request_capsule(object array, int device_type, int device_id, object stream, Kind* kind):
+cdef object request_capsule(
+    object array, int device_type, int device_id, object stream, Kind* kind
+):
     cdef int previous = -1
     if device_type != kDLCUDA and device_type != kDLCUDAManaged:
         return call_dlpack(array, {}, kind)
@@ -646,19 +654,21 @@ cdef int acquire_cuda_interface(
         raise
     except Exception as error:
         raise InvalidProblem(
-            f"{name}: expected a __cuda_array_interface__ of version 2 or 3, got one of {given} that "
-            f"cannot be read: {type(error).__name__}: {error}"
+            f"{name}: expected a __cuda_array_interface__ of version 2 or 3, got one of {given} "
+            f"that cannot be read: {type(error).__name__}: {error}"
         ) from error
     if version > 3:
         raise Unsupported(
             f"{name}: expected a __cuda_array_interface__ of version 3 or less, got {version}"
         )
     if mask is not None:
-        raise InvalidProblem(f"{name}: expected an array without a mask, got {given} with one; fill it")
+        raise InvalidProblem(
+            f"{name}: expected an array without a mask, got {given} with one; fill it"
+        )
     if theirs is not None and (not isinstance(theirs, int) or theirs <= 0):
         raise InvalidProblem(
-            f"{name}: expected the stream of __cuda_array_interface__ to be None, 1, 2 or a handle, "
-            f"got {theirs!r}"
+            f"{name}: expected the stream of __cuda_array_interface__ to be None, 1, 2 or a "
+            f"handle, got {theirs!r}"
         )
     if len(shape) > MAX_NDIM:
         too_many_dimensions(len(shape), name)
@@ -723,8 +733,8 @@ cdef int element_strides(ArrayView* view, object strides, int64_t itemsize, str 
         if itemsize and strides[i] % itemsize:
             if view.shape[i] > 1:
                 raise InvalidProblem(
-                    f"{name}: expected strides that are multiples of the element's {itemsize} bytes, "
-                    f"got {strides}; copy the array, as in .copy()"
+                    f"{name}: expected strides that are multiples of the element's {itemsize} "
+                    f"bytes, got {strides}; copy the array, as in .copy()"
                 )
     return 0
 
@@ -773,10 +783,10 @@ cdef int acquire_buffer(object array, ArrayView* view, str name, Kind* kind) exc
 
 
 cdef int acquire_numpy(object array, ArrayView* view, str name) except -1:
-    """NumPy arrays of types that the buffer protocol has no letter for, such as ml_dtypes' bfloat16."""
+    """NumPy arrays of types that the buffer protocol has no letter for, such as bfloat16."""
     cdef object dtype = array.dtype
     cdef int i
-    if dtype.name == "bfloat16" and type(dtype).__module__.partition(".")[0] in ("ml_dtypes", "numpy"):
+    if dtype.name == "bfloat16" and dtype.type.__module__ == "ml_dtypes":
         return acquire_bfloat16(array, view, name)
     if array.ndim > MAX_NDIM:
         too_many_dimensions(array.ndim, name)
@@ -1264,9 +1274,11 @@ cdef class Allocation:
     cdef object finish(self):
         global handing_over
         if self.kind == HAND_TO_JAX:
+            from jax import dlpack
+
             handing_over += 1
             try:
-                return sys.modules["jax"].dlpack.from_dlpack(self.target)
+                return dlpack.from_dlpack(self.target)
             finally:
                 handing_over -= 1
         if self.kind == PUT_ON_JAX_CPU:
@@ -1311,9 +1323,11 @@ cdef object allocate_by_exchange(
     prototype.dtype = dlpack_dtype(element)
     prototype.shape = sizes
     if api.managed_tensor_allocator(&prototype, &managed, <void*>errors, set_error) != 0:
-        if errors:
-            raise MemoryError(f"output: {errors[0]}")
-        raised()
+        if not errors:
+            raised()
+        if device_type == kDLCUDA:
+            raise OutOfMemory(2, "cudaErrorMemoryAllocation", f"output: {errors[0]}")
+        raise MemoryError(f"output: {errors[0]}")
     if api.managed_tensor_to_py_object_no_sync(managed, &array) != 0:
         raised()
     result = <object>array
@@ -1415,6 +1429,62 @@ cpdef object describe(object array):
         return type(array).__name__
     finally:
         release_view(&view)
+
+
+def empty_like(prototype, shape, dtype=None, *, stream=None):
+    """Allocate an array with the library, and on the device, of another.
+
+    Parameters
+    ----------
+    prototype : array
+        Says which library and device.
+    shape : tuple of int
+        Shape of the result, C-contiguous.
+    dtype : ElementKind, str or a framework's dtype, optional
+        Type of the result; the prototype's by default.
+    stream : Stream or object with ``__cuda_stream__``, optional
+        Where the result will be used; by default the stream the prototype's library works on.
+
+    Returns
+    -------
+    array
+        Its contents are undefined. NumPy for host buffers, `DeviceArray` for a CUDA array whose
+        library is not known to allocate.
+
+    Raises
+    ------
+    NotAnArray
+        `prototype` is none.
+    InvalidProblem
+        Its dtype is none of ours, and none was given.
+    Unsupported
+        NumPy bfloat16 without ml_dtypes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from baracuda_cy.dlpack import empty_like
+    >>> empty_like(np.zeros(3, "float16"), (2, 4)).dtype
+    dtype('float16')
+    """
+    cdef ArrayView view
+    cdef void* handle = NULL
+    cdef int device = -1
+    memset(&view, 0, sizeof(view))
+    acquire_view(prototype, &view, NULL, False, "prototype")
+    release_view(&view)
+    cdef int element = view.element if dtype is None else element_of(dtype, "dtype")
+    if element == 0:
+        raise InvalidProblem(
+            f"dtype: expected one to be named, as the prototype is {describe(prototype)}"
+        )
+    if stream is not None:
+        stream_of(stream, &handle, &device)
+    else:
+        current_stream(prototype, &handle)
+    return allocate_like(
+        prototype, tuple(shape), element, view.device_type, view.device_id, handle
+    ).finish()
 
 
 cdef str route_name(object array, ArrayView* view):

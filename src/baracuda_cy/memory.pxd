@@ -62,7 +62,7 @@ cdef class PinnedBuffer:
     cdef bint _closed
     cdef object __weakref__
     cdef int require_open(self) except -1
-    cdef int free(self) noexcept
+    cdef int destroy(self) noexcept
 
 
 @cython.final
@@ -74,7 +74,7 @@ cdef class DeviceArray:
     cdef int64_t byte_size(self) noexcept
 
 
-# Passes through acquire_view as a uint8 array of `nbytes`, so plans take it where they take an array.
+# Passes through acquire_view as a uint8 array, so plans take it where they take any array.
 @cython.final
 cdef class Workspace:
     cdef object memory            # HostMemory, DeviceMemory or LentMemory; None once closed

@@ -4,7 +4,7 @@
 cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
 from cpython.ref cimport Py_INCREF
-from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
@@ -19,7 +19,6 @@ from baracuda_cy.dlpack cimport (
     current_stream,
     describe,
     element_bytes,
-    element_name,
     element_of,
     hold_until_done,
     exporting_to_jax,
@@ -29,7 +28,6 @@ from baracuda_cy.dlpack cimport (
     release_view,
 )
 from baracuda_cy.stream cimport (
-    Stream,
     StreamHandle,
     cuda_ordinal,
     handle_of,
@@ -178,8 +176,8 @@ cdef int64_t span_of(ArrayView* view, str name, object array) except -1:
     if count and not dense:
         raise InvalidProblem(
             f"{name}: expected a C-contiguous array, got strides "
-            f"{tuple([view.strides[i] for i in range(view.ndim)])} in {describe(array)}; copy it, as "
-            "in .contiguous() or .copy()"
+            f"{tuple([view.strides[i] for i in range(view.ndim)])} in {describe(array)}; copy it, "
+            "as in .contiguous() or .copy()"
         )
     return count * element_bytes(view.element)
 
@@ -225,7 +223,9 @@ cdef StreamHandle choose_stream(DeviceMemory memory, object stream):
     return chosen
 
 
-cdef int copy_in(DeviceMemory memory, void* to, int64_t room, object source, object stream) except -1:
+cdef int copy_in(
+    DeviceMemory memory, void* to, int64_t room, object source, object stream
+) except -1:
     cdef ArrayView view
     cdef int64_t nbytes
     cdef StreamHandle chosen
@@ -296,13 +296,15 @@ cdef object export_device(
     cdef void* consumer
     if stream is not None and (not isinstance(stream, int) or stream == 0 or stream < -1):
         raise InvalidProblem(
-            "stream: expected None, -1 (no ordering), 1 (legacy default), 2 (per-thread default) or "
-            f"a handle, got {stream!r}"
+            "stream: expected None, -1 (no ordering), 1 (legacy default), 2 (per-thread default) "
+            f"or a handle, got {stream!r}"
         )
     asked = None if dl_device is None else (int(dl_device[0]), int(dl_device[1]))
     if asked == (kDLCPU, 0):
         if copy is False:
-            raise BufferError(f"dl_device: cuda:{memory.device} memory reaches the host by copy only")
+            raise BufferError(
+                f"dl_device: memory of cuda:{memory.device} reaches the host by copy only"
+            )
         host = allocate_host(nbytes)
         if nbytes:
             with nogil:
@@ -339,9 +341,9 @@ cdef object export_device(
 cdef bint lasts(object stream, int device) except -1:
     """Whether a consumer's stream is still a stream whenever the memory is freed.
 
-    The default streams are, and so are torch's and JAX's, which they never destroy. A stream that its
-    user may destroy must not be touched later: there the memory is freed in its own stream's order,
-    and whoever took it keeps it until the work is done, as with any other DLPack producer.
+    The default streams are, and so are torch's and JAX's, which they never destroy. A stream that
+    its user may destroy must not be touched later: there the memory is freed in its own stream's
+    order, and whoever took it keeps it until the work is done, as with other DLPack producers.
     """
     if stream is None or stream <= 2 or exporting_to_jax():
         return True
@@ -376,7 +378,9 @@ cdef int keep_in_view(ArrayView* view, object owner) except -1:
     return 0
 
 
-cdef int bytes_view(ArrayView* view, void* data, int64_t nbytes, int device_type, int device) except -1:
+cdef int bytes_view(
+    ArrayView* view, void* data, int64_t nbytes, int device_type, int device
+) except -1:
     view.data = <char*>data
     view.ndim = 1
     view.shape[0] = nbytes
@@ -430,10 +434,10 @@ cdef class DeviceBuffer:
 
     Notes
     -----
-    Work on another stream must be ordered after the allocation and before the free. Arrays and plans
-    of this package do that themselves; so does ``__dlpack__`` for the consumer's stream. A consumer
-    that drops the memory while its own kernels still run on a stream it made itself must wait for
-    them first, as with every library.
+    Work on another stream must be ordered after the allocation and before the free. The plans and
+    copies of this package do that themselves; so does ``__dlpack__`` for the consumer's stream. A
+    consumer that drops the memory while its kernels still run on a stream it made itself must wait
+    for them first, as with every library.
 
     Examples
     --------
@@ -841,7 +845,14 @@ cdef class DeviceArray:
         Its own stream was lent for one call, and may be destroyed before the array is.
         """
         cdef StreamHandle legacy = handle_of(None)
-        order_after(legacy.raw, self.memory.order.raw, self.memory.device)
+        cdef StreamHandle order = self.memory.order
+        cdef int device = self.memory.device
+        cdef int capturing = 0
+        with nogil:
+            # A captured graph is ordered by whoever launches it.
+            _cuda.stream_is_capturing(device, order.raw, &capturing)
+        if not capturing:
+            order_after(legacy.raw, order.raw, device)
         self.memory.order = legacy
         self.buffer.order = legacy
         self.buffer._stream = as_stream(None)
@@ -939,8 +950,8 @@ cdef int fill_array(object array, ArrayView* view, void** stream) except -1:
 cdef class PinnedBuffer:
     """Page-locked host memory, which copies to and from the device at full speed, asynchronously.
 
-    It is a writable buffer of bytes: ``numpy.frombuffer(pinned, "float32")`` and ``memoryview(pinned)``
-    share it.
+    It is a writable buffer of bytes: ``numpy.frombuffer(pinned, "float32")`` and
+    ``memoryview(pinned)`` share it.
 
     Parameters
     ----------
@@ -980,9 +991,9 @@ cdef class PinnedBuffer:
         live_pinned += size
 
     def __dealloc__(self):
-        self.free()
+        self.destroy()
 
-    cdef int free(self) noexcept:
+    cdef int destroy(self) noexcept:
         global live_pinned
         cdef void* raw = self.raw
         self.raw = NULL
@@ -1046,7 +1057,7 @@ cdef class PinnedBuffer:
                 "the memory and wait for the stream that copies it"
             )
         self._closed = True
-        self.free()
+        self.destroy()
 
     def __enter__(self):
         self.require_open()
@@ -1235,7 +1246,7 @@ cdef class Workspace:
         return self.memory is None
 
     def close(self):
-        """Let go of the memory. Using the workspace afterwards is an error; closing twice is not."""
+        """Let go of the memory. Using it afterwards is an error; closing twice is not."""
         self.memory = None
         self.raw = NULL
 
