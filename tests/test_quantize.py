@@ -97,11 +97,12 @@ def any_bits():
 
 
 def ties(end, step):
-    """Multiples of half a step below and at the end of the range, so that many lie in between."""
+    """Elements of which many lie half-way between two codes, which are 1 apart near zero."""
     rng = np.random.default_rng(3)
     x = rng.integers(-round(end / step), round(end / step) + 1, (256, 32)) * step
     x[:, 7] = np.where(np.arange(256) % 2, end, -end)
     x[x == 0] *= rng.choice([-1, 1], (x == 0).sum())
+    x[:, 9] = np.nextafter(np.float32(0.5), np.float32(0))  # one float off a tie
     return x
 
 
@@ -207,6 +208,14 @@ def test_error_on_the_encoder_is_at_most_that_of_ggml(name):
         theirs = squared_error(x, ggml_dequantize(ggml_quantize(x, name), name, x.shape))
         ratios[key] = ours / theirs
     assert max(ratios.values()) <= 1, max(ratios, key=ratios.get)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_small_weights_are_not_lost(name):
+    # d would round to zero; the smallest float16 still serves them.
+    x = (gaussian() * 1e-7).astype(np.float32)
+    y = ggml_dequantize(packed(x, name), name, x.shape)
+    assert squared_error(x, y) < 0.2 * squared_error(x, 0)
 
 
 @pytest.mark.parametrize("name", FORMATS)
