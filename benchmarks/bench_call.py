@@ -36,7 +36,6 @@ class Framework(NamedTuple):
     name: str
     asarray: Callable[[np.ndarray], Any]
     synchronize: Callable[[], Any]
-    stream: Any  # that the calls are given; None on the CPU
 
 
 def frameworks(device: str) -> Iterator[Framework]:
@@ -46,32 +45,28 @@ def frameworks(device: str) -> Iterator[Framework]:
         import torch
 
         if not cuda:
-            yield Framework("torch", torch.from_numpy, lambda: None, None)
+            yield Framework("torch", torch.from_numpy, nothing)
         elif torch.cuda.is_available():
-            stream = torch.cuda.current_stream()
-            yield Framework(
-                "torch", lambda a: torch.from_numpy(a).cuda(), torch.cuda.synchronize, stream
-            )
+            to_gpu = lambda a: torch.from_numpy(a).cuda()  # noqa: E731
+            yield Framework("torch", to_gpu, torch.cuda.synchronize)
     if cuda:
         with contextlib.suppress(ImportError):
             import cupy
 
-            stream = cupy.cuda.get_current_stream()
-            yield Framework("cupy", cupy.asarray, stream.synchronize, stream)
+            yield Framework("cupy", cupy.asarray, cupy.cuda.Device().synchronize)
     with contextlib.suppress(ImportError):
         import jax
 
         with contextlib.suppress(RuntimeError):  # a JAX without this backend
             where = jax.devices(device)[0]
-            stream = bcy.Stream() if cuda else None
-            yield Framework(
-                "jax",
-                lambda a: jax.device_put(a, where).block_until_ready(),
-                stream.synchronize if stream else lambda: None,
-                stream,
-            )
+            put = lambda a: jax.device_put(a, where).block_until_ready()  # noqa: E731
+            yield Framework("jax", put, bcy.LEGACY_DEFAULT_STREAM.synchronize if cuda else nothing)
     if not cuda:
-        yield Framework("numpy", lambda a: a, lambda: None, None)
+        yield Framework("numpy", lambda a: a, nothing)
+
+
+def nothing() -> None:
+    """Wait for nothing, as there is nothing to wait for on the CPU."""
 
 
 def address_of(array: Any) -> int:
@@ -112,10 +107,11 @@ class Bench:
         self.cells.append({**entry, "us": us, "us_lowest": lowest})
         return measured
 
-    def bare(self, stream: int, **addresses: int) -> tuple[float, float]:
+    def bare(self, **addresses: int) -> tuple[float, float]:
         """Time staging and product from C on plain addresses."""
         functions = native.Native(self.device)
-        where = stream if self.device == "cuda" else ONE_THREAD.threads
+        # The legacy default stream, or one thread.
+        where = bcy.LEGACY_DEFAULT_STREAM.handle if self.device == "cuda" else 1
 
         def both(m: int) -> Callable[[], Any]:
             arguments = native.MatmulArgs(
@@ -141,7 +137,7 @@ class Bench:
 
     def run(self) -> None:
         """Measure every call of this framework."""
-        name, asarray, synchronize, stream = self.framework
+        name, asarray, synchronize = self.framework
         cuda = self.device == "cuda"
         place = "cuda:0" if cuda else "cpu"
         rng = np.random.default_rng(0)
@@ -154,7 +150,7 @@ class Bench:
             if name != "jax":
                 return asarray(np.zeros((m, NROWS), np.float32))
             if cuda:  # JAX arrays are immutable: they cannot be outputs
-                return bcy.DeviceArray((m, NROWS), "float32", bcy.DeviceBuffer(4 * m * NROWS))
+                return bcy.DeviceArray.empty((m, NROWS), "float32")
             return np.zeros((m, NROWS), np.float32)
 
         def select(m: int) -> bcy.GgufMmvqMultiMPlan:
@@ -170,12 +166,11 @@ class Bench:
 
         ours = self.add(
             "plan.run",
-            self.time(lambda: plan.run(w, x, y, workspace=workspace, stream=stream)),
+            self.time(lambda: plan.run(w, x, y, workspace=workspace)),
         )
         bare = self.add(
             "the same kernels launched bare",
             self.bare(
-                bcy.Stream.wrap(stream).handle if cuda else 0,
                 weight=address_of(w),
                 x=address_of(x),
                 y=address_of(y),
@@ -185,12 +180,13 @@ class Bench:
         self.add("plan.run above the bare launch", difference(ours, bare))
         self.add(
             "plan.run with M = 0, which launches nothing",
-            self.time(lambda: idle.run(w, no_x, no_y, workspace=workspace, stream=stream)),
+            self.time(lambda: idle.run(w, no_x, no_y, workspace=workspace)),
         )
-        if cuda and name != "jax":
+        if cuda:
+            stream = bcy.LEGACY_DEFAULT_STREAM
             self.add(
-                "plan.run that finds the stream itself",
-                self.time(lambda: plan.run(w, x, y, workspace=workspace)),
+                "plan.run with a stream given",
+                self.time(lambda: plan.run(w, x, y, workspace=workspace, stream=stream)),
             )
         weight = bcy.GgufTensor(w, "Q4_0", shape=(NROWS, NCOLS))
         if name != "jax":

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import native
@@ -33,6 +33,13 @@ import baracuda_cy as bcy
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "128256x4096")
 TILE_ROWS = 128  # rows that are really quantized; a weight repeats them, each copy from another on
 ERROR_LIMIT = 2e-2  # staging costs 5e-3; anything near this is a wrong kernel
+
+
+class Times(NamedTuple):
+    """Seconds of one call."""
+
+    median: float
+    lowest: float
 
 
 class Weights:
@@ -97,7 +104,7 @@ def copies_for(nbytes: int, rotate: int) -> int:
 
 
 def cell(
-    device: str, kind: str, weights: Weights, nrows: int, m: int, seconds: float, error: float
+    device: str, kind: str, weights: Weights, nrows: int, m: int, times: Times, error: float
 ) -> dict[str, Any]:
     """Return one cell of the document; stop where the output was wrong."""
     nbytes = nrows * weights.tile.shape[1]
@@ -114,8 +121,9 @@ def cell(
         "ncols": weights.ncols,
         "m": m,
         "bytes": nbytes,
-        "us": round(seconds * 1e6, 3),
-        "gb_s": round(nbytes / seconds / 1e9, 1),
+        "us": round(times.median * 1e6, 3),
+        "us_lowest": round(times.lowest * 1e6, 3),
+        "gb_s": round(nbytes / times.median / 1e9, 1),
         "error": round(error, 6),
     }
 
@@ -139,8 +147,8 @@ class GpuTimer:
         nodes: int,
         samples: int | None = None,
         minimum: float | None = None,
-    ) -> float:
-        """Return the median seconds of one of the `nodes` calls that one `launch` replays."""
+    ) -> Times:
+        """Time one of the `nodes` calls that one `launch` replays."""
 
         def sample(repeats: int) -> float:
             self.start.record(self.stream)
@@ -150,13 +158,13 @@ class GpuTimer:
             self.end.synchronize()
             return self.cupy.cuda.get_elapsed_time(self.start, self.end) * 1e-3
 
-        median, _ = harness.median_of(
+        median, lowest, _ = harness.times_of(
             sample, samples=samples or self.samples, minimum=minimum or self.minimum
         )
-        return median / nodes
+        return Times(median / nodes, lowest / nodes)
 
-    def calls(self, calls: list[Callable[[], Any]], **how: Any) -> float:
-        """Return the median seconds of one of `calls`, captured in the order given."""
+    def calls(self, calls: list[Callable[[], Any]], **how: Any) -> Times:
+        """Time one of `calls`, captured in the order given."""
         with self.stream:
             calls[0]()  # loads the kernel, which a capture must not
             self.stream.synchronize()
@@ -217,7 +225,7 @@ class Ceilings:
             }
             best = min(rough, key=rough.__getitem__)
             name = f"{best[0]} x 16 B a thread, blocks of {best[1]}"
-            self.known[nbytes] = self.timer.calls(calls(*best)), name
+            self.known[nbytes] = self.timer.calls(calls(*best)).median, name
         return self.known[nbytes]
 
     def summary(self) -> dict[str, float]:
@@ -239,9 +247,9 @@ class Ceilings:
         nothing = self.timer.calls([lambda: empty((1,), (32,), ())] * 256)
         return {
             "bytes": nbytes,
-            "read_gb_s": round(nbytes / read / 1e9, 1),
-            "copy_gb_s": round(2 * nbytes / copied / 1e9, 1),
-            "empty_node_us": round(nothing * 1e6, 3),
+            "read_gb_s": round(nbytes / read.median / 1e9, 1),
+            "copy_gb_s": round(2 * nbytes / copied.median / 1e9, 1),
+            "empty_node_us": round(nothing.median * 1e6, 3),
         }
 
 
@@ -273,7 +281,7 @@ def dense_seconds(
             with torch.cuda.stream(stream):
                 graph.replay()
 
-        return timer.replays(launch, copies)
+        return timer.replays(launch, copies).median
 
     result = {m: one(m) for m in ms}
     weights.clear()
@@ -283,8 +291,8 @@ def dense_seconds(
 
 def gpu_times(
     timer: GpuTimer, functions: native.Native, weights: Weights, nrows: int, m: int, packed: list
-) -> Iterator[tuple[str, float, float]]:
-    """Yield kind, seconds and error of the call, then of the product on what the call staged."""
+) -> Iterator[tuple[str, Times, float]]:
+    """Yield kind, times and error of the call, then of the product on what the call staged."""
     import cupy
 
     rng = np.random.default_rng(m)
@@ -292,6 +300,7 @@ def gpu_times(
     x, y = cupy.asarray(host), cupy.empty((m, nrows), dtype=cupy.float16)
     plan = bcy.GgufMmvqMultiMPlan.select("cuda:0", weights.descriptor(nrows, m, "float16"))
     workspace = cupy.empty(plan.workspace_size, dtype=cupy.uint8)
+    stream = bcy.Stream.from_handle(timer.stream.ptr, device=0, owner=timer.stream)
     arguments = [
         weights.arguments(
             nrows,
@@ -306,7 +315,7 @@ def gpu_times(
     ]
 
     def call(w) -> Callable[[], Any]:
-        return lambda: plan.run(w, x, y, workspace=workspace, stream=timer.stream)
+        return lambda: plan.run(w, x, y, workspace=workspace, stream=stream)
 
     def product(a: native.MatmulArgs) -> Callable[[], Any]:
         return lambda: functions.matmul(native.address(a), timer.stream.ptr)
@@ -317,8 +326,8 @@ def gpu_times(
     ):
         y.fill(0)
         cupy.cuda.Device().synchronize()
-        seconds = timer.calls(calls)
-        yield kind, seconds, weights.error(y.get(), host, len(packed) - 1)
+        times = timer.calls(calls)
+        yield kind, times, weights.error(y.get(), host, len(packed) - 1)
 
 
 def bench_gpu(result: dict[str, Any], options: argparse.Namespace) -> None:
@@ -327,6 +336,8 @@ def bench_gpu(result: dict[str, Any], options: argparse.Namespace) -> None:
     except ImportError:
         raise SystemExit("The GPU benchmark needs CuPy: pip install 'cupy-cuda13x[ctk]'") from None
 
+    from baracuda_cy import _cuda
+
     settings = result["settings"]
     rotate = settings["rotate_bytes"]
     timer = GpuTimer(settings["samples"], settings["sample_ms"] * 1e-3)
@@ -334,7 +345,8 @@ def bench_gpu(result: dict[str, Any], options: argparse.Namespace) -> None:
     functions = native.Native("cuda")
     pool = cupy.get_default_memory_pool()
 
-    result["machine"]["gpu"] = (result["machine"]["gpu"] or {}) | {
+    result["machine"]["gpu"] = (result["machine"]["gpu"] or {"name": _cuda.device_name(0)}) | {
+        "architectures": list(_cuda.architectures()),
         "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(),
         "cuda_driver": cupy.cuda.runtime.driverGetVersion(),
         "multiprocessors": cupy.cuda.Device(0).attributes["MultiProcessorCount"],
@@ -357,14 +369,14 @@ def bench_gpu(result: dict[str, Any], options: argparse.Namespace) -> None:
                 for i in range(copies_for(nbytes, rotate))
             ]
             for m in options.m:
-                for kind, seconds, error in gpu_times(timer, functions, weights, nrows, m, packed):
-                    one = cell("cuda", kind, weights, nrows, m, seconds, error)
+                for kind, times, error in gpu_times(timer, functions, weights, nrows, m, packed):
+                    one = cell("cuda", kind, weights, nrows, m, times, error)
                     one["read_us"] = round(read * 1e6, 3)
                     one["read_kernel"] = reader
-                    one["percent_of_read"] = round(100 * read / seconds, 1)
+                    one["percent_of_read"] = round(100 * read / times.median, 1)
                     if dense:
                         one["dense_us"] = round(dense[m] * 1e6, 3)
-                        one["dense_ratio"] = round(dense[m] / seconds, 3)
+                        one["dense_ratio"] = round(dense[m] / times.median, 3)
                     result["cells"].append(one)
             packed.clear()
             pool.free_all_blocks()
@@ -382,8 +394,8 @@ def cpu_times(
     m: int,
     threads: int,
     packed: list[np.ndarray],
-) -> Iterator[tuple[str, float, float]]:
-    """Yield kind, seconds and error of the call, then of the product on what the call staged."""
+) -> Iterator[tuple[str, Times, float]]:
+    """Yield kind, times and error of the call, then of the product on what the call staged."""
     x = np.random.default_rng(m).standard_normal((m, weights.ncols), dtype=np.float32)
     y = np.zeros((m, nrows), dtype=np.float32)
     plan = bcy.GgufMmvqMultiMPlan.select(
@@ -423,8 +435,8 @@ def cpu_times(
             return spent
 
         minimum = settings["sample_ms"] * 1e-3
-        seconds, _ = harness.median_of(sample, samples=settings["samples"], minimum=minimum)
-        yield kind, seconds, weights.error(y, x, (at - 1) % len(packed))
+        median, lowest, _ = harness.times_of(sample, samples=settings["samples"], minimum=minimum)
+        yield kind, Times(median, lowest), weights.error(y, x, (at - 1) % len(packed))
 
 
 def bench_cpu(result: dict[str, Any], options: argparse.Namespace) -> None:
@@ -442,10 +454,10 @@ def bench_cpu(result: dict[str, Any], options: argparse.Namespace) -> None:
             packed = [weights.tile[weights.rows(nrows, i)].ravel() for i in range(copies)]
             for m in options.m:
                 for threads in options.threads:
-                    for kind, seconds, error in cpu_times(
+                    for kind, times, error in cpu_times(
                         settings, functions, weights, nrows, m, threads, packed
                     ):
-                        one = cell("cpu", kind, weights, nrows, m, seconds, error)
+                        one = cell("cpu", kind, weights, nrows, m, times, error)
                         result["cells"].append(one | {"threads": threads})
             progress.step(f"{shape} {block_format}")
 

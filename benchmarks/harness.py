@@ -27,7 +27,8 @@ CELL = {
         "nrows": int,
         "ncols": int,
         "m": int,
-        "us": float,
+        "us": float,  # the median of the samples
+        "us_lowest": float,
         "gb_s": float,  # packed weight bytes over time
         "error": float,  # relative L2 against float64, over the rows that were checked
     },
@@ -118,7 +119,7 @@ def machine(commit: str | None = None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -154,8 +155,10 @@ def gpu() -> dict[str, Any] | None:
     return dict(zip(fields, map(str.strip, text.splitlines()[0].split(",")), strict=False))
 
 
-def median_of(sample: Callable[[int], float], *, samples: int, minimum: float) -> tuple[float, int]:
-    """Return the median time of one repetition in seconds, and the repetitions a sample took.
+def times_of(
+    sample: Callable[[int], float], *, samples: int, minimum: float
+) -> tuple[float, float, int]:
+    """Return the median and the lowest seconds of one repetition, and how many a sample took.
 
     Parameters
     ----------
@@ -169,7 +172,8 @@ def median_of(sample: Callable[[int], float], *, samples: int, minimum: float) -
     sample(1)
     once = max(sample(2) / 2, 1e-9)
     repeats = max(1, math.ceil(minimum / once))
-    return statistics.median(sample(repeats) / repeats for _ in range(samples)), repeats
+    times = [sample(repeats) / repeats for _ in range(samples)]
+    return statistics.median(times), min(times), repeats
 
 
 class Progress:

@@ -77,8 +77,9 @@ def machine_line(result: dict[str, Any]) -> str:
     gpu = machine["gpu"]
     parts = [f"{machine['cpu']}, {machine['cpus']} CPUs"]
     if gpu and any(cell["device"] == "cuda" for cell in result["cells"]):
-        parts = [gpu["name"], f"driver {gpu['driver']}"]
-        parts.append(f"SM clock as found {gpu['sm_clock_mhz']} MHz")
+        parts = [gpu["name"]]
+        if "driver" in gpu:
+            parts += [f"driver {gpu['driver']}", f"SM clock as found {gpu['sm_clock_mhz']} MHz"]
     parts.append(f"Python {machine['python']}")
     parts += [f"{name} {version}" for name, version in machine["packages"].items()]
     parts += [f"commit {machine['commit']}", result["date"][:10]]

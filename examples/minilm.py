@@ -226,14 +226,8 @@ def linear(x, weight: bcy.GgufTensor, bias, device: str):
     """`bcy.linear`; with no CuPy, NumPy arrays travel to the GPU and back."""
     if device == "cpu" or not isinstance(x, np.ndarray):
         return bcy.linear(x, weight, bias=bias)
-    x, bias = on_gpu(x), on_gpu(bias)
-    y = bcy.linear(x, weight, bias=bias)
-    return y.buffer.copy_to_host().view(np.float32).reshape(y.shape)
-
-
-def on_gpu(array: np.ndarray) -> bcy.DeviceArray:
-    array = np.ascontiguousarray(array)
-    return bcy.DeviceArray(array.shape, "float32", bcy.DeviceBuffer.from_host(array))
+    x, bias = (bcy.DeviceArray.from_host(np.ascontiguousarray(a)) for a in (x, bias))
+    return bcy.linear(x, weight, bias=bias).to_host()
 
 
 # ---- the file ------------------------------------------------------------------------------------
