@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ceilings that the products are compared with: kernels that only read, only copy, or do nothing.
-// CuPy compiles this file; EACH is the number of 16-byte loads a thread has in flight.
+// The ceilings that the products are compared with: kernels that only read, only copy, or do
+// nothing. CuPy compiles this file; EACH is the number of 16-byte loads a thread has in flight.
 
 __device__ __forceinline__ unsigned fold(uint4 v) { return v.x ^ v.y ^ v.z ^ v.w; }
 
