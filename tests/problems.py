@@ -92,10 +92,9 @@ class Backend:
         wide[:, :cols] = array.reshape(rows, cols)
         if self.device == "cpu":
             return wide[:, :cols].reshape(array.shape) if array.ndim == 2 else wide[0, :cols]
-        buffer = bcy.DeviceBuffer.from_host(wide.view(np.uint8).reshape(-1), device=self.device)
-        name = array.dtype.name
         if not padding:
-            return bcy.DeviceArray(array.shape, name, buffer)
+            return bcy.DeviceArray.from_host(array, device=self.device)
+        buffer = bcy.DeviceBuffer.from_host(wide.view(np.uint8).reshape(-1), device=self.device)
         interface = {
             "shape": array.shape,
             "typestr": array.dtype.str,
@@ -111,17 +110,16 @@ class Backend:
         array = np.full(shape, 77, FLOATS[dtype])
         return self.put(array, padding)
 
-    def get(self, array, dtype=None, shape=None):
+    def get(self, array):
         if self.device == "cpu":
             return np.asarray(array)
-        buffer = array.owner if isinstance(array, _Strided) else array.buffer
-        data = np.asarray(buffer.copy_to_host()).view(np.uint8)
-        if isinstance(array, _Strided):
-            interface = array.__cuda_array_interface__
-            kind = np.dtype(interface["typestr"])
-            width = interface["strides"][0] // kind.itemsize
-            return data.view(kind).reshape(-1, width)[:, : interface["shape"][-1]]
-        return data.view(FLOATS.get(array.dtype, array.dtype)).reshape(array.shape)
+        if isinstance(array, bcy.DeviceArray):
+            return array.to_host()
+        interface = array.__cuda_array_interface__
+        kind = np.dtype(interface["typestr"])
+        data = np.asarray(array.owner.copy_to_host()).view(np.uint8).view(kind)
+        width = interface["strides"][0] // kind.itemsize
+        return data.reshape(-1, width)[:, : interface["shape"][-1]]
 
     def workspace(self, plan):
         if not plan.workspace_size:
@@ -145,7 +143,13 @@ class Backend:
 def staged_plan(device, name, nrows, ncols, m, activation="float32", output="float32", **more):
     pref = more.pop("pref", None)
     descriptor = bcy.GgufMmvqMultiMDescriptor(
-        nrows=nrows, ncols=ncols, m=m, block_format=name, activation=activation, output=output, **more
+        nrows=nrows,
+        ncols=ncols,
+        m=m,
+        block_format=name,
+        activation=activation,
+        output=output,
+        **more,
     )
     return bcy.GgufMmvqMultiMPlan.select(device, descriptor, pref)
 
@@ -153,7 +157,13 @@ def staged_plan(device, name, nrows, ncols, m, activation="float32", output="flo
 def float_plan(device, name, nrows, ncols, m, activation="float32", output=None, **more):
     pref = more.pop("pref", None)
     descriptor = bcy.GgufMmvqDescriptor(
-        nrows=nrows, ncols=ncols, m=m, block_format=name, activation=activation, output=output, **more
+        nrows=nrows,
+        ncols=ncols,
+        m=m,
+        block_format=name,
+        activation=activation,
+        output=output,
+        **more,
     )
     return bcy.GgufMmvqPlan.select(device, descriptor, pref)
 

@@ -42,9 +42,12 @@ def test_table_is_that_of_ggml(name):
 def test_other_types_are_those_of_ggml():
     gguf = pytest.importorskip("gguf")
     theirs = {int(t): t.name for t in gguf.GGMLQuantizationType}
-    for number, name in OTHER_GGUF_TYPES.items():
+    for number, (name, elements, size) in OTHER_GGUF_TYPES.items():
         assert theirs.get(number, name) == name
         assert number not in set(GgufBlockFormat)
+        if number in theirs and name != "Q8_1":  # gguf counts its 36 bytes as 40
+            kind = gguf.GGMLQuantizationType(number)
+            assert gguf.GGML_QUANT_SIZES[kind] == (elements, size)
 
 
 @pytest.mark.parametrize("value", ["Q4_K", "q4_k", 12, GgufBlockFormat.Q4_K])

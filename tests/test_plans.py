@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plans compute: bit by bit against the specification, in size against float64 and ggml."""
+"""What the plans compute: bit by bit against the specification, within bounds of float64."""
 
 import functools
 import pickle
@@ -272,13 +272,11 @@ def test_byte_offset(backend, name, blocks):
     for make in (problems.staged_plan, problems.float_plan):
         at_offset = make(backend.device, name, nrows, ncols, 2, w_start_byte_offset=offset)
         plain = make(backend.device, name, nrows, ncols, 2)
-        np.testing.assert_array_equal(
-            backend.run(at_offset, whole, x), backend.run(plain, part, x)
-        )
+        np.testing.assert_array_equal(backend.run(at_offset, whole, x), backend.run(plain, part, x))
     y = backend.empty((nrows, ncols), "float32")
-    problems.dequantize_plan(
-        backend.device, name, nrows, ncols, w_start_byte_offset=offset
-    ).run(backend.put(whole), y)
+    problems.dequantize_plan(backend.device, name, nrows, ncols, w_start_byte_offset=offset).run(
+        backend.put(whole), y
+    )
     np.testing.assert_array_equal(
         backend.get(y), reference.decode(part, name, nrows, ncols).values()
     )
@@ -476,7 +474,9 @@ def test_validate_runs_nothing(backend):
     assert (backend.get(dense) == 77).all()
 
 
-@pytest.mark.parametrize("device", ["cpu", "cpu:0", np.zeros(1), bcy.GgufTensor(b"", "Q8_0", (0, 32))])
+@pytest.mark.parametrize(
+    "device", ["cpu", "cpu:0", np.zeros(1), bcy.GgufTensor(b"", "Q8_0", (0, 32))]
+)
 def test_device_of_a_plan(device):
     assert problems.staged_plan(device, "Q8_0", 4, 64, 2).device == "cpu"
 

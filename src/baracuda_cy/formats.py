@@ -181,8 +181,10 @@ class GgufBlockFormat(Named):
             return value
         # Another library's enum of the same types, such as gguf's, counts by name.
         known = getattr(value, "name", value)
-        name = OTHER_GGUF_TYPES.get(known) if isinstance(known, int) else str(known).upper()
-        if name in OTHER_GGUF_TYPES.values():
+        name = str(known).upper()
+        if isinstance(known, int):
+            name = OTHER_GGUF_TYPES.get(known, ("",))[0]
+        if any(name == other for other, _, _ in OTHER_GGUF_TYPES.values()):
             raise Unsupported(
                 f"{argument}: expected one of {', '.join(cls.__members__)}, got {name}; "
                 "requantize the tensor to one of them"
@@ -245,19 +247,20 @@ _BLOCK = {
     GgufBlockFormat.MXFP4: (32, 17, 1),
 }
 
-# GGUF types that pack blocks too, known by name so that a message can say which one a file holds.
+# GGUF types that pack blocks too, with their elements and bytes: known so that a message can say
+# which one a file holds, and whether it holds all of it.
 OTHER_GGUF_TYPES = {
-    9: "Q8_1",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    21: "IQ3_S",
-    22: "IQ2_S",
-    29: "IQ1_M",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    40: "NVFP4",
-    41: "Q1_0",
-    42: "Q2_0",
+    9: ("Q8_1", 32, 36),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    29: ("IQ1_M", 256, 56),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any, final
 
-from baracuda_cy.formats import ElementKind, GgufBlockFormat
+from baracuda_cy.formats import GgufBlockFormat
 from baracuda_cy.plan import Plan
 from baracuda_cy.sku import (
     GgufDequantizeDescriptor,
@@ -56,12 +56,12 @@ class GgufDequantizePlan(Plan):
 def select_product(
     host: bool,
     ordinal: int,
-    block_format: GgufBlockFormat,
+    block_format: int,
     nrows: int,
     ncols: int,
     m: int,
-    activation: ElementKind,
-    output: ElementKind,
+    activation: int,
+    output: int,
     preference: PlanPreference | None,
 ) -> GgufMmvqPlan | GgufMmvqMultiMPlan: ...
 def multiply(

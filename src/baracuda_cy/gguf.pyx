@@ -22,6 +22,7 @@ from baracuda_cy.dlpack cimport (
     describe,
     device_of,
     element_bytes,
+    element_name,
     release_view,
 )
 from baracuda_cy.memory cimport DeviceBuffer
@@ -620,8 +621,9 @@ cdef int check_descriptor(object descriptor, object expected) except -1:
 def select_product(
     host, ordinal, block_format, nrows, ncols, m, activation, output, preference
 ):
-    """The plan of a product of `linear`: selected once, then found again."""
+    """The plan of a product of `linear`, selected once; enums come as integers, which hash fast."""
     device = "cpu" if host else f"cuda:{ordinal}"
+    activation, output = ElementKind(activation), ElementKind(output)
     floating = preference is not None and preference.activations == "float"
     kind, plan = GgufMmvqMultiMDescriptor, GgufMmvqMultiMPlan
     if floating:
@@ -668,7 +670,7 @@ def multiply(x, w, bias, out, stream, preference):
     cdef bint cuda
     cdef Plan plan
     cdef Allocation result = None, lent = None
-    cdef object data = w.data, nothing = None, output, target
+    cdef object data = w.data, nothing = None, target
     memset(&call, 0, sizeof(Call))
     memset(arrays, 0, sizeof(arrays))
     arrays[WEIGHT] = <PyObject*>data
@@ -686,7 +688,6 @@ def multiply(x, w, bias, out, stream, preference):
                 "x", f"shape [..., {w.ncols}]", describe(x),
                 f"its last dimension is the weight's columns ({w!r})",
             )
-        output = ElementKind(view.element)
         if out is None:
             result = allocate_like(
                 x, tuple([view.shape[i] for i in range(view.ndim - 1)]) + (w.nrows,),
@@ -701,14 +702,14 @@ def multiply(x, w, bias, out, stream, preference):
         if out is not None:
             if call.views[OUTPUT].element not in (F32, view.element):
                 raise invalid(
-                    "out", f"{output.dtype} (x's type) or float32", describe(out), "convert it"
+                    "out", f"{element_name(view.element)} (x's type) or float32", describe(out),
+                    "convert it",
                 )
-            output = ElementKind(call.views[OUTPUT].element)
         check_out(target, &call.views[OUTPUT], view, w.nrows)
         collapse(x, view, "x")
         plan = select_product(
-            not cuda, device_id, w.format, w.nrows, w.ncols, view.shape[0],
-            ElementKind(view.element), output, preference,
+            not cuda, device_id, <int>w.format, w.nrows, w.ncols, view.shape[0],
+            view.element, call.views[OUTPUT].element, preference,
         )
         acquire_view(data, &call.views[WEIGHT], call.stream, cuda, "w")
         if bias is not None:

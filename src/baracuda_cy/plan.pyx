@@ -15,7 +15,7 @@ from baracuda_cy.dlpack cimport (
     ArrayView,
     acquire_view,
     check_no_grad,
-    current_stream,
+    current_stream_on,
     describe,
     device_of,
     element_bytes,
@@ -126,7 +126,7 @@ cdef int find_stream(
             )
         return 0
     for slot in (ACTIVATIONS, OUTPUT, WEIGHT):
-        if arrays[slot] != NULL and current_stream(<object>arrays[slot], handle):
+        if arrays[slot] != NULL and current_stream_on(<object>arrays[slot], device_id, handle):
             return 0
     handle[0] = NULL
     return 0

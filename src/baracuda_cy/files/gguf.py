@@ -247,21 +247,24 @@ def _entry(
     header: _Header, shape: tuple[int, ...], type_id: int, offset: int, base: int, alignment: int
 ) -> _Entry:
     """Check one tensor against the size of the file."""
-    nbytes = 0
+    elements, block_bytes = 1, 0
     if type_id in _PLAIN_TYPES:
         type_name, dtype = _PLAIN_TYPES[type_id]
-        nbytes = math.prod(shape) * int(dtype[2:])
+        block_bytes = int(dtype[2:])
+    elif type_id in OTHER_GGUF_TYPES:
+        type_name, elements, block_bytes = OTHER_GGUF_TYPES[type_id]
     elif type_id in set(GgufBlockFormat):
         block_format = GgufBlockFormat(type_id)
-        type_name = block_format.name
-        if not shape or shape[-1] % block_format.block_size:
-            raise header.error(
-                f"expected rows of a multiple of {block_format.block_size} elements "
-                f"({type_name}), got shape {shape}; the file is corrupt"
-            )
-        nbytes = math.prod(shape) // block_format.block_size * block_format.type_size
+        type_name, elements = block_format.name, block_format.block_size
+        block_bytes = block_format.type_size
     else:
-        type_name = OTHER_GGUF_TYPES.get(type_id, f"type {type_id}")
+        type_name = f"type {type_id}"
+    if elements > 1 and (not shape or shape[-1] % elements):
+        raise header.error(
+            f"expected rows of a multiple of {elements} elements ({type_name}), "
+            f"got shape {shape}; the file is corrupt"
+        )
+    nbytes = math.prod(shape) // elements * block_bytes
     size = len(header.data)
     if offset % alignment:
         raise header.error(

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PrecisionGuarantee promises, flag by flag, and what a plan may be put through meanwhile."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
+
+import numpy as np
+import problems
+import pytest
+from problems import BACKENDS, FLOATS, FORMATS, Backend, bits, random_activations, random_weight
+
+import baracuda_cy as bcy
+
+N, K = 37, 2304  # odd rows; nine units, so that the first of the eight partial sums takes two
+PATHS = {"staged": problems.staged_plan, "float": problems.float_plan}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return Backend(request.param)
+
+
+@pytest.fixture(params=list(PATHS))
+def make(request):
+    return PATHS[request.param]
+
+
+def product(backend, make, name="Q4_K", m=5, n=N, k=K, activation="float32", output="float32"):
+    plan = make(backend.device, name, n, k, m, activation, output)
+    return bits(backend.run(plan, random_weight(name, n, k), random_activations(m, k, activation)))
+
+
+def plans(device, name="Q4_K"):
+    return [
+        problems.staged_plan(device, name, N, K, 5),
+        problems.float_plan(device, name, N, K, 5),
+        problems.dequantize_plan(device, name, N, K),
+    ]
+
+
+def test_every_flag_is_set(backend):
+    """The tests below prove them; a plan that cannot keep one must not set it."""
+    for name in FORMATS:
+        for plan in plans(backend.device, name):
+            guarantee = plan.precision_guarantee
+            assert guarantee.deterministic
+            assert guarantee.bit_stable_on_same_hardware
+            assert guarantee.batch_invariant
+            assert guarantee.bit_stable_across_hardware
+
+
+# ---- deterministic -------------------------------------------------------------------------------
+
+
+class Load:
+    """Work of our own and of others beside the test."""
+
+    def __init__(self, device):
+        self.device, self.stop = device, threading.Event()
+        self.threads = [threading.Thread(target=self.work, args=(i,)) for i in range(2)]
+
+    def work(self, seed):
+        backend = Backend(self.device)
+        plan = problems.staged_plan(self.device, "Q6_K", 256, 1024, 8)
+        weight = backend.put(random_weight("Q6_K", 256, 1024, seed))
+        x = backend.put(random_activations(8, 1024, seed=seed))
+        y, workspace = backend.empty((8, 256), "float32"), backend.workspace(plan)
+        stream = None if self.device == "cpu" else bcy.Stream()
+        while not self.stop.is_set():
+            plan.run(weight, x, y, workspace=workspace, stream=stream)
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+
+    def __exit__(self, *_):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K"])
+def test_deterministic(backend, make, name):
+    first = product(backend, make, name)
+    for _ in range(100):
+        np.testing.assert_array_equal(product(backend, make, name), first)
+
+
+def test_deterministic_beside_load(backend, make):
+    first = product(backend, make)
+    with Load(backend.device):
+        for _ in range(100):
+            np.testing.assert_array_equal(product(backend, make), first)
+
+
+def test_dequantize_is_deterministic(backend):
+    plan, weight = (
+        problems.dequantize_plan(backend.device, "Q5_K", N, K),
+        random_weight("Q5_K", N, K),
+    )
+    results = []
+    with Load(backend.device):
+        for _ in range(100):
+            y = backend.empty((N, K), "float32")
+            plan.run(backend.put(weight), y)
+            results.append(bits(backend.get(y)).tobytes())
+    assert len(set(results)) == 1
+
+
+# ---- bit_stable_on_same_hardware -----------------------------------------------------------------
+
+
+def test_another_process(backend, make):
+    path = next(path for path, function in PATHS.items() if function is make)
+    code = f"""
+        import json, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import test_guarantees as t
+        got = t.product(t.Backend({backend.device!r}), t.PATHS[{path!r}])
+        print(json.dumps(got.tolist()))
+    """
+    for threads in ("1", "3"):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env={**os.environ, "BARACUDA_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        got = np.array(json.loads(done.stdout), np.uint32)
+        np.testing.assert_array_equal(got, product(backend, make))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_another_alignment(backend, make, name):
+    """The weight starts at every offset its format allows; activations and output are moved."""
+    plan = make(backend.device, name, N, 768, 3)
+    data, x = random_weight(name, N, 768), random_activations(3, 768)
+    first = backend.run(plan, data, x)
+    step = bcy.GgufBlockFormat[name].alignment
+    for offset in range(step, 20, step):
+        moved = make(backend.device, name, N, 768, 3, w_start_byte_offset=offset)
+        longer = np.concatenate([np.full(offset, 0xA5, np.uint8), data, np.full(9, 0xA5, np.uint8)])
+        y = backend.run(moved, longer, x, padding=(offset, offset % 7))
+        np.testing.assert_array_equal(bits(y), bits(first))
+
+
+@pytest.mark.gpu
+def test_another_stream(make):
+    backend = Backend("cuda")
+    first = product(backend, make)
+    plan = make("cuda", "Q4_K", N, K, 5)
+    weight, x = random_weight("Q4_K", N, K), random_activations(5, K)
+    for stream in (bcy.Stream(), bcy.Stream(priority=-1), bcy.PER_THREAD_DEFAULT_STREAM):
+        y = backend.empty((5, N), "float32")
+        workspace = backend.workspace(plan)
+        plan.run(backend.put(weight), backend.put(x), y, workspace=workspace, stream=stream)
+        stream.synchronize()
+        np.testing.assert_array_equal(bits(backend.get(y)), first)
+
+
+@pytest.mark.gpu
+def test_graph_replay(make):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no GPU")
+    plan = make("cuda", "Q4_K", N, K, 5)
+    weight = torch.from_numpy(random_weight("Q4_K", N, K)).cuda()
+    x = torch.zeros(5, K, device="cuda")
+    y = torch.zeros(5, N, device="cuda")
+    workspace = torch.zeros(max(plan.workspace_size, 1), dtype=torch.uint8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(weight, x, y, workspace=workspace)
+    for seed in range(3):
+        fresh = random_activations(5, K, seed=seed)
+        x.copy_(torch.from_numpy(fresh))
+        y.fill_(77)
+        graph.replay()
+        want = Backend("cpu").run(make("cpu", "Q4_K", N, K, 5), random_weight("Q4_K", N, K), fresh)
+        np.testing.assert_array_equal(bits(y.cpu().numpy()), bits(want))
+
+
+@pytest.mark.gpu
+def test_graph_of_linear():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no GPU")
+    w = bcy.GgufTensor(random_weight("Q4_K", N, K), "Q4_K", (N, K)).to("cuda")
+    x = torch.from_numpy(random_activations(5, K)).cuda()
+    want = bcy.linear(x, w)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = bcy.linear(x, w)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, want)
+
+
+def test_flush_to_zero_of_the_caller_changes_nothing(make):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    backend = Backend("cpu")
+    weight = random_weight("Q8_0", N, K).reshape(-1, 34)
+    weight[:, :2] = np.array([2.0**-18], np.float16).view(np.uint8)
+    x = random_activations(2, K) * np.float32(2.0**-118)
+    plan = make("cpu", "Q8_0", N, K, 2)
+    first = bits(backend.run(plan, weight, x))
+    assert ((first & 0x7F800000 == 0) & (first & 0x7FFFFF != 0)).any()  # subnormals in the result
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush to zero")
+    try:
+        np.testing.assert_array_equal(bits(backend.run(plan, weight, x)), first)
+        # And the caller still has what it had asked for.
+        assert float(torch.tensor([2.0**-130]) * torch.tensor([0.5])) == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
+# ---- batch_invariant -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_batch_invariant(backend, make, name):
+    weight, x = random_weight(name, N, K), random_activations(100, K)
+    weight = backend.put(weight)
+
+    def run(tokens):
+        plan = make(backend.device, name, N, K, len(tokens))
+        y = backend.empty((len(tokens), N), "float32")
+        plan.run(weight, backend.put(tokens), y, workspace=backend.workspace(plan))
+        return bits(backend.get(y))
+
+    alone = np.concatenate([run(x[i : i + 1]) for i in range(100)])
+    for m in [*range(2, 34), 64, 100]:
+        np.testing.assert_array_equal(run(x[:m]), alone[:m], f"{m=}")
+    np.testing.assert_array_equal(run(x[::-1].copy()), alone[::-1])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 36])
+def test_a_row_does_not_depend_on_the_others(backend, make, rows):
+    whole = product(backend, make)
+    weight, x = random_weight("Q4_K", N, K), random_activations(5, K)
+    plan = make(backend.device, "Q4_K", rows, K, 5)
+    np.testing.assert_array_equal(bits(backend.run(plan, weight, x)), whole[:, :rows])
+
+
+# ---- bit_stable_across_hardware ------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", list(FLOATS))
+@pytest.mark.parametrize("name", FORMATS)
+def test_gpu_and_cpu_agree(make, name, activation):
+    for n, k in ((1, 256), (37, 2304), (257, 4096), (64, 14336)):
+        for m in (1, 5, 8, 17, 33):
+            for output in {activation, "float32"}:
+                results = [
+                    product(Backend(device), make, name, m, n, k, activation, output)
+                    for device in ("cpu", "cuda")
+                ]
+                np.testing.assert_array_equal(*results, f"{n=} {k=} {m=} {output=}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMATS)
+def test_gpu_and_cpu_agree_on_every_bit_pattern(make, name):
+    rng = np.random.default_rng(8)
+    data = rng.integers(0, 256, problems.packed_bytes(name, 64, 2304), np.uint8)
+    x = rng.integers(0, 2**32, (9, 2304), np.uint32).view(np.float32)
+    results = [
+        bits(Backend(device).run(make(device, name, 64, 2304, 9), data, x))
+        for device in ("cpu", "cuda")
+    ]
+    np.testing.assert_array_equal(*results)
+
+
+# ---- threads, processes, lifetimes ---------------------------------------------------------------
+
+
+def test_threads_share_a_plan(backend, make):
+    plan = make(backend.device, "Q4_K", N, K, 5)
+    weight = random_weight("Q4_K", N, K)
+    tokens = [random_activations(5, K, seed=seed) for seed in range(8)]
+    want = [bits(backend.run(plan, weight, x)) for x in tokens]
+    barrier, wrong = threading.Barrier(8), []
+
+    def work(i):
+        barrier.wait()
+        runs = (bits(backend.run(plan, weight, tokens[i])) for _ in range(30))
+        wrong.extend(i for y in runs if (y != want[i]).any())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_fork():
+    """The threads of the parent are not in the child: its first call starts its own."""
+    code = f"""
+        import os, sys, warnings
+        warnings.simplefilter("ignore")
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import numpy as np
+        import test_guarantees as t
+        first = t.product(t.Backend("cpu"), t.problems.staged_plan, n=512)
+        children = []
+        for _ in range(3):
+            child = os.fork()
+            if not child:
+                same = (t.product(t.Backend("cpu"), t.problems.staged_plan, n=512) == first).all()
+                os._exit(0 if same else 1)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        again = t.product(t.Backend("cpu"), t.problems.staged_plan, n=512)
+        sys.exit(any(codes) or not (again == first).all())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "BARACUDA_THREADS": "4"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class Owned(np.ndarray):
+    """An array that can be watched."""
+
+
+def test_a_plan_keeps_no_array(make):
+    plan = make("cpu", "Q8_0", 8, 64, 2)
+    arrays = {
+        "weight": random_weight("Q8_0", 8, 64).view(Owned),
+        "activations": random_activations(2, 64).view(Owned),
+        "output": np.zeros((2, 8), np.float32).view(Owned),
+        "bias": np.zeros(8, np.float32).view(Owned),
+        "workspace": np.zeros(plan.workspace_size + 512, np.uint8).view(Owned),
+    }
+    start = -arrays["workspace"].ctypes.data % 256
+    arrays["workspace"] = arrays["workspace"][start:]
+    watched = [weakref.ref(array) for array in arrays.values()]
+    plan.run(**arrays)
+    broken = {**arrays, "activations": np.zeros((3, 64), np.float32)}
+    with pytest.raises(bcy.InvalidProblem):
+        plan.run(**broken)
+    del arrays, broken
+    gc.collect()
+    assert [ref() for ref in watched] == [None] * 5
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_calls_leak_nothing(make, right):
+    plan = make("cpu", "Q8_0", 8, 64, 2)
+    weight, x = random_weight("Q8_0", 8, 64), random_activations(2 if right else 3, 64)
+    y, workspace = np.zeros((2, 8), np.float32), bcy.Workspace(1 << 16, device="cpu")
+    objects = (weight, x, y, workspace, plan, plan.descriptor)
+
+    def calls(count):
+        for _ in range(count):
+            try:
+                plan.run(weight, x, y, workspace=workspace)
+            except bcy.InvalidProblem:
+                assert not right
+        gc.collect()
+        return [sys.getrefcount(item) for item in objects], len(gc.get_objects())
+
+    before_references, before_objects = calls(100)
+    references, count = calls(1000)
+    assert references == before_references
+    assert count - before_objects < 50
+
+
+def test_a_weight_lives_as_long_as_its_tensor():
+    data = random_weight("Q8_0", 8, 64).view(Owned)
+    watched = weakref.ref(data)
+    w = bcy.GgufTensor(data, "Q8_0", (8, 64))
+    view = np.from_dlpack(w)
+    del data, w
+    gc.collect()
+    assert watched() is not None  # the view still uses it
+    assert bcy.linear(random_activations(1, 64), bcy.GgufTensor(view, "Q8_0", (8, 64))).shape
+    del view
+    gc.collect()
+    assert watched() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch", "cupy", "jax"])
+def test_inputs_deleted_while_the_kernel_runs(make, name):
+    """Their frameworks may recycle the memory at once; the result must not see it."""
+    from test_linear import Kind
+
+    kind = Kind(name, "cuda")
+    weight, x = random_weight("Q4_K", 2048, 8192), random_activations(33, 8192)
+    want = Backend("cpu").run(make("cpu", "Q4_K", 2048, 8192, 33), weight, x)
+    plan = make("cuda", "Q4_K", 2048, 8192, 33)
+    for stream in (None, bcy.Stream()):
+        y = bcy.DeviceArray.empty((33, 2048), "float32")
+        theirs, tokens = kind.put(weight), kind.put(x)
+        for _ in range(20):  # so that the last one waits behind the others
+            workspace = bcy.Workspace(max(plan.workspace_size, 1), device="cuda")
+            plan.run(theirs, tokens, y, workspace=workspace, stream=stream)
+        del theirs, tokens, workspace
+        gc.collect()
+        for _ in range(4):
+            kind.put(np.full(weight.shape, 255, np.uint8))
+            kind.put(np.full(x.shape, np.nan, np.float32))
+        if stream is not None:
+            stream.synchronize()
+        np.testing.assert_array_equal(bits(y.to_host()), bits(want))
