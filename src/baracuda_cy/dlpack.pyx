@@ -434,10 +434,18 @@ cdef int unreadable(const DLTensor* tensor, str name) except -1:
     )
 
 
+cdef void compact_strides(ArrayView* view) noexcept nogil:
+    cdef int64_t step = 1
+    cdef int i
+    for i in range(view.ndim - 1, -1, -1):
+        view.strides[i] = step
+        # Of an empty array the strides mean nothing, and its sizes may be enormous.
+        step = <int64_t>(<uint64_t>step * <uint64_t>view.shape[i])
+
+
 cdef inline int read_tensor(ArrayView* view, const DLTensor* tensor, str name) except -1:
     cdef int32_t ndim = tensor.ndim
     cdef int64_t count = 1
-    cdef int64_t step
     cdef int device_type = tensor.device.device_type
     cdef int device = 0
     cdef int i
@@ -464,15 +472,12 @@ cdef inline int read_tensor(ArrayView* view, const DLTensor* tensor, str name) e
                 break
     if not sound or (tensor.data == NULL and count != 0):
         return unreadable(tensor, name)
+    view.ndim = ndim
     if tensor.strides != NULL:
         for i in range(ndim):
             view.strides[i] = tensor.strides[i]
     else:
-        step = 1
-        for i in range(ndim - 1, -1, -1):
-            view.strides[i] = step
-            step *= view.shape[i]
-    view.ndim = ndim
+        compact_strides(view)
     view.element = dlpack_element(tensor.dtype)
     view.data = <char*>tensor.data + tensor.byte_offset if tensor.data != NULL else NULL
     return 0
@@ -635,7 +640,6 @@ cdef int acquire_cuda_interface(
     cdef int device = 0
     cdef int status, i
     cdef int64_t count = 1
-    cdef int64_t step
     cdef void* pointer
     cdef str given = type_name(array)
     try:
@@ -680,10 +684,7 @@ cdef int acquire_cuda_interface(
                 f"{name}: expected sizes of 0 or more, fewer than 2**63 elements, got shape {shape}"
             )
     if strides is None:
-        step = 1
-        for i in range(view.ndim - 1, -1, -1):
-            view.strides[i] = step
-            step *= view.shape[i]
+        compact_strides(view)
     else:
         element_strides(view, strides, itemsize, name)
     view.element = typestr_element(typestr)
@@ -768,8 +769,11 @@ cdef int acquire_buffer(object array, ArrayView* view, str name, Kind* kind) exc
     view.ndim = buffer.ndim
     for i in range(view.ndim):
         view.shape[i] = buffer.shape[i]
-        if buffer.itemsize:
-            # The remainder of a C division is not zero exactly where Python's is not.
+    if buffer.strides == NULL:
+        # Asked for or not, ctypes gives none.
+        compact_strides(view)
+    elif buffer.itemsize:
+        for i in range(view.ndim):
             view.strides[i] = buffer.strides[i] // buffer.itemsize
             if buffer.strides[i] % buffer.itemsize and buffer.shape[i] > 1:
                 element_strides(

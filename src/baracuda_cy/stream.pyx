@@ -468,9 +468,10 @@ cdef class Stream:
     def close(self):
         """Give the stream back. Using it afterwards is an error; closing twice is not.
 
-        Work already submitted completes. The default streams stay open.
+        Work already submitted completes. `LEGACY_DEFAULT_STREAM` and `PER_THREAD_DEFAULT_STREAM`
+        stay open.
         """
-        if self.native is not None and not is_default(self.native.raw):
+        if self is not LEGACY_DEFAULT_STREAM and self is not PER_THREAD_DEFAULT_STREAM:
             self.native = None
 
     def __enter__(self):
