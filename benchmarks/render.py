@@ -124,8 +124,10 @@ def of_gpu(result: dict[str, Any]) -> Iterator[str]:
             for (_, m), c in calls.items():
                 if "dense_us" in c:
                     texts["torch float16", m] = f"{c['dense_us']:.1f}"
+            dense = any("dense_us" in c for c in calls.values())
+            unit = "µs (times as fast as torch float16)" if dense else "µs"
             yield table(
-                f"{name}, whole call, float16 in and out: µs (times as fast as torch float16)",
+                f"{name}, whole call, float16 in and out: {unit}",
                 texts,
                 "format",
                 column_m,
