@@ -135,13 +135,13 @@ class SignedSearch {
     SignedSearch search(x, exponent);
     for (int g = 0; g < kGroups; ++g) search.estimate(g);
     if constexpr (kGroups == 1) {
-      search.try_superscale(0.0f);  // what the smallest halves are coarser than is best dropped
+      // Elements far below the smallest float16 are nearer to zero than to any level of it.
+      search.try_superscale(0.0f);
       for (int side = 0; side < kSides; ++side) {
+        const float end = side == 0 ? Levels::kLowest : Levels::kHighest;
         search.try_superscale(search.estimates_[0][side]);
-        // The largest element exactly at the end, which is how blocks of few distinct values become
-        // exact.
-        search.try_superscale(1.0f /
-                              ((side == 0 ? Levels::kLowest : Levels::kHighest) / search.extreme_));
+        // The largest element exactly at the end: so do blocks of few distinct values become exact.
+        search.try_superscale(1.0f / (end / search.extreme_));
       }
     } else {
       search.try_superscale(search.largest_ / kScaleFirst);

@@ -11,8 +11,8 @@
 
 namespace bcy::quantize {
 
-// Elements times a power of two that brings the largest near one: no square overflows or vanishes
-// below, and nothing is rounded.
+// Elements times a power of two that brings the largest near one, so that no square overflows or
+// vanishes. It changes no digit, but of elements too small beside the largest to matter.
 template <int kElements>
 struct Normalized {
   float x[kElements];
