@@ -45,6 +45,14 @@ cdef struct Call:
     void* stream
 
 
+# What messages call the arguments.
+cdef enum Names:
+    OF_PLANS
+    OF_OPERATIONS
+
+cdef str name_of(Names names, int slot)
+
+
 cdef class Plan:
     cdef readonly object descriptor
     cdef readonly object preference
@@ -61,13 +69,13 @@ cdef class Plan:
     cdef str machine(self)
     # Starts the work of a call that was found valid.
     cdef int launch(self, Call* call) except -1 nogil
-    # Arrays are borrowed, NULL where an argument was not given; `names` is what messages call them.
-    cdef int run_arrays(self, PyObject** arrays, object stream, tuple names, bint start) except -1
+    # Arrays are borrowed, NULL where an argument was not given.
+    cdef int run_arrays(self, PyObject** arrays, object stream, bint start) except -1
     # The steps of it, for callers that acquire and release the views themselves.
-    cdef int check(self, Call* call, PyObject** arrays, tuple names) except -1
+    cdef int check(self, Call* call, PyObject** arrays, Names names) except -1
     cdef int start(self, Call* call, PyObject** arrays) except -1
     cdef object explain(
-        self, Call* call, PyObject** arrays, tuple names, int slot, int fault, int other)
+        self, Call* call, PyObject** arrays, Names names, int slot, int fault, int other)
 
 
 cdef str message(str argument, str expected, str given, str remedy)

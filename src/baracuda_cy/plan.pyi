@@ -3,7 +3,7 @@ from typing import Any, NoReturn
 
 from baracuda_cy.sku import KernelSku, PlanPreference, PrecisionGuarantee
 
-ARGUMENTS: tuple[str, ...]
+NAME_TABLE: tuple[tuple[str, ...], ...]
 
 class Plan:
     def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...

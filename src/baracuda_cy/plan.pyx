@@ -63,7 +63,26 @@ cdef enum Fault:
 
 cdef int64_t LARGEST = 0x7fffffffffffffff
 
-ARGUMENTS = ("weight", "activations", "output", "bias", "workspace")
+# NAMES borrows from it, so that no call looks into a tuple.
+NAME_TABLE = (
+    ("weight", "activations", "output", "bias", "workspace"),
+    ("w", "x", "out", "bias", "workspace"),
+)
+cdef PyObject* NAMES[2][SLOTS]
+
+
+cdef int fill_names() except -1:
+    for names, words in enumerate(NAME_TABLE):
+        for slot, word in enumerate(words):
+            NAMES[names][slot] = <PyObject*>word
+    return 0
+
+
+fill_names()
+
+
+cdef str name_of(Names names, int slot):
+    return <str>NAMES[<int>names][slot]
 
 
 cdef str message(str argument, str expected, str given, str remedy):
@@ -339,7 +358,7 @@ cdef class Plan:
     cdef int launch(self, Call* call) except -1 nogil:
         return 0
 
-    cdef int run_arrays(self, PyObject** arrays, object stream, tuple names, bint start) except -1:
+    cdef int run_arrays(self, PyObject** arrays, object stream, bint start) except -1:
         cdef Call call
         cdef int slot
         memset(&call, 0, sizeof(Call))
@@ -347,12 +366,14 @@ cdef class Plan:
         try:
             for slot in range(SLOTS):
                 if arrays[slot] != NULL:
-                    check_no_grad(<object>arrays[slot], <str>names[slot])
+                    # Only floats can require a gradient.
+                    if self.operands[slot].role in (MATRIX, VECTOR):
+                        check_no_grad(<object>arrays[slot], name_of(OF_PLANS, slot))
                     acquire_view(
                         <object>arrays[slot], &call.views[slot], call.stream,
-                        self.device_type == CUDA, <str>names[slot],
+                        self.device_type == CUDA, name_of(OF_PLANS, slot),
                     )
-            self.check(&call, arrays, names)
+            self.check(&call, arrays, OF_PLANS)
             if start:
                 if self.workspace_size and arrays[WORKSPACE] == NULL:
                     raise WorkspaceTooSmall(self.workspace_size, 0)
@@ -362,7 +383,7 @@ cdef class Plan:
                 release_view(&call.views[slot])
         return 0
 
-    cdef int check(self, Call* call, PyObject** arrays, tuple names) except -1:
+    cdef int check(self, Call* call, PyObject** arrays, Names names) except -1:
         cdef Fault fault
         cdef ArrayView* view
         cdef int slot, other
@@ -414,12 +435,12 @@ cdef class Plan:
         return 0
 
     cdef object explain(
-        self, Call* call, PyObject** arrays, tuple names, int slot, int fault, int other
+        self, Call* call, PyObject** arrays, Names names, int slot, int fault, int other
     ):
         """The exception for an argument that does not fit."""
         cdef Operand* operand = &self.operands[slot]
         cdef ArrayView* view = &call.views[slot]
-        cdef str name = names[slot]
+        cdef str name = name_of(names, slot)
         cdef str given = describe(<object>arrays[slot])
         cdef int64_t size
         if fault == WRONG_DEVICE:
@@ -488,7 +509,7 @@ cdef class Plan:
                         "pass one that may be written; JAX arrays are immutable")
             )
         return invalid(
-            name, f"memory apart from {names[other]}",
+            name, f"memory apart from {name_of(names, other)}",
             f"{given} overlapping {describe(<object>arrays[other])}",
             "give it memory of its own",
         )
