@@ -2,6 +2,8 @@
 """Arrays of libraries that do not exist: DLPack capsules and exchange tables made by hand."""
 
 import ctypes
+import gc
+import time
 from ctypes import (
     POINTER,
     Structure,
@@ -17,8 +19,19 @@ from ctypes import (
     py_object,
 )
 
+from baracuda_cy.dlpack import pending
+from baracuda_cy.memory import live_bytes
+
 CPU, CUDA, PINNED, ROCM = 1, 2, 3, 10
 READ_ONLY, IS_COPIED = 1, 2
+
+
+def held(kind):
+    """Bytes of "device" or "pinned" memory in use, once what is under way is done."""
+    gc.collect()
+    while pending():
+        time.sleep(0.001)
+    return live_bytes()[kind]
 
 
 class DLTensor(Structure):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -10,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from producers import LegacyProducer, Producer
+from producers import LegacyProducer, Producer, held
 
 from baracuda_cy import DeviceArray, DeviceBuffer, Event, PinnedBuffer, Stream, Workspace
 from baracuda_cy.dlpack import describe, empty_like, inspect, pending
-from baracuda_cy.memory import live_bytes
 
 TESTS = Path(__file__).parent
 
@@ -123,6 +124,15 @@ def test_an_error_survives_a_deleter():
     with pytest.raises(ValueError, match="got 9"):
         inspect(producer)
     assert producer.deleted == 1
+
+
+@pytest.mark.parametrize(
+    "thing", [Workspace(64), Stream.from_handle(7, device=0), Event()], ids=repr
+)
+def test_nothing_is_copied_by_pickle(thing):
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError):
+            duplicate(thing)
 
 
 def test_workspaces_can_be_collected_in_cycles():
@@ -291,7 +301,7 @@ ORDERS = [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)]
 @pytest.mark.parametrize("closing", [False, True], ids=["deleted", "closed"])
 def test_any_order_of_deletion(order, closing):
     gc.collect()
-    before = live_bytes()["device"]
+    before = held("device")
     stream = Stream()
     buffer = DeviceBuffer(1 << 20, stream=stream)
     objects = [stream, buffer, DeviceArray((1 << 10,), "f32", buffer), stream.record()]
@@ -302,9 +312,9 @@ def test_any_order_of_deletion(order, closing):
             objects[i].close()
         objects[i] = None
     gc.collect()
-    assert live_bytes()["device"] == before + (1 << 20)  # the capsule has it
+    assert held("device") == before + (1 << 20)  # the capsule has it
     del capsule
-    assert live_bytes()["device"] == before
+    assert held("device") == before
 
 
 @pytest.mark.gpu
@@ -312,16 +322,16 @@ def test_exported_memory_outlives_its_buffer():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("this torch has no CUDA")
-    before = live_bytes()["device"]
+    before = held("device")
     with Stream() as stream, DeviceBuffer(1 << 20, stream=stream) as buffer:
         t = torch.from_dlpack(buffer.fill(7))
-    assert live_bytes()["device"] == before + (1 << 20)
+    assert held("device") == before + (1 << 20)
     for _ in range(10):
         DeviceBuffer(1 << 20).fill(9)
     assert int(t.min()) == int(t.max()) == 7
     del t
     gc.collect()
-    assert live_bytes()["device"] == before
+    assert held("device") == before
 
 
 @pytest.mark.gpu
@@ -371,7 +381,7 @@ def test_pending_is_bounded():
 
 @pytest.mark.gpu
 def test_threads_make_and_drop_memory():
-    before = live_bytes()["device"]
+    before = held("device")
     failures = []
 
     def churn(seed):
@@ -394,7 +404,7 @@ def test_threads_make_and_drop_memory():
         thread.join()
     assert not failures
     gc.collect()
-    assert live_bytes()["device"] == before
+    assert held("device") == before
 
 
 @pytest.mark.gpu

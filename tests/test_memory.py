@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import gc
 
 import numpy as np
 import pytest
+from producers import held
 
 from baracuda_cy import (
     DeviceArray,
@@ -163,7 +163,7 @@ def data():
 @pytest.mark.gpu
 @pytest.mark.parametrize("nbytes", [0, 1, 4096, 100 << 20])
 def test_device_buffer(nbytes, stream):
-    before = live_bytes()["device"]
+    before = held("device")
     buffer = DeviceBuffer(nbytes, stream=stream)
     assert buffer.nbytes == len(buffer) == nbytes
     assert buffer.device == 0
@@ -171,10 +171,10 @@ def test_device_buffer(nbytes, stream):
     assert (buffer.ptr != 0) == (nbytes != 0)
     assert buffer.ptr % 256 == 0
     assert repr(buffer) == f"DeviceBuffer({nbytes}, device='cuda:0')"
-    assert live_bytes()["device"] == before + nbytes
+    assert held("device") == before + nbytes
     assert bytes(buffer.fill(7).copy_to_host()) == b"\7" * nbytes
     buffer.close()
-    assert live_bytes()["device"] == before
+    assert held("device") == before
     assert buffer.closed
     assert repr(buffer) == "DeviceBuffer(closed)"
     for use in (lambda: buffer.ptr, lambda: buffer.copy_to_host(), lambda: inspect(buffer)):
@@ -237,7 +237,7 @@ def test_out_of_memory():
 
 @pytest.mark.gpu
 def test_no_leak(data, stream):
-    before = live_bytes()
+    before = held("device"), held("pinned")
     for _ in range(200):
         buffer = DeviceBuffer.from_host(data, stream=stream)
         DeviceArray((data.size,), "u8", buffer).to_host()
@@ -245,9 +245,7 @@ def test_no_leak(data, stream):
         Workspace(1000, device="cuda", stream=stream)
     del buffer
     stream.synchronize()
-    pending()
-    gc.collect()
-    assert live_bytes() == before
+    assert (held("device"), held("pinned")) == before
 
 
 @pytest.mark.gpu
@@ -403,10 +401,10 @@ def test_consumers_wait_for_our_stream(torch_cuda, stream):
 
 @pytest.mark.gpu
 def test_pinned_buffer():
-    before = live_bytes()["pinned"]
+    before = held("pinned")
     with PinnedBuffer(4096) as pinned:
         assert pinned.nbytes == len(pinned) == 4096
-        assert live_bytes()["pinned"] == before + 4096
+        assert held("pinned") == before + 4096
         floats = np.frombuffer(pinned, np.float32)
         assert floats.flags.writeable
         floats[:] = 3
@@ -418,7 +416,7 @@ def test_pinned_buffer():
             pinned.close()
         del floats
     assert pinned.closed
-    assert live_bytes()["pinned"] == before
+    assert held("pinned") == before
     assert repr(pinned) == "PinnedBuffer(closed)"
     for use in (lambda: pinned.ptr, lambda: memoryview(pinned), lambda: inspect(pinned)):
         with pytest.raises(InvalidProblem, match="open PinnedBuffer, got one that is closed"):
@@ -464,7 +462,7 @@ def test_pinned_copies_overlap(stream):
 def test_sources_live_until_the_copy_is_done(stream):
     n = 256 << 20
     buffer = DeviceBuffer(n, stream=stream)
-    before = live_bytes()["pinned"]
+    before = held("pinned")
     for value in range(3):
         pinned = PinnedBuffer(n)
         np.frombuffer(pinned, np.uint8)[:] = value + 1
@@ -474,5 +472,4 @@ def test_sources_live_until_the_copy_is_done(stream):
         del pinned
         assert live_bytes()["pinned"] > before
     assert set(buffer.copy_to_host()[:: n // 64]) == {3}
-    pending()
-    assert live_bytes()["pinned"] == before
+    assert held("pinned") == before

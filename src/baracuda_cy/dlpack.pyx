@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# cython: auto_pickle=False
 """Arrays of any library, in and out.
 
 In: the C exchange table of the type, else ``__dlpack__``, else ``__cuda_array_interface__``, else

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# cython: auto_pickle=False
 """Memory: on the device, in the order of a stream; pinned on the host; and scratch for plans."""
 
 cimport cython

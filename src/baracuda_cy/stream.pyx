@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# cython: auto_pickle=False
 """CUDA streams and events.
 
 Work is always given a stream. Anything that has ``__cuda_stream__`` is one: the streams of this
