@@ -2,6 +2,7 @@
 """What PrecisionGuarantee promises, flag by flag, and what a plan may be put through meanwhile."""
 
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -279,6 +280,51 @@ def test_gpu_and_cpu_agree_on_every_bit_pattern(make, name):
         for device in ("cpu", "cuda")
     ]
     np.testing.assert_array_equal(*results)
+
+
+def digests():
+    """For each format one digest of what every kernel of the CPU gives."""
+    backend, results = Backend("cpu"), {}
+    for name in FORMATS:
+        digest = hashlib.sha256()
+        data = np.random.default_rng(9).integers(
+            0, 256, problems.packed_bytes(name, 133, 2304), np.uint8
+        )
+        for activation in FLOATS:
+            x = random_activations(9, 2304, activation)
+            x[2, 100] = np.nan
+            for make in PATHS.values():
+                for m in (1, 4, 9):
+                    plan = make("cpu", name, 133, 2304, m, activation, activation)
+                    digest.update(bits(backend.run(plan, data, x[:m])).tobytes())
+            y = backend.empty((133, 2304), activation)
+            problems.dequantize_plan("cpu", name, 133, 2304, activation).run(data, y)
+            digest.update(bits(y).tobytes())
+        results[name] = digest.hexdigest()
+    return results
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set_of_the_cpu_agrees(isa):
+    code = f"""
+        import json, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import test_guarantees as t
+        from baracuda_cy import _cpu
+        print(json.dumps([_cpu.isa(), t.digests()]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "BARACUDA_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    used, theirs = json.loads(done.stdout)
+    if used != isa:
+        pytest.skip(f"this CPU has no {isa}")
+    assert theirs == digests()
 
 
 # ---- threads, processes, lifetimes ---------------------------------------------------------------

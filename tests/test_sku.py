@@ -89,6 +89,8 @@ def test_descriptor_defaults_are_the_documented_ones():
     assert bcy.GgufMmvqMultiMDescriptor(activation="float16").output is ElementKind.F32
     assert bcy.GgufMmvqDescriptor(activation="float16").output is ElementKind.F16
     assert bcy.GgufDequantizeDescriptor().output is ElementKind.F32
+    assert bcy.GgufDequantizeDescriptor(output=None).output is ElementKind.F32
+    assert bcy.GgufMmvqMultiMDescriptor(activation="float16", output=None).output is ElementKind.F32
 
 
 @pytest.mark.parametrize("m", [3, np.int64(3), np.uint8(3)])

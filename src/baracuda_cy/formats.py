@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from baracuda_cy.errors import InvalidProblem, Unsupported
 
@@ -22,7 +22,10 @@ class Named(IntEnum):
         return f"{type(self).__name__}.{self.name}"
 
 
-def choose(enum: type[Named], value: Any, argument: str) -> Any:
+_Member = TypeVar("_Member", bound=Named)
+
+
+def choose(enum: type[_Member], value: Any, argument: str) -> _Member:
     """Return the member of `enum` that `value` (member, name or number) stands for."""
     try:
         return enum(value)

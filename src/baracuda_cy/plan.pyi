@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any, NoReturn
+from typing import Any
 
 from baracuda_cy.sku import KernelSku, PlanPreference, PrecisionGuarantee
 
 NAME_TABLE: tuple[tuple[str, ...], ...]
 
 class Plan:
-    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
     @property
     def descriptor(self) -> Any: ...
     @property

@@ -2,7 +2,8 @@
 """Value objects: what is asked of a plan, and what a plan says about itself.
 
 All are keyword-only, frozen and hashable, and their repr evaluates back. A field that holds an enum
-accepts the member, its name or its value.
+accepts the member, its name or its value; the constructors are spelled out for type checkers, which
+would take the type of the field for that of the argument.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.formats import ElementKind, GgufBlockFormat, Named, choose
@@ -90,7 +91,8 @@ class ArchSku(Named):
         member = int.__new__(cls, value)
         member._name_ = f"SM{value}"
         member._value_ = value
-        return cls._value2member_map_.setdefault(value, member)
+        cls._value2member_map_[value] = member
+        return member
 
     def __repr__(self) -> str:
         return super().__repr__() if self.name in ArchSku.__members__ else f"ArchSku({int(self)})"
@@ -193,6 +195,19 @@ class PrecisionGuarantee(_Value):
     batch_invariant: bool = False
     bit_stable_across_hardware: bool = False
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            math_precision: MathPrecision | str | int,
+            accumulator: Any,
+            deterministic: bool = False,
+            bit_stable_on_same_hardware: bool = False,
+            batch_invariant: bool = False,
+            bit_stable_across_hardware: bool = False,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         _set(self, "math_precision", choose(MathPrecision, self.math_precision, "math_precision"))
         _set(self, "accumulator", ElementKind.of(self.accumulator, "accumulator"))
@@ -252,6 +267,26 @@ class KernelSku(_Value):
     backend: BackendKind
     precision_guarantee: PrecisionGuarantee
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            category: OpCategory | str | int,
+            op: QuantizeKind | str | int,
+            element: Any,
+            aux_element: Any = None,
+            output_element: Any,
+            block_format: GgufBlockFormat | str | int | None = None,
+            activations: str | None = None,
+            layout: str | None = None,
+            epilogue: str | None = None,
+            arch: ArchSku | str | int,
+            isa: str | None = None,
+            backend: BackendKind | str | int,
+            precision_guarantee: PrecisionGuarantee,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         _set(self, "category", choose(OpCategory, self.category, "category"))
         _set(self, "op", choose(QuantizeKind, self.op, "op"))
@@ -265,14 +300,17 @@ class KernelSku(_Value):
         _set(self, "backend", choose(BackendKind, self.backend, "backend"))
 
 
-def _normalize(descriptor: Any) -> None:
+def _normalize(descriptor: Any, default_output: str | None = None) -> None:
     for name in ("nrows", "ncols", "m", "w_start_byte_offset"):
         if hasattr(descriptor, name):
             _set(descriptor, name, _integer(getattr(descriptor, name), name))
     _set(descriptor, "block_format", GgufBlockFormat.of(descriptor.block_format))
-    for name in ("activation", "output"):
-        if getattr(descriptor, name, None) is not None:
-            _set(descriptor, name, ElementKind.of(getattr(descriptor, name), name))
+    if hasattr(descriptor, "activation"):
+        _set(descriptor, "activation", ElementKind.of(descriptor.activation, "activation"))
+    output = descriptor.output
+    if output is None:
+        output = default_output or descriptor.activation
+    _set(descriptor, "output", ElementKind.of(output, "output"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,13 +343,25 @@ class GgufMmvqDescriptor(_Value):
     m: int = 1
     block_format: GgufBlockFormat = GgufBlockFormat.Q8_0
     activation: ElementKind = ElementKind.F32
-    output: ElementKind | None = None
+    output: ElementKind = None  # type: ignore[assignment]
     w_start_byte_offset: int = 0
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            nrows: int = 0,
+            ncols: int = 0,
+            m: int = 1,
+            block_format: GgufBlockFormat | str | int = GgufBlockFormat.Q8_0,
+            activation: Any = ElementKind.F32,
+            output: Any = None,
+            w_start_byte_offset: int = 0,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         _normalize(self)
-        if self.output is None:
-            _set(self, "output", self.activation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -347,8 +397,22 @@ class GgufMmvqMultiMDescriptor(_Value):
     output: ElementKind = ElementKind.F32
     w_start_byte_offset: int = 0
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            nrows: int = 0,
+            ncols: int = 0,
+            m: int = 1,
+            block_format: GgufBlockFormat | str | int = GgufBlockFormat.Q8_0,
+            activation: Any = ElementKind.F32,
+            output: Any = ElementKind.F32,
+            w_start_byte_offset: int = 0,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
-        _normalize(self)
+        _normalize(self, "float32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -378,5 +442,17 @@ class GgufDequantizeDescriptor(_Value):
     output: ElementKind = ElementKind.F32
     w_start_byte_offset: int = 0
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            nrows: int = 0,
+            ncols: int = 0,
+            block_format: GgufBlockFormat | str | int = GgufBlockFormat.Q8_0,
+            output: Any = ElementKind.F32,
+            w_start_byte_offset: int = 0,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
-        _normalize(self)
+        _normalize(self, "float32")

@@ -8,7 +8,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 from baracuda_cy.errors import InvalidProblem, Unsupported
-from baracuda_cy.formats import ElementKind, GgufBlockFormat
+from baracuda_cy.formats import GgufBlockFormat
 from baracuda_cy.plan import inspect_packed
 
 if TYPE_CHECKING:
@@ -180,17 +180,16 @@ class GgufTensor:
         from baracuda_cy import gguf
         from baracuda_cy.sku import GgufMmvqDescriptor, GgufMmvqMultiMDescriptor
 
-        floating = preference is not None and preference.activations == "float"
-        problem = {
+        problem: dict[str, Any] = {
             "nrows": self.nrows,
             "ncols": self.ncols,
             "m": m,
             "block_format": self.format,
-            "activation": ElementKind.of(activation, "activation"),
+            "activation": activation,
         }
         if output is not None:
-            problem["output"] = ElementKind.of(output, "output")
-        if floating:
+            problem["output"] = output
+        if preference is not None and preference.activations == "float":
             return gguf.GgufMmvqPlan.select(self.device, GgufMmvqDescriptor(**problem), preference)
         return gguf.GgufMmvqMultiMPlan.select(
             self.device, GgufMmvqMultiMDescriptor(**problem), preference
