@@ -340,15 +340,16 @@ def test_memory_is_not_reused_while_a_consumer_reads_it():
     if not torch.cuda.is_available():
         pytest.skip("this torch has no CUDA")
     n = 1 << 20
-    for value in range(20):
-        buffer = DeviceBuffer(n).fill(value)
-        t = torch.from_dlpack(buffer)
-        torch.cuda._sleep(5_000_000)
-        result = t.clone()  # reads after the sleep
-        del t, buffer  # the last references: freed while the read is ahead
-        other = DeviceBuffer(n, stream=Stream()).fill(255)
-        assert int(result.max()) == value
-        del other
+    with Stream() as ours, torch.cuda.stream(torch.cuda.Stream()):
+        for value in range(20):
+            buffer = DeviceBuffer(n, stream=ours).fill(value)
+            t = torch.from_dlpack(buffer)
+            torch.cuda._sleep(5_000_000)
+            result = t.clone()  # reads after the sleep
+            del t, buffer  # the last references go while the read is still ahead
+            other = DeviceBuffer(n, stream=ours).fill(255)
+            assert int(result.max()) == value
+            del other
 
 
 @pytest.mark.gpu
