@@ -563,10 +563,14 @@ cdef int take_capsule(object capsule, ArrayView* view, str name) except -1:
 
 
 cdef int acquire_own(
-    object array, ArrayView* view, void* stream, bint on_cuda_stream, Kind* kind
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name, Kind* kind
 ) except -1:
     cdef void* theirs = NULL
-    kind.fill(array, view, &theirs)
+    try:
+        kind.fill(array, view, &theirs)
+    except InvalidProblem as error:
+        # What is closed says so of itself; the caller knows it as an argument.
+        raise InvalidProblem(f"{name}: {str(error).partition(': ')[2]}") from None
     if on_cuda_stream and view.device_type == kDLCUDA and not same_stream(theirs, stream):
         order_after(stream, theirs, view.device_id)
         view.foreign_order = True
@@ -845,7 +849,7 @@ cdef int acquire_kept(
 ) except -1:
     cdef Route route = route_of(array, &kind)
     if route == OWN:
-        return acquire_own(array, view, stream, on_cuda_stream, &kind)
+        return acquire_own(array, view, stream, on_cuda_stream, name, &kind)
     if route == EXCHANGE:
         return acquire_managed(array, view, stream, on_cuda_stream, name, kind.api)
     if route == DLPACK:
@@ -1363,6 +1367,16 @@ cdef object device_array(tuple shape, int element, int device_id, void* stream):
     )
 
 
+cdef object cupy_stream(object cupy, void* stream, int device_id):
+    from baracuda_cy.stream import Stream
+
+    # CuPy 14 takes streams by their protocol and deprecates the class for handles.
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        ours = Stream.from_handle(<uintptr_t>stream, device=device_id)
+        return cupy.cuda.Stream.from_external(ours)
+    return cupy.cuda.ExternalStream(<uintptr_t>stream, device_id)
+
+
 cdef Allocation allocate_like(
     object prototype, tuple shape, int element, int device_type, int device_id, void* stream
 ):
@@ -1387,7 +1401,11 @@ cdef Allocation allocate_like(
         dtype = numpy_dtype(element, "output")
         # CuPy's pool reuses memory in the order of the stream that is current when it lends it.
         with cupy.cuda.Device(device_id):
-            with cupy.cuda.ExternalStream(<uintptr_t>stream, device_id):
+            if same_stream(
+                <void*><uintptr_t>cupy.cuda.get_current_stream(device_id).ptr, stream
+            ):
+                return allocated(cupy.empty(shape, dtype))
+            with cupy_stream(cupy, stream, device_id):
                 return allocated(cupy.empty(shape, dtype))
     target = device_array(shape, element, device_id, stream)
     return allocated(target, HAND_TO_JAX if kind.framework == JAX else SETTLE, prototype)

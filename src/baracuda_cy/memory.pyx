@@ -465,7 +465,10 @@ cdef class DeviceBuffer:
 
     cdef DeviceMemory require_open(self):
         if self.memory is None:
-            raise InvalidProblem("buffer: expected an open DeviceBuffer, got one that is closed")
+            raise InvalidProblem(
+                "buffer: expected an open DeviceBuffer, got one that is closed; "
+                "make another one"
+            )
         return self.memory
 
     @staticmethod
@@ -1006,7 +1009,10 @@ cdef class PinnedBuffer:
 
     cdef int require_open(self) except -1:
         if self.raw == NULL:
-            raise InvalidProblem("buffer: expected an open PinnedBuffer, got one that is closed")
+            raise InvalidProblem(
+                "buffer: expected an open PinnedBuffer, got one that is closed; "
+                "make another one"
+            )
         return 0
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
@@ -1220,7 +1226,10 @@ cdef class Workspace:
 
     cdef int require_open(self) except -1:
         if self.memory is None:
-            raise InvalidProblem("workspace: expected an open Workspace, got one that is closed")
+            raise InvalidProblem(
+                "workspace: expected an open Workspace, got one that is closed; "
+                "make another one"
+            )
         return 0
 
     @property
