@@ -352,6 +352,22 @@ def test_arguments_are_checked_although_there_is_nothing_to_compute(path):
         )
 
 
+@pytest.mark.parametrize("path", ["staged", "float"])
+def test_more_than_two_to_the_31_weights(backend, path):
+    make = problems.staged_plan if path == "staged" else problems.float_plan
+    nrows = 2**26 + 3
+    weight = np.zeros(packed := problems.packed_bytes("Q4_0", nrows, 32), np.uint8)  # untouched
+    last = random_weight("Q4_0", 5, 32)
+    weight[packed - last.size :] = last
+    x = np.linspace(-3, 2, 32, dtype=np.float16)[None]
+    plan = make(backend.device, "Q4_0", nrows, 32, 1, "float16", "float16")
+    y = backend.run(plan, weight, x)
+    few = make(backend.device, "Q4_0", 5, 32, 1, "float16", "float16")
+    np.testing.assert_array_equal(bits(y[:, -5:]), bits(backend.run(few, last, x)))
+    assert y[:, -5:].any()
+    assert not y[:, :-5].any()
+
+
 # ---- NaN and infinity ----------------------------------------------------------------------------
 
 

@@ -28,7 +28,6 @@ from baracuda_cy.dlpack cimport (
     element_name,
     release_view,
 )
-from baracuda_cy.memory cimport DeviceBuffer
 from baracuda_cy.plan cimport (
     ACTIVATIONS,
     BIAS,
@@ -59,6 +58,7 @@ from baracuda_cy import _cpu as _cpu_module
 from baracuda_cy import _cuda as _cuda_module
 from baracuda_cy.errors import InvalidProblem, Unsupported
 from baracuda_cy.formats import ElementKind
+from baracuda_cy.memory import DeviceBuffer
 from baracuda_cy.sku import (
     ArchSku,
     BackendKind,
@@ -889,12 +889,11 @@ def pack(array, block_format, threads):
 
 def move(data, int64_t nbytes, device, stream):
     """The first `nbytes` of packed `data` on `device`: `data` itself where it is there already."""
-    cdef ArrayView view, host
+    cdef ArrayView source, target
     cdef int32_t device_type = HOST, device_id = 0
     cdef int32_t source_type = HOST, source_id = 0
     cdef PyObject* arrays[SLOTS]
     cdef void* handle = NULL
-    cdef DeviceBuffer buffer
     import numpy as np
 
     resolve_device(device, &device_type, &device_id)
@@ -906,29 +905,24 @@ def move(data, int64_t nbytes, device, stream):
         return DeviceBuffer.from_host(
             flat.reshape(-1).view(np.uint8)[:nbytes], stream=stream, device=device_id
         )
-    memset(&view, 0, sizeof(view))
-    memset(&host, 0, sizeof(host))
+    memset(&source, 0, sizeof(source))
+    memset(&target, 0, sizeof(target))
     memset(arrays, 0, sizeof(arrays))
     arrays[WEIGHT] = <PyObject*>data
+    if device_type == HOST:
+        result = np.empty(nbytes, np.uint8)
+    else:
+        result = DeviceBuffer(nbytes, device=device_id)
     # The copy runs in the order of the stream that the bytes are on, and is waited for.
     find_stream(CUDA, source_id, arrays, stream, &handle)
-    acquire_view(data, &view, handle, True, "data")
     try:
-        if device_type == HOST:
-            result = np.empty(nbytes, np.uint8)
-            acquire_view(result, &host, NULL, False, "result")
-            if nbytes:
-                with nogil:
-                    _cuda.copy(source_id, host.data, view.data, nbytes, handle)
-                    _cuda.stream_synchronize(source_id, handle)
-        else:
-            result = buffer = DeviceBuffer(nbytes, device=device_id)
-            if nbytes:
-                with nogil:
-                    _cuda.stream_synchronize(device_id, buffer.order.raw)
-                    _cuda.copy(source_id, buffer.raw, view.data, nbytes, handle)
-                    _cuda.stream_synchronize(source_id, handle)
+        acquire_view(data, &source, handle, True, "data")
+        acquire_view(result, &target, handle, True, "result")
+        if nbytes:
+            with nogil:
+                _cuda.copy(source_id, target.data, source.data, nbytes, handle)
+                _cuda.stream_synchronize(source_id, handle)
     finally:
-        release_view(&view)
-        release_view(&host)
+        release_view(&source)
+        release_view(&target)
     return result
