@@ -29,8 +29,9 @@ struct Product {
   using U = Unpack<V, Format>;
   using L = Layout<Format>;
   static constexpr int kUnitBytes = L::kUnitBytes;
-  // Lanes are read side by side: the processor's own prefetcher sees no stream in that.
-  static constexpr int64_t kPrefetch = 12 << 10;
+  // How far ahead weights are asked for, in bytes: lanes are read side by side, and the processor's
+  // own prefetchers see no stream in that.
+  static constexpr int64_t kPrefetch = 8 << 10;
 
   static constexpr uint32_t chunks_before(int group) {
     uint32_t seen = 0;
@@ -105,17 +106,25 @@ struct Product {
     return sum;
   }
 
+  // The lines of group g. The compiler would collect all prefetches of a span in one place, where
+  // the processor drops what exceeds its queue.
+  template <int g>
+  static BCY_INLINE void prefetch(const uint8_t* unit) {
+    asm volatile("" ::: "memory");
+    for (int line = (g * kUnitBytes + 63) / 64 * 64; line < (g + 1) * kUnitBytes; line += 64) {
+      __builtin_prefetch(unit + line);
+    }
+  }
+
   // A span of V::kRows rows. kOne: a single token, whose sums stay in a register.
   template <bool kOne, int g>
-  static BCY_INLINE void add_group(Words* d, const uint8_t* const* rows, int64_t ahead,
-                                   const uint8_t* staged, int64_t token_stride, int tokens,
-                                   const uint8_t* masks, Floats* sums) {
-    for (int r = 0; r < V::kRows; ++r) {
-      for (int line = (g * kUnitBytes + 63) / 64 * 64; line < (g + 1) * kUnitBytes; line += 64) {
-        __builtin_prefetch(rows[r] + ahead + line);
-      }
-    }
+  static BCY_INLINE void add_group(Words* d, const uint8_t* const* rows,
+                                   const uint8_t* const* upcoming, const uint8_t* staged,
+                                   int64_t token_stride, int tokens, const uint8_t* masks,
+                                   Floats* sums) {
+    prefetch<g>(upcoming[0]);
     load_chunks<g>(rows, d);
+    if constexpr (V::kRows == 2) prefetch<g>(upcoming[1]);
     const Group group = unpack<g>(d);
     const typename V::Mask mask = V::mask(masks[g]);
     staged += g * L::kRecord;
@@ -128,11 +137,12 @@ struct Product {
     }
   }
   template <bool kOne, int... g>
-  static BCY_INLINE void add_span(const uint8_t* const* rows, int64_t ahead, const uint8_t* staged,
-                                  int64_t token_stride, int tokens, const uint8_t* masks,
-                                  Floats* sums, std::integer_sequence<int, g...>) {
+  static BCY_INLINE void add_span(const uint8_t* const* rows, const uint8_t* const* upcoming,
+                                  const uint8_t* staged, int64_t token_stride, int tokens,
+                                  const uint8_t* masks, Floats* sums,
+                                  std::integer_sequence<int, g...>) {
     Words d[4 * kChunks];
-    (add_group<kOne, g>(d, rows, ahead, staged, token_stride, tokens, masks, sums), ...);
+    (add_group<kOne, g>(d, rows, upcoming, staged, token_stride, tokens, masks, sums), ...);
   }
 
   // Where a tile's lanes find their units when these do not follow each other in the matrix, or
@@ -141,6 +151,7 @@ struct Product {
     alignas(64) uint8_t bytes[V::kRows][kLanes * kUnitBytes + kOverread];
   };
 
+  // Rows [begin, end) for `tokens` tokens from `first` on.
   template <bool kOne>
   static void multiply(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end, int64_t first,
                        int tokens) {
@@ -151,85 +162,83 @@ struct Product {
     const int64_t token_stride = token_bytes<Format>(args.ncols);
     const uint8_t* const staged =
         static_cast<const uint8_t*>(args.workspace) + first * token_stride;
-    const int64_t full_spans = args.ncols / kSpan;
-    const int rows_per_lane_set = kLanes / k.lanes;
-    const int tile_rows = V::kRows * rows_per_lane_set;
-    const int64_t ahead =
-        kPrefetch / (tile_rows * stride + 1) * tile_rows * stride + tile_rows * stride;
+    const int64_t whole_spans = args.ncols / kSpan;
+    const int set_rows = kLanes / k.lanes;  // rows that share eight lanes
+    const int tile_rows = V::kRows * set_rows;
+    const int64_t tile_bytes = tile_rows * stride;
+    const int64_t ahead = (kPrefetch / (tile_bytes + 1) + 1) * tile_bytes;
 
-    uint8_t all[kUnitGroups], last[kUnitGroups];
+    uint8_t all[kUnitGroups], existing[kUnitGroups];  // lanes that take part, in the last span
     for (int g = 0; g < kUnitGroups; ++g) {
       all[g] = 0xff;
-      last[g] = 0;
+      existing[g] = 0;
       for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t at = full_spans * kSpan + lane % k.lanes * kUnit + g * kGroup;
-        last[g] |= uint8_t((at < args.ncols) << lane);
+        const int64_t at = whole_spans * kSpan + lane % k.lanes * kUnit + g * kGroup;
+        existing[g] |= uint8_t((at < args.ncols) << lane);
       }
     }
     Copy copy;
     bool clean = false;
 
     for (int64_t row = begin; row < end; row += tile_rows) {
-      const uint8_t* bases[V::kRows];
-      for (int r = 0; r < V::kRows; ++r) {
-        const int64_t at = row + r * rows_per_lane_set;
-        bases[r] = weight + (at < end ? at : end - 1) * stride;
-      }
+      // Row i of set r; beyond the end the last one, whose sums are dropped.
+      const auto weight_row = [=](int r, int i) {
+        const int64_t at = row + r * set_rows + i;
+        return weight + (at < end ? at : end - 1) * stride;
+      };
       Floats sums[kOne ? 1 : kTokenTile];
       for (int t = 0; t < (kOne ? 1 : tokens); ++t) sums[t] = Floats{};
       for (int64_t span = 0; span < k.spans; ++span) {
-        const bool whole = span < full_spans;
         const int64_t offset = span * kLanes * kUnitBytes;
-        const uint8_t* units[V::kRows];
+        const uint8_t* rows[V::kRows];
+        const uint8_t* upcoming[V::kRows];
+        const bool whole = span < whole_spans;
         bool in_place = whole;
         for (int r = 0; r < V::kRows; ++r) {
-          units[r] = bases[r] + offset;
-          in_place &= weight_end - units[r] >= kLanes * kUnitBytes + kOverread;
+          rows[r] = weight_row(r, 0) + offset;
+          upcoming[r] = rows[r] + ahead;
+          in_place &= weight_end - rows[r] >= kLanes * kUnitBytes + kOverread;
         }
         if (!in_place) {
           if (!clean) memset(&copy, 0, sizeof copy);
           clean = true;
           const int64_t left = stride - offset;
+          const int64_t room = int64_t(k.lanes) * kUnitBytes;
           for (int r = 0; r < V::kRows; ++r) {
-            for (int i = 0; i < rows_per_lane_set; ++i) {
-              const int64_t at = row + r * rows_per_lane_set + i;
-              const int64_t room = int64_t(k.lanes) * kUnitBytes;
-              memcpy(copy.bytes[r] + i * room, weight + (at < end ? at : end - 1) * stride + offset,
+            for (int i = 0; i < set_rows; ++i) {
+              memcpy(copy.bytes[r] + i * room, weight_row(r, i) + offset,
                      size_t(left < room ? left : room));
             }
-            units[r] = copy.bytes[r];
+            rows[r] = copy.bytes[r];
           }
         }
-        add_span<kOne>(units, ahead, staged + span * kUnitGroups * L::kRecord, token_stride, tokens,
-                       whole ? all : last, sums, std::make_integer_sequence<int, kUnitGroups>());
+        add_span<kOne>(rows, upcoming, staged + span * kUnitGroups * L::kRecord, token_stride,
+                       tokens, whole ? all : existing, sums,
+                       std::make_integer_sequence<int, kUnitGroups>());
       }
       for (int t = 0; t < (kOne ? 1 : tokens); ++t) {
-        store_tile(args, first + t, row, end, k.lanes, sums[t]);
+        float results[V::kRows * kLanes];
+        meet_lanes(sums[t], k.lanes, results);
+        with_element(args.y_type, [&](auto element) {
+          for (int r = 0; r < tile_rows && row + r < end; ++r) {
+            store_output<decltype(element)>(args, first + t, row + r, results[r]);
+          }
+        });
       }
     }
   }
 
-  static BCY_INLINE void store_tile(const bcy_gguf_matmul_args& args, int64_t token, int64_t row,
-                                    int64_t end, int lanes, Floats sums) {
-    float results[V::kRows * kLanes];
-    const int count = V::kRows * kLanes / lanes;
-    if (lanes == kLanes) {
-      V::meet(sums, results);
-    } else {
-      alignas(64) float p[V::kRows * kLanes + kLanes] = {};
-      memcpy(p, &sums, sizeof sums);
-      for (int r = 0; r < count; ++r) {
-        const float* const q = p + r * lanes;
-        const float zero = 0.0f;
-        results[r] = meet(q[0], lanes > 1 ? q[1] : zero, lanes > 2 ? q[2] : zero,
-                          lanes > 2 ? q[3] : zero, zero, zero, zero, zero);
-      }
+  // The sum of each row.
+  static BCY_INLINE void meet_lanes(Floats sums, int lanes, float* results) {
+    if (lanes == kLanes) return V::meet(sums, results);
+    float p[V::kRows * kLanes + kLanes];
+    memcpy(p, &sums, sizeof sums);
+    for (int r = 0; r < V::kRows * kLanes / lanes; ++r) {
+      const float* const q = p + r * lanes;
+      const float zero = 0.0f;
+      results[r] = meet(q[0], lanes > 1 ? q[1] : zero, lanes > 2 ? q[2] : zero,
+                        lanes > 2 ? q[3] : zero, zero, zero, zero, zero);
     }
-    with_element(args.y_type, [&](auto element) {
-      for (int r = 0; r < count && row + r < end; ++r) {
-        store_output<decltype(element)>(args, token, row + r, results[r]);
-      }
-    });
   }
 
   static void matmul(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
