@@ -510,7 +510,8 @@ cdef object request_capsule(
     if device_type != kDLCUDA and device_type != kDLCUDAManaged:
         return call_dlpack(array, {}, kind)
     if stream is None:
-        return call_dlpack(array, {"stream": -1}, kind)
+        # JAX knows no -1; with None it hands out the array as it is.
+        return call_dlpack(array, {"stream": None if kind.framework == JAX else -1}, kind)
     # Producers record events on their current stream of the current device.
     if device_type == kDLCUDA:
         with nogil:
