@@ -3,11 +3,14 @@
 // and staging.h), which has besides
 //
 //   splat(value)
+//   fold(vectors)                  sums of the elements e, e + 16, then of e, e + 8, for e = 0 .. 7
 //   widen<i, is_unsigned>(codes)   vector i of the 32 codes of a group, as Floats
 //   store(Element, y, floats)      rounded, with one NaN for all
 #pragma once
 
 #include <immintrin.h>
+
+#include <utility>
 
 #include "cpu/gguf/layout.h"
 
@@ -16,7 +19,6 @@ namespace {
 
 // The 32 codes of a group in their order: what Format::codes gives word by word.
 typedef uint32_t Words8 __attribute__((vector_size(32)));
-typedef uint32_t Words4 __attribute__((vector_size(16)));
 
 template <class T>
 BCY_INLINE T load_bytes(const uint8_t* p) {
@@ -24,12 +26,10 @@ BCY_INLINE T load_bytes(const uint8_t* p) {
   memcpy(&value, p, sizeof value);
   return value;
 }
-BCY_INLINE Words8
-nibbles_at(const uint8_t* p) {  // element j in the low nibble of p[j], j + 16 in the high one
-  const Words4 packed = load_bytes<Words4>(p);
-  return Words8{packed[0],      packed[1],      packed[2],      packed[3],
-                packed[0] >> 4, packed[1] >> 4, packed[2] >> 4, packed[3] >> 4} &
-         0x0f0f0f0fu;
+// Element j in the low nibble of p[j], j + 16 in the high one.
+BCY_INLINE Words8 nibbles_at(const uint8_t* p) {
+  const Words8 twice = (Words8)_mm256_broadcastsi128_si256(load_bytes<__m128i>(p));
+  return twice >> Words8{0, 0, 0, 0, 4, 4, 4, 4} & 0x0f0f0f0fu;
 }
 BCY_INLINE Words8 spread_bits_of(uint32_t bits) {
   const Words8 fours =
@@ -67,6 +67,24 @@ BCY_INLINE Words8 group_codes(const uint8_t* block, int group) {
   }
 }
 
+// The last steps of the order in order.cuh: element sums e, e + 8, ... of every partial to one sum.
+BCY_INLINE float meet_eights(const __m256* eights) {
+  __m256 fours[4], twos[2];
+  for (int i = 0; i < 4; ++i) {  // s[e] += s[e + 4], of partials i and i + 4
+    fours[i] = _mm256_add_ps(_mm256_permute2f128_ps(eights[i], eights[i + 4], 0x20),
+                             _mm256_permute2f128_ps(eights[i], eights[i + 4], 0x31));
+  }
+  for (int i = 0; i < 2; ++i) {
+    twos[i] = _mm256_add_ps(_mm256_shuffle_ps(fours[2 * i], fours[2 * i + 1], 0x44),
+                            _mm256_shuffle_ps(fours[2 * i], fours[2 * i + 1], 0xee));
+  }
+  const __m256 p = _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x88),
+                                 _mm256_shuffle_ps(twos[0], twos[1], 0xdd));
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(p), _mm256_extractf128_ps(p, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
 template <class V, class Format>
 struct FloatPath {
   using Floats = typename V::Floats;
@@ -95,13 +113,21 @@ struct FloatPath {
                        values);
   }
 
-  // Elements k .. k + 32 count of a row; returns nothing less than whole groups.
-  static BCY_INLINE void dequantize_groups(const uint8_t* row, int64_t k, int count,
-                                           Floats* values) {
-    for (int i = 0; i < count; ++i, k += kGroup, values += kVectors) {
-      dequantize_group(row + k / Format::kElements * Format::kBytes,
-                       int(k % Format::kElements / kGroup), values);
+  // The unit that starts at `unit`, or its first `groups` groups where the row ends.
+  static __attribute__((noinline)) void dequantize_unit(const uint8_t* unit, int groups,
+                                                        Floats* values) {
+    if constexpr (Format::kElements == kUnit) {
+      dequantize_block(unit, values, std::make_integer_sequence<int, kUnitGroups>());
+    } else {
+      for (int g = 0; g < groups; ++g) {
+        dequantize_group(unit + g * Format::kBytes, 0, values + g * kVectors);
+      }
     }
+  }
+  template <int... g>
+  static BCY_INLINE void dequantize_block(const uint8_t* block, Floats* values,
+                                          std::integer_sequence<int, g...>) {
+    (dequantize_group(block, g, values + g * kVectors), ...);  // g is a constant in each
   }
 
   static void dequantize(const bcy_gguf_dequantize_args& args, int64_t begin, int64_t end) {
@@ -110,72 +136,84 @@ struct FloatPath {
       using Element = decltype(element);
       for (int64_t row = begin; row < end; ++row) {
         const uint8_t* const weight = static_cast<const uint8_t*>(args.weight) + row * stride;
-        auto* const y = static_cast<typename Element::Storage*>(args.y) + row * args.y_stride;
-        for (int64_t k = 0; k < args.ncols; k += kGroup) {
-          Floats values[kVectors];
-          dequantize_groups(weight, k, 1, values);
-          for (int i = 0; i < kVectors; ++i) V::store(Element{}, y + k + i * V::kWidth, values[i]);
+        auto* y = static_cast<typename Element::Storage*>(args.y) + row * args.y_stride;
+        for (int64_t k = 0; k < args.ncols; k += kUnit) {
+          const int groups = groups_left(args.ncols - k);
+          Floats values[kUnitGroups * kVectors];
+          dequantize_unit(weight + row_bytes<Format>(k), groups, values);
+          for (int i = 0; i < groups * kVectors; ++i, y += V::kWidth) {
+            V::store(Element{}, y, values[i]);
+          }
         }
       }
     });
   }
 
-  struct Sums {
-    Floats partials[kPartials][kVectors];
-  };
+  static BCY_INLINE int groups_left(int64_t elements) {
+    return elements < kUnit ? int(elements / kGroup) : kUnitGroups;
+  }
+
+  static constexpr int kRows = V::kWidth / 4;  // rows that share what is loaded of the activations
+  static constexpr int kTokens = 4;
 
   template <class Element>
-  static void multiply_row(const bcy_gguf_matmul_args& args, int64_t row, int64_t first,
-                           int tokens) {
-    const uint8_t* const weight =
-        static_cast<const uint8_t*>(args.weight) + row * row_bytes<Format>(args.ncols);
+  static void multiply_rows(const bcy_gguf_matmul_args& args, int64_t row, int64_t end,
+                            int64_t first, int tokens) {
+    const uint8_t* weight[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = row + r < end ? row + r : end - 1;
+      weight[r] = static_cast<const uint8_t*>(args.weight) + at * row_bytes<Format>(args.ncols);
+    }
     const auto* const x =
         static_cast<const typename Element::Storage*>(args.x) + first * args.x_stride;
-    Sums sums[kTokenTile];
-    for (int t = 0; t < tokens; ++t) sums[t] = Sums{};
+    Floats sums[kTokens][kPartials][kRows][kVectors];
+    for (int t = 0; t < tokens; ++t) memset(&sums[t], 0, sizeof sums[t]);
     for (int64_t k = 0; k < args.ncols; k += kUnit) {
-      const int64_t left = (args.ncols - k) / kGroup;
-      const int groups = int(left < kUnitGroups ? left : kUnitGroups);
-      Floats unit[kUnitGroups * kVectors];
-      dequantize_groups(weight, k, groups, unit);
+      const int groups = groups_left(args.ncols - k);
+      Floats unit[kRows][kUnitGroups * kVectors];
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* const upcoming =
+            weight[r] + kRows * row_bytes<Format>(args.ncols) + row_bytes<Format>(k);
+        for (int line = 0; line < L::kUnitBytes; line += 64) __builtin_prefetch(upcoming + line);
+        dequantize_unit(weight[r] + row_bytes<Format>(k), groups, unit[r]);
+      }
       for (int t = 0; t < tokens; ++t) {
-        Floats* const partial = sums[t].partials[k / kUnit % kPartials];
-        Floats partials[kVectors];
-        for (int i = 0; i < kVectors; ++i) partials[i] = partial[i];
+        // Or the compiler copies all of `unit`, to save loads that it then repeats.
+        asm volatile("" ::: "memory");
+        auto& partial = sums[t][k / kUnit % kPartials];
+        Floats kept[kRows][kVectors];
+        memcpy(kept, partial, sizeof kept);
         const auto* from = x + t * args.x_stride + k;
         for (int g = 0; g < groups; ++g) {
           for (int i = 0; i < kVectors; ++i, from += V::kWidth) {
-            partials[i] = V::fma(unit[g * kVectors + i], V::load(Element{}, from), partials[i]);
+            const Floats activations = V::load(Element{}, from);
+            for (int r = 0; r < kRows; ++r) {
+              kept[r][i] = V::fma(unit[r][g * kVectors + i], activations, kept[r][i]);
+            }
           }
         }
-        for (int i = 0; i < kVectors; ++i) partial[i] = partials[i];
+        memcpy(partial, kept, sizeof kept);
       }
     }
     for (int t = 0; t < tokens; ++t) {
-      float totals[kPartials];
-      for (int p = 0; p < kPartials; ++p) {
-        float s[kGroup];
-        memcpy(s, sums[t].partials[p], sizeof s);
-        for (int e = 0; e < 16; ++e) s[e] = add(s[e], s[e + 16]);
-        for (int e = 0; e < 8; ++e) s[e] = add(s[e], s[e + 8]);
-        for (int e = 0; e < 4; ++e) s[e] = add(s[e], s[e + 4]);
-        totals[p] = add(add(s[0], s[2]), add(s[1], s[3]));
+      for (int r = 0; r < kRows && row + r < end; ++r) {
+        __m256 eights[kPartials];
+        for (int p = 0; p < kPartials; ++p) eights[p] = V::fold(sums[t][p][r]);
+        const float sum = meet_eights(eights);
+        with_element(args.y_type, [&](auto element) {
+          store_output<decltype(element)>(args, first + t, row + r, sum);
+        });
       }
-      const float sum = meet(totals[0], totals[1], totals[2], totals[3], totals[4], totals[5],
-                             totals[6], totals[7]);
-      with_element(args.y_type, [&](auto element) {
-        store_output<decltype(element)>(args, first + t, row, sum);
-      });
     }
   }
 
   static void matvec(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
     with_element(args.x_type, [&](auto element) {
-      for (int64_t first = 0; first < args.m; first += kTokenTile) {
+      for (int64_t first = 0; first < args.m; first += kTokens) {
         const int64_t left = args.m - first;
-        const int tokens = int(left < kTokenTile ? left : kTokenTile);
-        for (int64_t row = begin; row < end; ++row) {
-          multiply_row<decltype(element)>(args, row, first, tokens);
+        const int tokens = int(left < kTokens ? left : kTokens);
+        for (int64_t row = begin; row < end; row += kRows) {
+          multiply_rows<decltype(element)>(args, row, end, first, tokens);
         }
       }
     });

@@ -158,6 +158,7 @@ struct Avx2 {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
   }
 
+  static BCY_INLINE __m256 fold(const Floats* v) { return (__m256)((v[0] + v[2]) + (v[1] + v[3])); }
   static BCY_INLINE Floats splat(float value) { return (Floats)_mm256_set1_ps(value); }
   template <int i, bool is_unsigned, class Codes>
   static BCY_INLINE Floats widen(Codes codes) {

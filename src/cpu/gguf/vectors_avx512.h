@@ -8,6 +8,7 @@
 
 // GCC takes the deliberately undefined operand inside its own intrinsics for a mistake (PR 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 namespace bcy::cpu {
 namespace {
@@ -124,6 +125,10 @@ struct Avx512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)v));
   }
 
+  static BCY_INLINE __m256 fold(const Floats* v) {
+    const __m512 s = _mm512_add_ps((__m512)v[0], (__m512)v[1]);
+    return _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+  }
   static BCY_INLINE Floats splat(float value) { return (Floats)_mm512_set1_ps(value); }
   template <int i, bool is_unsigned, class Codes>
   static BCY_INLINE Floats widen(Codes codes) {
