@@ -22,8 +22,8 @@ CPU = Backend("cpu")
 PATHS = {"staged": problems.staged_plan, "float": problems.float_plan}
 ISAS = ["baseline", "avx2", "avx512_vnni"]
 
-# Every way in which K can divide into units of 256 and spans of eight units: less than a unit, part of
-# a unit, few units (weight rows share a vector), whole spans, whole spans and some.
+# Every way in which K can divide into units of 256 and spans of eight units: less than a unit, part
+# of a unit, few units (weight rows share a vector), whole spans, whole spans and some.
 COLUMNS = [32, 96, 256, 288, 512, 768, 1024, 1056, 1280, 1792, 2048, 2080, 2304, 4096, 4352, 6176]
 
 
