@@ -3,6 +3,7 @@
 
 import contextlib
 import struct
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -125,6 +126,27 @@ def test_metadata(path):
         metadata["x"] = 1
 
 
+def test_metadata_that_the_reader_of_the_gguf_package_does_not_give(tmp_path):
+    """Arrays of arrays stay nested; text that is no UTF-8 is read as far as it is."""
+    path = tmp_path / "odd.gguf"
+    inner = [struct.pack("<IQ3B", 0, 3, 1, 2, 3), struct.pack("<IQ", 8, 1) + text(b"a\xffb")]
+    pairs = [
+        text("nested") + struct.pack("<IIQ", 9, 9, 2) + b"".join(inner),
+        text("word") + struct.pack("<I", 8) + text(b"\xe2\x82"),
+        text("none") + struct.pack("<IIQ", 9, 8, 0),
+        text("no numbers") + struct.pack("<IIQ", 9, 6, 0),
+        text("general.alignment") + struct.pack("<II", 4, 64),
+    ]
+    path.write_bytes(make([], pairs))
+    assert list(bcy.open_gguf(path).metadata.items()) == [
+        ("nested", [[1, 2, 3], ["a\N{REPLACEMENT CHARACTER}b"]]),
+        ("word", "\N{REPLACEMENT CHARACTER}"),
+        ("none", []),
+        ("no numbers", []),
+        ("general.alignment", 64),
+    ]
+
+
 def test_unsupported_type_is_named_only_when_asked_for(path):
     model = bcy.open_gguf(path)
     assert model.types["exotic.weight"] == "IQ2_XXS"
@@ -237,7 +259,7 @@ def test_corrupt_bytes_never_crash(path, tmp_path, seed):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"", "got an empty one"),
+        (b"", "expected a GGUF file, got one of 0 bytes; it is truncated"),
         (b"GG", "truncated"),
         (make(magic=b"GGML"), "no GGUF file"),
         (make(version=1), "expected version 2 or 3 .* got 1"),
@@ -245,7 +267,7 @@ def test_corrupt_bytes_never_crash(path, tmp_path, seed):
         (make(counts=(2**63, 0)), "tensor '': expected one tensor of this name, got two"),
         (make(counts=(0, 2**63)), "metadata"),
         (make([text("w")[:8] + b"w"], counts=(1, 0), data=b""), "tensor 'w'"),
-        (make([struct.pack("<Q", 2**62)], counts=(1, 0)), "tensor 0 of 1: expected .* truncated"),
+        (make([struct.pack("<Q", 2**62)], counts=(1, 0)), "tensor at byte 24: .* truncated"),
         (make([tensor(name=b"\xff\xfe")]), "expected a name in UTF-8"),
         (make([tensor(), tensor()]), "tensor 'w': expected one tensor of this name, got two"),
         (make([tensor(shape=(32,) * 9)]), "tensor 'w': expected at most 8 dimensions, got 9"),
@@ -253,7 +275,7 @@ def test_corrupt_bytes_never_crash(path, tmp_path, seed):
         (make([tensor(shape=())]), "tensor 'w': expected rows of a multiple of 32"),
         (make([tensor(shape=(32, 2**60))]), "tensor 'w': .* it is truncated"),
         (make([tensor(shape=(2**63, 2**63))]), "tensor 'w': .* it is truncated"),
-        (make([tensor(shape=(32, 5))]), "tensor 'w': expected 90 bytes of Q4_0 .* ends at byte"),
+        (make([tensor(shape=(32, 5))]), "tensor 'w': expected 90 bytes at byte 96, got .* 160"),
         (make([tensor(offset=32)]), "tensor 'w': .* it is truncated"),
         (make([tensor(offset=2**63)]), "tensor 'w': .* it is truncated"),
         (make([tensor(offset=2)]), "tensor 'w': expected an offset that is a multiple of 32"),
@@ -261,11 +283,19 @@ def test_corrupt_bytes_never_crash(path, tmp_path, seed):
         (make(pairs=[text("k") + struct.pack("<I", 99)]), "metadata 'k': expected a metadata type"),
         (
             make(pairs=[text("k") + struct.pack("<IIQ", 9, 4, 2**61)]),
-            "metadata 'k': expected .* truncated",
+            f"metadata 'k': expected {2**61 * 4} bytes .* truncated",
         ),
         (
             make(pairs=[text("k") + struct.pack("<IIQ", 9, 8, 2**61)]),
-            "metadata 'k': expected .* truncated",
+            f"metadata 'k': expected {2**61 * 8} bytes .* truncated",
+        ),
+        (
+            make(pairs=[text("k") + struct.pack("<IIQ", 9, 9, 2**60)]),
+            f"metadata 'k': expected {2**60 * 8} bytes .* truncated",
+        ),
+        (
+            make(pairs=[text("k") + struct.pack("<IIQ", 9, 99, 1)]),
+            "metadata 'k': expected a metadata type, got 99",
         ),
         (
             make(pairs=[text("k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 2000]),
@@ -273,12 +303,30 @@ def test_corrupt_bytes_never_crash(path, tmp_path, seed):
         ),
         (
             make(pairs=[text("general.alignment") + struct.pack("<II", 4, 0)]),
-            "metadata 'general.alignment': expected a multiple of 8, got 0",
+            "metadata 'general.alignment': expected a power of two .*, got 0;",
         ),
         (
             make(pairs=[text("general.alignment") + struct.pack("<I", 8) + text("x")]),
-            "metadata 'general.alignment': expected a multiple of 8, got 'x'",
+            "metadata 'general.alignment': expected a power of two .*, got 'x';",
         ),
+        (
+            make(pairs=[text("general.alignment") + struct.pack("<II", 4, 4)]),
+            "metadata 'general.alignment': expected a power of two .*, got 4;",
+        ),
+        (
+            make(pairs=[text("general.alignment") + struct.pack("<II", 4, 24)]),
+            "metadata 'general.alignment': expected a power of two .*, got 24;",
+        ),
+        (
+            make(pairs=[text("general.alignment") + struct.pack("<IQ", 10, 32)]),
+            "metadata 'general.alignment': expected a power of two .* as uint32, got 32;",
+        ),
+        (make(pairs=[text("k") + struct.pack("<IB", 0, 7)] * 2), "metadata 'k': expected one"),
+        (
+            make(pairs=[text("GGUF.version") + struct.pack("<IB", 0, 7)]),
+            "metadata 'GGUF.version': expected one",
+        ),
+        (make(pairs=[text(b"\xff") + struct.pack("<IB", 0, 7)]), "expected a name in UTF-8"),
     ],
     ids=lambda case: "file" if isinstance(case, bytes) else case[:40],
 )
@@ -293,14 +341,23 @@ def test_no_file(tmp_path):
         bcy.open_gguf(tmp_path)
 
 
-def test_unknown_type_number(tmp_path):
+@pytest.mark.parametrize(("type_id", "name"), [(42, "Q2_0"), (99, "type 99")])
+def test_type_that_the_gguf_package_does_not_know(tmp_path, type_id, name):
     path = tmp_path / "strange.gguf"
-    path.write_bytes(make([tensor(type_id=99), tensor("v", offset=32, shape=(32,))]))
+    strange = tensor(shape=(64,), type_id=type_id)
+    path.write_bytes(make([strange, tensor("v", offset=32, shape=(32,))]))
     model = bcy.open_gguf(path)
-    assert model.types["w"] == "type 99"
-    with pytest.raises(Unsupported, match=r"w: .*got type 99"):
+    assert model.types["w"] == name
+    with pytest.raises(Unsupported, match=rf"w: .*got {name}"):
         model["w"]
     assert model["v"].shape == (32,)
+
+
+def test_without_the_gguf_package(monkeypatch, path):
+    monkeypatch.delitem(sys.modules, "baracuda_cy.files.gguf_header", raising=False)
+    monkeypatch.setitem(sys.modules, "gguf", None)  # importing it now fails
+    with pytest.raises(Unsupported, match=r"open_gguf: .* pip install baracuda-cy\[gguf\]"):
+        bcy.open_gguf(path)
 
 
 def test_empty_tensor(tmp_path):

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GGUF file says of itself, read with the ``gguf`` package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFValueType
+
+from baracuda_cy.errors import FileFormatError
+from baracuda_cy.formats import OTHER_GGUF_TYPES
+
+# type id: name, elements and bytes of a block
+_TYPES = {
+    **OTHER_GGUF_TYPES,
+    **{kind.value: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()},
+}
+_SCALARS = GGUFReader.gguf_scalar_to_np
+_STRING, _ARRAY, _UINT32 = GGUFValueType.STRING, GGUFValueType.ARRAY, GGUFValueType.UINT32
+_DEEPEST_ARRAY = 4
+_MOST_DIMENSIONS = 8
+
+
+class Entry(NamedTuple):
+    type_name: str
+    shape: tuple[int, ...]
+    data: Any  # its bytes, mapped; none for a type whose size is not known here
+
+
+class Header(GGUFReader):  # type: ignore[misc]
+    """Metadata and tensors of a GGUF file, checked against its size.
+
+    GGUFReader believes the lengths that a file claims, does not say which key or tensor is broken,
+    and refuses all of a file for one tensor of a type that it does not know. So the methods that
+    begin with an underscore are overridden. They are internal to gguf: pyproject.toml limits its
+    versions to those tested.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self.reading, self.depth = path, "the header", 0
+        self.metadata: dict[str, Any] = {}
+        self.entries: dict[str, Entry] = {}
+        with open(path, "rb") as file:
+            head = file.read(8)
+        if len(head) < 8:
+            raise self.error("a GGUF file", f"one of {len(head)} bytes", "it is truncated")
+        if head[:4] != b"GGUF":
+            raise self.error("the letters GGUF at its start", head[:4], "it is no GGUF file")
+        version = int.from_bytes(head[4:], "little")
+        if version not in (2, 3):
+            raise self.error("version 2 or 3 in little-endian order", version, "convert the file")
+        super().__init__(path)
+
+    def error(
+        self, expected: str, given: object, remedy: str = "the file is corrupt, fetch it again"
+    ) -> FileFormatError:
+        return FileFormatError(
+            f"{self.path}: {self.reading}: expected {expected}, got {given}; {remedy}"
+        )
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        item, count = np.dtype(dtype).newbyteorder("<"), int(count)
+        nbytes, size = item.itemsize * count, self.data.size
+        if nbytes > size - offset:
+            raise self.error(
+                f"{nbytes} bytes at byte {offset}",
+                f"a file that ends at byte {size}",
+                "it is truncated or corrupt, fetch it again",
+            )
+        return np.frombuffer(self.data, item, count, offset)
+
+    def _get_str(self, offset: int) -> Any:
+        """Read the name at the start of a metadata pair or of a tensor's entry."""
+        self.reading = f"{self.part} at byte {offset}"
+        length, text = super()._get_str(offset)
+        try:
+            name = text.tobytes().decode()
+        except UnicodeDecodeError:
+            raise self.error("a name in UTF-8", text.tobytes()) from None
+        self.reading = f"{self.part} {name!r}"
+        if name in self.names:
+            raise self.error(f"one {self.part} of this name", "two")
+        self.names.add(name)
+        return length, text
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        kind = int(raw_type)  # NumPy's integers are slow to compare with an enum's members
+        if kind == _STRING:  # a value, not a name
+            length, text = super()._get_str(orig_offs)
+            return 8 + text.size, [length, text], [1], [_STRING]
+        if kind in _SCALARS:
+            return super()._get_field_parts(orig_offs, kind)
+        if kind != _ARRAY or self.depth == _DEEPEST_ARRAY:
+            raise self.error("a metadata type", kind)
+        item, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        start, count = orig_offs + 12, int(length[0])
+        if scalar := _SCALARS.get(int(item[0])):  # one part; GGUFReader makes one of every number
+            numbers = self._get(start, scalar, count)
+            return 12 + numbers.nbytes, [item, length, numbers], [2], [_ARRAY]
+        self._get(start, np.uint64, count)  # a string takes 8 bytes at least, an array 12
+        self.depth += 1
+        parts = super()._get_field_parts(orig_offs, kind)
+        self.depth -= 1
+        return parts
+
+    def _build_fields(self, offs: int, count: int) -> Any:
+        own = set(self.fields)  # version and counts, which GGUFReader puts among the pairs
+        self.part, self.names = "metadata", own.copy()
+        offs = super()._build_fields(offs, count)
+        for name, field in self.fields.items():
+            if name not in own:
+                self.metadata[name] = _value(iter(field.parts[3:]), field.types[0])
+        return offs
+
+    def _build_tensor_info(self, offs: int, count: int) -> Any:
+        key = "general.alignment"
+        if field := self.fields.get(key):
+            given = self.metadata[key]
+            if field.types != [_UINT32] or given < 8 or given & (given - 1):
+                self.reading = f"metadata {key!r}"
+                raise self.error("a power of two from 8 up as uint32", repr(given))
+        self.part, self.names = "tensor", set()
+        return super()._build_tensor_info(offs, count)
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        for field in fields:
+            self.reading = f"tensor {field.name!r}"
+            dims, type_id, offset = field.parts[3], int(field.parts[4][0]), int(field.parts[5][0])
+            if len(dims) > _MOST_DIMENSIONS:
+                raise self.error(f"at most {_MOST_DIMENSIONS} dimensions", len(dims))
+            shape = tuple(reversed(dims.tolist()))  # the fastest dimension comes first in the file
+            name, elements, size = _TYPES.get(type_id, (f"type {type_id}", 1, 0))
+            if elements > 1 and (not shape or shape[-1] % elements):
+                raise self.error(f"rows of a multiple of {elements} elements ({name})", shape)
+            if offset % int(self.alignment):
+                raise self.error(f"an offset that is a multiple of {self.alignment}", offset)
+            nbytes = math.prod(shape) // elements * size
+            data = self._get(int(start_offs) + offset, np.uint8, nbytes)
+            self.entries[field.name] = Entry(name, shape, data)
+
+
+def _value(parts: Iterator[Any], kind: int) -> Any:
+    # ReaderField.contents flattens arrays of arrays, and raises for text that is no UTF-8, as a
+    # vocabulary may hold.
+    if kind == _STRING:
+        next(parts)
+        return next(parts).tobytes().decode(errors="replace")
+    if kind != _ARRAY:
+        return next(parts).tolist()[0]
+    item, count = int(next(parts)[0]), next(parts)[0]
+    if item in _SCALARS:
+        return next(parts).tolist()
+    return [_value(parts, item) for _ in range(count)]
