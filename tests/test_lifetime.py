@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from producers import LegacyProducer, Producer, held
 
+import baracuda_cy as bcy
 from baracuda_cy import DeviceArray, DeviceBuffer, Event, PinnedBuffer, Stream, Workspace
 from baracuda_cy.dlpack import describe, empty_like, inspect, pending
 
@@ -427,3 +428,19 @@ def test_ordering_inside_a_capture():
         graph.replay()
     torch.cuda.synchronize()
     assert int(t.max()) == 3
+
+
+@pytest.mark.gpu
+def test_scratch_outlives_the_stream_it_was_used_on():
+    weight = np.random.default_rng(0).standard_normal((64, 512), np.float32)
+    w = bcy.quantize(weight, "Q8_0").to("cuda")
+    x = DeviceArray.from_host(np.ones((3, 512), np.float32))
+    want = bcy.linear(x, w).to_host()
+    for _ in range(50):
+        stream = Stream()
+        y = bcy.linear(x, w, stream=stream)
+        stream.close()
+        del stream
+        np.testing.assert_array_equal(y.to_host(), want)
+    while pending():
+        pass

@@ -57,11 +57,12 @@ cpdef object describe(object array)
 cdef class Allocation:
     # Memory for a result, in two steps because a JAX array cannot be written once it is one:
     # `target` is what the kernel writes (pass it to acquire_view); after the launch, finish() gives
-    # the array of the prototype's own framework. Scratch needs no finish().
+    # the array of the prototype's own framework. Scratch is settled instead.
     cdef object target
     cdef object prototype
     cdef int kind
     cdef object finish(self)
+    cdef int settle(self) except -1
 
 
 cdef Allocation allocate_like(

@@ -1299,6 +1299,12 @@ cdef class Allocation:
             self.target._settle()
         return self.target
 
+    cdef int settle(self) except -1:
+        # What a launch holds may outlive the stream that was lent for it.
+        if self.kind == HAND_TO_JAX or self.kind == SETTLE:
+            self.target._settle(scratch=True)
+        return 0
+
 
 cdef Allocation allocated(object target, int kind=MADE, object prototype=None):
     cdef Allocation result = Allocation.__new__(Allocation)

@@ -747,6 +747,8 @@ def multiply(x, w, bias, out, stream, preference):
             free(scratch)
         for slot in range(SLOTS):
             release_view(&call.views[slot])
+        if lent is not None:
+            lent.settle()
     return result.finish() if out is None else out
 
 

@@ -843,10 +843,11 @@ cdef class DeviceArray:
             nbytes *= self.view.shape[i]
         return nbytes
 
-    def _settle(self):
+    def _settle(self, *, scratch=False):
         """Order the legacy default stream after the array's own, and belong to that from now on.
 
-        Its own stream was lent for one call, and may be destroyed before the array is.
+        Its own stream was lent for one call, and may be destroyed before the array is. Scratch of a
+        captured graph stays where it is: it is freed inside the graph, before the call returns.
         """
         cdef StreamHandle legacy = handle_of(None)
         cdef StreamHandle order = self.memory.order
@@ -855,6 +856,8 @@ cdef class DeviceArray:
         with nogil:
             # A captured graph is ordered by whoever launches it.
             _cuda.stream_is_capturing(device, order.raw, &capturing)
+        if capturing and scratch:
+            return
         if not capturing:
             order_after(legacy.raw, order.raw, device)
         self.memory.order = legacy
