@@ -444,3 +444,23 @@ def test_scratch_outlives_the_stream_it_was_used_on():
         np.testing.assert_array_equal(y.to_host(), want)
     while pending():
         pass
+
+
+@pytest.mark.gpu
+def test_jax_results_outlive_the_stream_they_were_made_on():
+    jax = pytest.importorskip("jax")
+    if jax.default_backend() != "gpu":
+        pytest.skip("this jax has no GPU")
+    weight = np.random.default_rng(0).standard_normal((64, 512), np.float32)
+    w = bcy.quantize(weight, "Q8_0").to("cuda")
+    x = jax.numpy.ones((3, 512), "float32")
+    want = np.asarray(bcy.linear(x, w))
+    for _ in range(50):
+        stream = Stream()
+        y = bcy.linear(x, w, stream=stream)
+        stream.close()
+        del stream
+        np.testing.assert_array_equal(np.asarray(y), want)
+        del y
+    while pending():
+        pass

@@ -1267,7 +1267,7 @@ cdef object make_capsule(object owner, ArrayView* view, uint64_t flags, object m
 
 cdef enum Making:
     MADE               # target is the result
-    HAND_TO_JAX
+    HAND_TO_JAX        # a DeviceArray on the way to JAX, settled first
     PUT_ON_JAX_CPU
     SETTLE             # a DeviceArray that outlives the stream it was made on
 
@@ -1283,6 +1283,8 @@ cdef bint exporting_to_jax() noexcept:
 cdef class Allocation:
     cdef object finish(self):
         global handing_over
+        if self.kind == HAND_TO_JAX or self.kind == SETTLE:
+            self.target._settle()
         if self.kind == HAND_TO_JAX:
             from jax import dlpack
 
@@ -1295,8 +1297,6 @@ cdef class Allocation:
             devices = getattr(self.prototype, "devices", None)
             device = next(iter(devices())) if devices is not None else None
             return sys.modules["jax"].device_put(self.target, device)
-        if self.kind == SETTLE:
-            self.target._settle()
         return self.target
 
     cdef int settle(self) except -1:
