@@ -81,23 +81,37 @@ struct Job {
   void* const context;
   const int64_t count;
   const int64_t grain;
-  int seats;  // workers that may still join
+  const int threads;
+  int seats = threads - 1;  // workers that may still join
   std::atomic<int64_t> next{0};
   std::atomic<int> inside{0};  // workers at it
   std::atomic<bool> failed{false};
   std::condition_variable done;
   Job* after = nullptr;
 
-  Job(int64_t count, int64_t grain, int seats, Work work, void* context)
-      : work(work), context(context), count(count), grain(grain), seats(seats) {}
+  Job(int64_t count, int64_t grain, int threads, Work work, void* context)
+      : work(work), context(context), count(count), grain(grain), threads(threads) {}
 
+  bool take(int64_t* begin, int64_t* end) {
+    int64_t at = next.load(std::memory_order_relaxed);
+    int64_t size;
+    do {
+      const int64_t left = count - at;
+      if (left <= 0) return false;
+      const int64_t share = threads > 1 ? left / (4 * threads) : left;
+      size = (share / grain + 1) * grain;
+      if (size > left) size = left;
+    } while (!next.compare_exchange_weak(at, at + size, std::memory_order_relaxed));
+    *begin = at;
+    *end = at + size;
+    return true;
+  }
   void run() noexcept {
     const FloatEnvironment environment;
-    for (;;) {
-      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= count) return;
+    int64_t begin, end;
+    while (take(&begin, &end)) {
       try {
-        work(context, begin, count - begin < grain ? count : begin + grain);
+        work(context, begin, end);
       } catch (...) {
         failed.store(true, std::memory_order_relaxed);
         return;
@@ -114,7 +128,7 @@ class Pool {
   int run(Job* job) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (workers_ < job->seats && start_worker()) {
+      while (workers_ < job->threads - 1 && start_worker()) {
       }
       job->after = jobs_;
       jobs_ = job;
@@ -236,11 +250,8 @@ int run_parallel(int64_t count, int64_t grain, int threads, Work work, void* con
   const int64_t pieces = (count - 1) / grain + 1;
   if (threads > kMaxThreads) threads = kMaxThreads;
   if (threads > pieces) threads = int(pieces);
-  if (threads > 1) {
-    Job job(count, grain, threads - 1, work, context);
-    return pool().run(&job);
-  }
-  Job job(count, count, 0, work, context);
+  Job job(count, grain, threads, work, context);
+  if (threads > 1) return pool().run(&job);
   job.run();
   return job.failed ? BCY_ERROR_OUT_OF_MEMORY : BCY_OK;
 }

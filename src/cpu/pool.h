@@ -11,9 +11,11 @@ namespace bcy::cpu {
 // BARACUDA_THREADS, else the CPUs that this process may run on; read once per process.
 int default_threads();
 
-// Calls work(context, begin, end) for pieces of [0, count), each of `grain` items (the last may be
-// shorter), on at most `threads` threads (<= 0: default_threads()), the caller among them. With one
-// thread or one piece it is one call for all items, on the caller.
+// Calls work(context, begin, end) for pieces of [0, count) on at most `threads` threads (<= 0:
+// default_threads()), the caller among them. A piece begins at a multiple of `grain` and has at
+// least that many items, but for the last one: large pieces first, so that memory is read in long
+// streams, small ones at the end, so that all are done at the same time. What is one piece, or one
+// thread's, is one call on the caller.
 //
 // Everywhere work runs, floats round to nearest and subnormals are kept; what the caller had set is
 // back on return. Several threads may call at once; work itself must not.

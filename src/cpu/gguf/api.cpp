@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "cpu/gguf/layout.h"
 #include "cpu/pool.h"
 
@@ -47,27 +49,43 @@ const Isa& isa() {
 
 bool is_element(int32_t type) { return type == BCY_F32 || type == BCY_F16 || type == BCY_BF16; }
 
-// Rows of a piece of work: enough to be worth a hand-over, and whole tiles of every kernel.
-int64_t row_grain(int64_t bytes_per_row, int64_t products_per_row) {
-  constexpr int64_t kBytes = 64 << 10, kProducts = 256 << 10;
-  const int64_t by_bytes = kBytes / (bytes_per_row > 0 ? bytes_per_row : 1);
-  const int64_t by_products = kProducts / (products_per_row > 0 ? products_per_row : 1);
-  const int64_t rows = by_bytes < by_products ? by_bytes : by_products;
-  return (rows / kLargestTile + 1) * kLargestTile;
+// Rows whose weights take `bytes`, in whole tiles of every kernel.
+int64_t rows_of(int64_t bytes, int64_t bytes_per_row) {
+  return (bytes / (bytes_per_row > 0 ? bytes_per_row : 1) / kLargestTile + 1) * kLargestTile;
 }
 
-int64_t matrix_row_bytes(int32_t format, int64_t ncols) {
-  return ncols / bcy_gguf_block_elements(format) * bcy_gguf_block_bytes(format);
+// Splits the rows of a matrix over threads. `per_row` measures the work in multiplications.
+template <class Kernel>
+int for_rows(int32_t format, int64_t nrows, int64_t ncols, int64_t per_row, int threads,
+             Kernel kernel) {
+  // What is worth a hand-over to another thread; and what stays in a core's own cache while all
+  // tokens pass.
+  constexpr int64_t kWork = 256 << 10, kCached = 128 << 10;
+  const int64_t row_bytes = ncols / bcy_gguf_block_elements(format) * bcy_gguf_block_bytes(format);
+  const int64_t grain = std::min(rows_of(kWork, per_row), rows_of(kCached, row_bytes));
+  const int64_t block = rows_of(kCached, row_bytes);
+  return parallel_for(nrows, grain, threads, [=](int64_t begin, int64_t end) {
+    for (; begin < end; begin += block) kernel(begin, std::min(begin + block, end));
+  });
 }
 
-int check_matmul(const bcy_gguf_matmul_args& args, const Kernels* kernels) {
+int check_sizes(int32_t format, int64_t nrows, int64_t ncols, int64_t m) {
+  const bool valid =
+      nrows >= 0 && ncols >= 0 && m >= 0 && ncols % bcy_gguf_block_elements(format) == 0;
+  return valid ? BCY_OK : BCY_ERROR_INVALID_ARGUMENT;
+}
+
+int multiply(const bcy_gguf_matmul_args& args, int threads,
+             void (*Kernels::*product)(const bcy_gguf_matmul_args&, int64_t, int64_t)) {
+  const Kernels* const kernels = isa().kernels(args.format);
   if (!kernels) return BCY_ERROR_UNKNOWN_FORMAT;
   if (!is_element(args.x_type) || !is_element(args.y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
-  if (args.nrows < 0 || args.ncols < 0 || args.m < 0 ||
-      args.ncols % bcy_gguf_block_elements(args.format) != 0) {
-    return BCY_ERROR_INVALID_ARGUMENT;
-  }
-  return BCY_OK;
+  if (const int status = check_sizes(args.format, args.nrows, args.ncols, args.m)) return status;
+  if (args.m == 0) return BCY_OK;
+  return for_rows(args.format, args.nrows, args.ncols, args.ncols * args.m, threads,
+                  [&args, kernel = kernels->*product](int64_t begin, int64_t end) {
+                    kernel(args, begin, end);
+                  });
 }
 
 }  // namespace
@@ -119,43 +137,31 @@ int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) {
 
 int bcy_cpu_gguf_stage(const bcy_gguf_matmul_args* args, int threads) {
   const Kernels* const kernels = isa().kernels(args->format);
-  if (const int status = check_matmul(*args, kernels)) return status;
-  const int64_t grain = (32 << 10) / (args->ncols + 1) + 1;
-  return parallel_for(args->m, grain, threads,
+  if (!kernels) return BCY_ERROR_UNKNOWN_FORMAT;
+  if (!is_element(args->x_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
+  if (const int status = check_sizes(args->format, args->nrows, args->ncols, args->m)) {
+    return status;
+  }
+  constexpr int64_t kElements = 32 << 10;  // worth a hand-over to another thread
+  return parallel_for(args->m, kElements / (args->ncols + 1) + 1, threads,
                       [=](int64_t begin, int64_t end) { kernels->stage(*args, begin, end); });
 }
 
 int bcy_cpu_gguf_matmul(const bcy_gguf_matmul_args* args, int threads) {
-  const Kernels* const kernels = isa().kernels(args->format);
-  if (const int status = check_matmul(*args, kernels)) return status;
-  if (args->m == 0) return BCY_OK;
-  const int64_t grain =
-      row_grain(matrix_row_bytes(args->format, args->ncols), args->ncols * args->m);
-  return parallel_for(args->nrows, grain, threads,
-                      [=](int64_t begin, int64_t end) { kernels->matmul(*args, begin, end); });
+  return multiply(*args, threads, &Kernels::matmul);
 }
 
 int bcy_cpu_gguf_matvec(const bcy_gguf_matmul_args* args, int threads) {
-  const Kernels* const kernels = isa().kernels(args->format);
-  if (const int status = check_matmul(*args, kernels)) return status;
-  if (args->m == 0) return BCY_OK;
-  const int64_t grain =
-      row_grain(matrix_row_bytes(args->format, args->ncols), args->ncols * args->m);
-  return parallel_for(args->nrows, grain, threads,
-                      [=](int64_t begin, int64_t end) { kernels->matvec(*args, begin, end); });
+  return multiply(*args, threads, &Kernels::matvec);
 }
 
 int bcy_cpu_gguf_dequantize(const bcy_gguf_dequantize_args* args, int threads) {
   const Kernels* const kernels = isa().kernels(args->format);
   if (!kernels) return BCY_ERROR_UNKNOWN_FORMAT;
   if (!is_element(args->y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
-  if (args->nrows < 0 || args->ncols < 0 ||
-      args->ncols % bcy_gguf_block_elements(args->format) != 0) {
-    return BCY_ERROR_INVALID_ARGUMENT;
-  }
-  const int64_t grain = row_grain(matrix_row_bytes(args->format, args->ncols), args->ncols);
-  return parallel_for(args->nrows, grain, threads,
-                      [=](int64_t begin, int64_t end) { kernels->dequantize(*args, begin, end); });
+  if (const int status = check_sizes(args->format, args->nrows, args->ncols, 1)) return status;
+  return for_rows(args->format, args->nrows, args->ncols, args->ncols, threads,
+                  [=](int64_t begin, int64_t end) { kernels->dequantize(*args, begin, end); });
 }
 
 int bcy_cpu_default_threads(void) { return default_threads(); }
