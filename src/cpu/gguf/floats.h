@@ -154,7 +154,6 @@ struct FloatPath {
   }
 
   static constexpr int kRows = V::kWidth / 4;  // rows that share what is loaded of the activations
-  static constexpr int kTokens = 4;
 
   template <class Element>
   static void multiply_rows(const bcy_gguf_matmul_args& args, int64_t row, int64_t end,
@@ -166,7 +165,7 @@ struct FloatPath {
     }
     const auto* const x =
         static_cast<const typename Element::Storage*>(args.x) + first * args.x_stride;
-    Floats sums[kTokens][kPartials][kRows][kVectors];
+    Floats sums[kTokenTile][kPartials][kRows][kVectors];
     for (int t = 0; t < tokens; ++t) memset(&sums[t], 0, sizeof sums[t]);
     for (int64_t k = 0; k < args.ncols; k += kUnit) {
       const int groups = groups_left(args.ncols - k);
@@ -209,9 +208,9 @@ struct FloatPath {
 
   static void matvec(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
     with_element(args.x_type, [&](auto element) {
-      for (int64_t first = 0; first < args.m; first += kTokens) {
+      for (int64_t first = 0; first < args.m; first += kTokenTile) {
         const int64_t left = args.m - first;
-        const int tokens = int(left < kTokens ? left : kTokens);
+        const int tokens = int(left < kTokenTile ? left : kTokenTile);
         for (int64_t row = begin; row < end; row += kRows) {
           multiply_rows<decltype(element)>(args, row, end, first, tokens);
         }

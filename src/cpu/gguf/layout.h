@@ -6,8 +6,9 @@
 //
 //   int8   u[8][8][4]      dword k of the group, lane p, byte: a dot product of four in every lane
 //   float  scale[8]        d_a
-//   int32  correction[8]   -kOffset * sum of u, where codes are made unsigned by adding kOffset
-//   float  sum[8]          or s_a, where the format has minima; two of either for 16-element scales
+//   int32  correction[8]   -kOffset * sum of u, where codes are made unsigned by adding kOffset;
+//   float  sum[8]          s_a instead, where the format has minima. Two of them, one for each half
+//                          of the group, where scales are for 16 elements
 //
 // With fewer units than lanes the lanes repeat (1, 2 or 4 of them), so that a vector serves several
 // weight rows. Lanes of units that do not exist are zeros, and no sum takes them.
@@ -63,11 +64,11 @@ struct Layout {
   // Codes of a block of 32 end the block, so they may start in the middle of a dword. They are kept
   // as they lie: byte 0 of the first dword is then not the first code, and u is rotated alike.
   static constexpr int kCodeBytes = std::is_same_v<Format, Q8_0> ? 32 : 16;
-  static constexpr int rotation(int group) {
+  static BCY_INLINE constexpr int rotation(int group) {
     return Format::kElements == kGroup ? (group + 1) * Format::kBytes % 4 : 0;
   }
   // Where element e of a group is among its 32 bytes.
-  static constexpr int place(int group, int e) {
+  static BCY_INLINE constexpr int place(int group, int e) {
     return (e & ~(kCodeBytes - 1)) | ((e + rotation(group)) & (kCodeBytes - 1));
   }
 };
@@ -81,10 +82,9 @@ struct Spans {
   BCY_INLINE explicit Spans(int64_t ncols)
       : units((ncols + kUnit - 1) / kUnit),
         spans((units + kLanes - 1) / kLanes),
-        lanes(units > 4   ? 8
-              : units > 2 ? 4
-              : units > 1 ? 2
-                          : 1) {}
+        lanes(units > 4    ? 8
+              : units == 3 ? 4
+                           : int(units > 0 ? units : 1)) {}
 };
 
 template <class Format>

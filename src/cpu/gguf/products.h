@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The staged product for any instruction set V:
 //
-//   Words, Ints, Floats       GCC vectors of V::kRows * kLanes 32-bit elements: lane p of row r is
-//   r * kLanes + p kAnyByte                  dot takes any unsigned code; else codes should be
-//   small load_chunk(rows, stride, d)         16 bytes from every lane, transposed to four vectors
-//   of dwords half_to_float, to_float, as_float   of the low 16 bits; of a signed integer; of bits
-//   select<mask>(a, b)                  bits of a where mask has ones, else of b
-//   copy_byte<i>(w)                     byte i of every dword to all four
-//   add_where<mask, n>(w, bits)         n to every byte of w whose bit of mask is set in bits
-//   look_up(table, offset, w)           table[byte] + offset for every byte
-//   dot<max, words>(codes, u, correction)
-//   broadcast(p)                        eight floats for every row
-//   fma(a, b, c), fma_where(mask, a, b, c)
-//   meet(sums, out)                     one sum per row, in the order of meet() in order.cuh
+//   Words, Ints, Floats   GCC vectors of V::kRows * kLanes elements of 32 bits, first the lanes of
+//                         row 0, then those of row 1
+//   kAnyByte              dot takes any unsigned code; else small ones are faster
+//   load_chunk            16 bytes from every lane, transposed to four vectors of dwords
+//   half_to_float         of the low 16 bits of every dword
+//   to_float, as_float    of signed integers; of bits
+//   select<mask>(a, b)    bits of a where mask has ones, else of b
+//   copy_byte<i>(w)       byte i of every dword to all four of its bytes
+//   add_where<mask, n>    n to every byte of w whose bit of mask is set in the second argument
+//   look_up               table[byte] + offset for every byte
+//   dot<max, words>       in every lane, dot product of codes up to max and u, plus the correction
+//   broadcast(p)          eight numbers, the same for every row
+//   fma, fma_where        a * b + c, and c where the mask has no lane
+//   meet(sums, out)       one sum for each row, in the order of meet() in order.cuh
 #pragma once
 
 #include <utility>

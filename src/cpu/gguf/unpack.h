@@ -9,8 +9,8 @@
 //   kMax            largest unsigned code (value + kOffset)
 //   chunks(g)       bit i: bytes 16 i to 16 i + 15 of the unit are looked at
 //   codes<g>        the eight dwords of codes, in the places that layout.h gives them
-//   pending(g)      the power of two that the codes lack: they may be shifted already, as the
-//   format's are scale<g>, half_scale<g>, minimum<g>   as in formats.h
+//   pending(g)      how far the codes are still to be shifted to be the format's
+//   scale<g>, half_scale<g>, minimum<g>   as in formats.h
 //
 // V is an instruction set; see products.h. Lives in an unnamed namespace for the reason numeric.h
 // gives.
@@ -37,7 +37,7 @@ BCY_INLINE typename V::Floats signed_byte(typename V::Words words) {
   return V::to_float(typename V::Ints(words << (24 - 8 * i)) >> 24);
 }
 
-// ---- formats of 32 elements, whose codes end the block -----------------------------------------------------
+// ---- formats of 32 elements, whose codes end the block ------------------------------------------
 
 template <class V, class Format>
 struct Block {
@@ -198,7 +198,7 @@ struct Unpack<V, MXFP4> : Block<V, MXFP4> {
   }
 };
 
-// ---- formats of 256 elements -------------------------------------------------------------------------------
+// ---- formats of 256 elements --------------------------------------------------------------------
 
 // Q4_K and Q5_K: d and dmin, then their packed scales.
 template <class V, class Format>
