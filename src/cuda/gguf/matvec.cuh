@@ -19,6 +19,7 @@ struct FloatTile {
   using Format = F;
   using Inputs = FloatInputs;
   static constexpr int kTokens = Tokens;
+  static constexpr int kRows = kTileRows;
   static constexpr int kBlocks = Tokens == 1 ? 2 : 1;
 
   // Tokens past the end repeat the last one; their sums are not stored.
