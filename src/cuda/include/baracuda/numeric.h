@@ -16,6 +16,9 @@
 #define BCY_INLINE __host__ __device__ __forceinline__
 #else
 #include <cmath>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 #define BCY_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -90,6 +93,8 @@ BCY_INLINE bool is_nan(float x) { return (as_bits(x) & 0x7fffffffu) > 0x7f800000
 BCY_INLINE float half_to_float(uint16_t h) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(h));
+#elif defined(__F16C__)
+  return _cvtsh_ss(h);
 #else
   const uint32_t sign = uint32_t(h & 0x8000u) << 16;
   const uint32_t magnitude = h & 0x7fffu;
