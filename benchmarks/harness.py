@@ -16,6 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# NumPy's BLAS threads keep spinning after a product, on the CPUs that are being timed. They are
+# counted when NumPy is imported, so this module comes before it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 SCHEMA = "baracuda-cy/benchmark/1"
 
 # What a cell of each benchmark must have, beside anything else it says.
