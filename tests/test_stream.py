@@ -341,7 +341,7 @@ def test_streams_of_cupy():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif("_cuda.device_count() < 2")
+@pytest.mark.skipif("_cuda.device_count() < 2", reason="needs two GPUs")
 def test_two_devices():
     with Stream(0) as first, Stream(1) as second:
         assert second.device == 1
