@@ -11,7 +11,7 @@ SHELL   := bash
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test gpu-test bench wheel lint clean
+.PHONY: demo test gpu-test sanitize bench wheel lint clean
 
 # The whole log is in build/install.log; what is shown is how far it is.
 define install
@@ -40,9 +40,16 @@ gpu-test: $(BIN)/pip
 	$(call install,".[test]")
 	pytest -m gpu
 
+sanitize: $(BIN)/pip
+	$(call install,".")
+	for tool in memcheck initcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 python tests/sanitize.py || exit 1; \
+	done
+
 bench: $(BIN)/pip
 	$(call install,".[bench]")
-	python benchmarks/bench_gguf.py
+	python benchmarks/bench_gguf.py --output build/bench_gguf.json
+	python benchmarks/bench_call.py --output build/bench_call.json
 
 wheel: $(BIN)/pip
 	rm -rf dist wheelhouse
