@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One small case of every CUDA kernel, for compute-sanitizer: `make sanitize`.
+"""Small cases of every CUDA operation and format, for compute-sanitizer: `make sanitize`.
 
 Only this package and NumPy touch the GPU, so that what the sanitizer reports is ours. Results are
 compared with the CPU backend's, bit for bit.

@@ -140,3 +140,9 @@ def test_element_kind_names_its_dtype(kind):
 def test_enum_repr_evaluates_back(member):
     assert eval(repr(member), vars(bcy)) is member
     assert json.loads(json.dumps(member)) == member.value
+
+
+@pytest.mark.parametrize("ncols", [256.0, "256", None])
+def test_row_bytes_of_no_integer(ncols):
+    with pytest.raises(InvalidProblem, match="ncols: expected an integer"):
+        bcy.GgufBlockFormat.Q4_K.row_bytes(ncols)

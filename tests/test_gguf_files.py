@@ -11,7 +11,7 @@ import pytest
 from problems import FORMATS, Ggml, block_size, random_activations, random_weight
 
 import baracuda_cy as bcy
-from baracuda_cy import FileFormatError, Unsupported
+from baracuda_cy import FileFormatError, InvalidProblem, Unsupported
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
@@ -158,7 +158,7 @@ def test_tensors_outlive_the_file(path):
     with bcy.open_gguf(path) as model:
         w, norm = model["Q4_K.weight"], model["norm.weight"]
     assert "closed" in repr(model)
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(InvalidProblem, match="closed"):
         model["Q4_K.weight"]
     del model
     assert bcy.dequantize(w).shape == (6, 512)
@@ -366,3 +366,9 @@ def test_empty_tensor(tmp_path):
     model = bcy.open_gguf(path)
     assert (model["w"].shape, model["w"].nbytes) == ((0, 32), 0)
     assert model["v"].shape == (0,)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"model.gguf"])
+def test_what_is_no_path(path):
+    with pytest.raises(InvalidProblem, match="path: expected a str or a path-like"):
+        bcy.open_gguf(path)

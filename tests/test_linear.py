@@ -551,7 +551,22 @@ def test_quantize_on_the_gpu():
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".formats", ".gguf", ".ops", ".tensor", ".files.gguf", ".plan", ".sku"]
+    "module",
+    [
+        "",
+        "._cpu",
+        "._cuda",
+        ".dlpack",
+        ".files.gguf",
+        ".formats",
+        ".gguf",
+        ".memory",
+        ".ops",
+        ".plan",
+        ".sku",
+        ".stream",
+        ".tensor",
+    ],
 )
 def test_examples_of_the_documentation_run(module):
     import doctest
@@ -573,3 +588,14 @@ def test_command_line(capsys):
     assert "CPU" in said
     assert "threads" in said
     assert "GPU" in said
+
+
+@pytest.mark.parametrize("preference", [{}, "float"])
+def test_plan_of_a_weight_with_no_preference(preference):
+    with pytest.raises(InvalidProblem, match="pref: expected a PlanPreference"):
+        weight_for(Kind("numpy", "cpu")).plan(preference=preference)
+
+
+def test_a_shape_that_no_array_has():
+    with pytest.raises(InvalidProblem, match="shape: expected one or more sizes from 0"):
+        bcy.GgufTensor(b"", "Q4_K", (2**70, 0))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -175,3 +176,25 @@ def test_the_numbers_users_of_the_field_know():
     assert bcy.QuantizeKind.GGUF_MMVQ == 27
     assert bcy.QuantizeKind.GGUF_DEQUANTIZE == 26
     assert GgufBlockFormat.Q4_K == 12
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("activations", "int8"),
+        ("isa", 4),
+        ("layout", 1),
+        ("epilogue", b"bias"),
+        ("precision_guarantee", None),
+    ],
+)
+def test_a_sku_says_only_what_it_can(field, value):
+    sku = bcy.quantize(np.eye(32, dtype=np.float32), "Q8_0").plan().sku
+    with pytest.raises(InvalidProblem, match=f"{field}: expected"):
+        dataclasses.replace(sku, **{field: value})
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 2**70])
+def test_threads_out_of_range(threads):
+    with pytest.raises(InvalidProblem, match="threads: expected 1 to 1024"):
+        bcy.PlanPreference(threads=threads)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -31,8 +32,9 @@ def choose(enum: type[_Member], value: Any, argument: str) -> _Member:
         return enum(value)
     except ValueError:
         members = ", ".join(enum.__members__)
+        kind = f"{'an' if enum.__name__[0] in 'AEIOU' else 'a'} {enum.__name__}"
         raise InvalidProblem(
-            f"{argument}: expected a {enum.__name__}, its name or its value, got {value!r}; "
+            f"{argument}: expected {kind}, its name or its value, got {value!r}; "
             f"choose from {members}"
         ) from None
 
@@ -221,9 +223,15 @@ class GgufBlockFormat(Named):
         Raises
         ------
         InvalidProblem
-            `ncols` is negative or no multiple of the block size.
+            `ncols` is no integer, negative or no multiple of the block size.
         """
         elements, size, _ = _BLOCK[self]
+        try:
+            ncols = operator.index(ncols)
+        except TypeError:
+            raise InvalidProblem(
+                f"ncols: expected an integer, got {ncols!r}; pass the number of columns"
+            ) from None
         if ncols < 0 or ncols % elements:
             raise InvalidProblem(
                 f"ncols: expected a multiple of {elements} (the block size of {self.name}), "

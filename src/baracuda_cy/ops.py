@@ -138,6 +138,11 @@ def quantize(
 ) -> GgufTensor:
     """Pack an array into a GGUF block format, on the CPU.
 
+    Scales and minima are float16 in every format but Q8_K and MXFP4. Blocks of values so large that
+    one of them would exceed 65504 (none does below that) come back as infinity or NaN from the
+    formats that have ggml's bytes, as they do from ggml's, and cut off from the others; scale such
+    weights down first.
+
     Parameters
     ----------
     array : array

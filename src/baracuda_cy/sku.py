@@ -38,7 +38,7 @@ class OpCategory(Named):
 
 
 class QuantizeKind(Named):
-    """Operation within `OpCategory.QUANTIZATION`."""
+    """Operation within `OpCategory.QUANTIZATION`; not every one has a kernel in this version."""
 
     DEQUANTIZE_PER_GROUP = 23
     GGUF_DEQUANTIZE = 26
@@ -98,6 +98,10 @@ class ArchSku(Named):
         return super().__repr__() if self.name in ArchSku.__members__ else f"ArchSku({int(self)})"
 
 
+# More are clamped to it by the pool.
+MOST_THREADS = 1024
+
+
 def _set(instance: Any, name: str, value: Any) -> None:
     object.__setattr__(instance, name, value)
 
@@ -148,7 +152,13 @@ class PlanPreference(_Value):
     Raises
     ------
     InvalidProblem
-        Another path, or threads below 1.
+        Another path, or threads below 1 or above 1024.
+
+    Examples
+    --------
+    >>> from baracuda_cy import PlanPreference
+    >>> PlanPreference(activations="float")
+    PlanPreference(activations='float', threads=None)
     """
 
     activations: str | None = None
@@ -157,13 +167,14 @@ class PlanPreference(_Value):
     def __post_init__(self) -> None:
         if self.activations not in (None, "staged", "float"):
             raise InvalidProblem(
-                f'activations: expected "staged", "float" or None, got {self.activations!r}'
+                f'activations: expected "staged", "float" or None, got {self.activations!r}; '
+                "leave it out for the default"
             )
         if self.threads is not None:
             _set(self, "threads", _integer(self.threads, "threads"))
-            if not 1 <= self.threads <= 65536:
+            if not 1 <= self.threads <= MOST_THREADS:
                 raise InvalidProblem(
-                    f"threads: expected 1 to 65536, got {self.threads}; "
+                    f"threads: expected 1 to {MOST_THREADS}, got {self.threads}; "
                     "leave it out for the default"
                 )
 
@@ -186,6 +197,12 @@ class PrecisionGuarantee(_Value):
         Token `m` of any batch has the bits it has alone.
     bit_stable_across_hardware : bool
         Every backend and GPU gives the bits of the CPU backend.
+
+    Examples
+    --------
+    >>> from baracuda_cy import PrecisionGuarantee
+    >>> PrecisionGuarantee(math_precision="F32", accumulator="float32").batch_invariant
+    False
     """
 
     math_precision: MathPrecision
@@ -251,6 +268,14 @@ class KernelSku(_Value):
         Whose kernel it is.
     precision_guarantee : PrecisionGuarantee
         What its bits promise.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import baracuda_cy as bcy
+    >>> sku = bcy.quantize(np.eye(32, dtype=np.float32), "Q8_0").plan(m=4).sku
+    >>> sku.activations, sku.backend, sku.to_dict()["block_format"]
+    ('staged', BackendKind.CPU, 'Q8_0')
     """
 
     category: OpCategory
@@ -298,6 +323,18 @@ class KernelSku(_Value):
             _set(self, "block_format", GgufBlockFormat.of(self.block_format))
         _set(self, "arch", choose(ArchSku, self.arch, "arch"))
         _set(self, "backend", choose(BackendKind, self.backend, "backend"))
+        if self.activations not in (None, "staged", "float"):
+            raise InvalidProblem(
+                f'activations: expected "staged", "float" or None, got {self.activations!r}'
+            )
+        for name in ("layout", "epilogue", "isa"):
+            if not isinstance(getattr(self, name), str | None):
+                raise InvalidProblem(f"{name}: expected a str or None, got {getattr(self, name)!r}")
+        if not isinstance(self.precision_guarantee, PrecisionGuarantee):
+            raise InvalidProblem(
+                "precision_guarantee: expected a PrecisionGuarantee, got "
+                f"{self.precision_guarantee!r}"
+            )
 
 
 def _normalize(descriptor: Any, default_output: str | None = None) -> None:
@@ -336,6 +373,12 @@ class GgufMmvqDescriptor(_Value):
     ------
     InvalidProblem, Unsupported
         A field of another type. Sizes are judged by ``select``.
+
+    Examples
+    --------
+    >>> from baracuda_cy import GgufMmvqDescriptor
+    >>> GgufMmvqDescriptor(nrows=8, ncols=256, block_format="Q4_K", activation="float16").output
+    ElementKind.F16
     """
 
     nrows: int = 0
@@ -387,6 +430,12 @@ class GgufMmvqMultiMDescriptor(_Value):
     ------
     InvalidProblem, Unsupported
         A field of another type. Sizes are judged by ``select``.
+
+    Examples
+    --------
+    >>> from baracuda_cy import GgufMmvqMultiMDescriptor
+    >>> GgufMmvqMultiMDescriptor(nrows=8, ncols=256, m=4, block_format="Q4_K").output
+    ElementKind.F32
     """
 
     nrows: int = 0
@@ -434,6 +483,12 @@ class GgufDequantizeDescriptor(_Value):
     ------
     InvalidProblem, Unsupported
         A field of another type. Sizes are judged by ``select``.
+
+    Examples
+    --------
+    >>> from baracuda_cy import GgufDequantizeDescriptor
+    >>> GgufDequantizeDescriptor(nrows=8, ncols=256, block_format="Q4_K").output
+    ElementKind.F32
     """
 
     nrows: int = 0

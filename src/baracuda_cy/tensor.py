@@ -189,7 +189,8 @@ class GgufTensor:
         }
         if output is not None:
             problem["output"] = output
-        if preference is not None and preference.activations == "float":
+        # What is no PlanPreference is refused by select.
+        if getattr(preference, "activations", None) == "float":
             return gguf.GgufMmvqPlan.select(self.device, GgufMmvqDescriptor(**problem), preference)
         return gguf.GgufMmvqMultiMPlan.select(
             self.device, GgufMmvqMultiMDescriptor(**problem), preference
@@ -224,9 +225,10 @@ def _shape(shape: Any) -> tuple[int, ...]:
         raise InvalidProblem(
             f"shape: expected a tuple of integers, got {shape!r}; pass (nrows, ncols)"
         ) from None
-    if not sizes or min(sizes) < 0:
+    if not sizes or min(sizes) < 0 or max(sizes) > 2**63 - 1:
         raise InvalidProblem(
-            f"shape: expected one or more sizes of 0 or more, got {sizes}; pass (nrows, ncols)"
+            f"shape: expected one or more sizes from 0 to 2**63 - 1, got {sizes}; "
+            "pass (nrows, ncols)"
         )
     if len(sizes) > 8:
         raise Unsupported(f"shape: expected at most 8 dimensions, got {len(sizes)}; merge some")

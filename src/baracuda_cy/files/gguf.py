@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from baracuda_cy.errors import Unsupported
+from baracuda_cy.errors import InvalidProblem, Unsupported
 from baracuda_cy.formats import ElementKind, GgufBlockFormat
 from baracuda_cy.tensor import GgufTensor
 
@@ -50,7 +50,9 @@ class GgufFile(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if self._entries is None:
-            raise ValueError(f"{self.path}: expected an open file, got a closed one; open it again")
+            raise InvalidProblem(
+                f"{self.path}: expected an open file, got a closed one; open it again"
+            )
         entry = self._entries[name]
         if entry.type_name in ElementKind.__members__:
             kind = ElementKind[entry.type_name]
@@ -121,6 +123,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
         The file is no GGUF file, is truncated or is corrupt; the message names the tensor.
     OSError
         The file cannot be read.
+    InvalidProblem
+        `path` is no path.
     Unsupported
         The gguf package is not installed.
 
@@ -129,4 +133,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     >>> with open_gguf("model.gguf") as model:  # doctest: +SKIP
     ...     w = model["blk.0.ffn_up.weight"].to("cuda")
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidProblem(
+            f"path: expected a str or a path-like, got {type(path).__name__}; pass the file's name"
+        )
     return GgufFile(path)
