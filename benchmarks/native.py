@@ -30,6 +30,7 @@ class MatmulArgs(ctypes.Structure):
         ("x_type", ctypes.c_int32),
         ("y_type", ctypes.c_int32),
         ("device", ctypes.c_int32),
+        ("overlap", ctypes.c_int32),
     ]
 
 

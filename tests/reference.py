@@ -123,10 +123,7 @@ def decode(data, name, nrows, ncols):
             return Decoded(IQ4_TABLE[q], d, None, None)
         if name in ("Q4_1", "Q5_1"):
             return Decoded(q, d, None, _halves(block, 2)[..., None])
-        # Q4_0's codes are kept sixteen times as large and its scale a sixteenth: a power of two.
-        if name == "Q4_0":
-            return Decoded((q - 8) * 16, d / F32(16), None, None)
-        return Decoded(q - 16, d, None, None)
+        return Decoded(q - (8 if name == "Q4_0" else 16), d, None, None)
     if name == "Q8_0":
         return Decoded(block[..., 2:].view(np.int8).astype(np.int64), _halves(block, 0), None, None)
     if name == "Q8_K":
@@ -135,9 +132,8 @@ def decode(data, name, nrows, ncols):
         return Decoded(flat(q), flat(np.repeat(d, 8, axis=2)), None, None)
     if name == "Q2_K":
         sc = block[..., 0:16].astype(np.int64).reshape(*block.shape[:2], 8, 2)
-        power = 4 ** (np.arange(8) % 4)
-        q = _planes(block[..., 16:80], 2).reshape(*block.shape[:2], 8, 32) * power[:, None]
-        scale = _halves(block, 80)[..., None] / power.astype(F32)
+        q = _planes(block[..., 16:80], 2).reshape(*block.shape[:2], 8, 32)
+        scale = np.repeat(_halves(block, 80)[..., None], 8, axis=2)
         minimum = -(_halves(block, 82)[..., None, None] * (sc >> 4).astype(F32))
         return Decoded(flat(q), flat(scale), flat(sc & 15), flat(minimum))
     if name == "Q3_K":
@@ -154,10 +150,7 @@ def decode(data, name, nrows, ncols):
         low = block[..., -128:].astype(np.int64).reshape(*block.shape[:2], 4, 1, 32)
         q = (low >> np.array([[0], [4]]) & 15).reshape(*block.shape[:2], 8, 32)
         scale = _halves(block, 0)[..., None] * sc.astype(F32)
-        if name == "Q4_K":
-            power = 16 ** (np.arange(8) % 2)
-            q, scale = q * power[:, None], scale / power.astype(F32)
-        else:
+        if name == "Q5_K":
             q |= (block[..., None, 16:48].astype(np.int64) >> np.arange(8)[:, None] & 1) << 4
         minimum = -(_halves(block, 2)[..., None] * m.astype(F32))
         return Decoded(flat(q), flat(scale), None, flat(minimum[..., None]))

@@ -13,6 +13,9 @@ cdef int gguf_matvec(const bcy_gguf_matmul_args* args, void* stream) except -1 n
 cdef int gguf_stage(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil
 cdef int gguf_matmul(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil
 # -1 beyond int64
+cdef int gguf_needs_no_workspace(
+    int32_t device, int32_t format, int64_t ncols, int64_t m
+) except -1 nogil
 cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil
 
 # Raise Unsupported, with the reason and the remedy, unless there is such a device, or this build's

@@ -34,6 +34,7 @@ from baracuda_cy._native cimport (
     bcy_cuda_gguf_dequantize,
     bcy_cuda_gguf_matmul,
     bcy_cuda_gguf_matvec,
+    bcy_cuda_gguf_needs_no_workspace,
     bcy_cuda_gguf_stage,
     bcy_cuda_gguf_workspace_size,
     bcy_cuda_has_kernels,
@@ -227,7 +228,18 @@ cdef int gguf_stage(const bcy_gguf_matmul_args* args, void* stream) except -1 no
 
 cdef int gguf_matmul(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil:
     cdef int status = bcy_cuda_gguf_matmul(args, stream)
-    return fail(status, b"multiplying staged activations on CUDA") if status else 0
+    return fail(status, b"staging activations or multiplying them on CUDA") if status else 0
+
+
+cdef int gguf_needs_no_workspace(
+    int32_t device, int32_t format, int64_t ncols, int64_t m
+) except -1 nogil:
+    """1 where a staged product on CUDA stages for itself, else 0."""
+    cdef int32_t answer = 0
+    cdef int status = bcy_cuda_gguf_needs_no_workspace(device, format, ncols, m, &answer)
+    if status:
+        fail(status, b"looking at a CUDA device")
+    return answer
 
 
 cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil:

@@ -32,6 +32,7 @@ cdef extern from "baracuda/api.h" nogil:
         int32_t x_type
         int32_t y_type
         int32_t device
+        int32_t overlap
 
     ctypedef struct bcy_gguf_dequantize_args:
         const void* weight
@@ -56,6 +57,9 @@ cdef extern from "baracuda/api.h" nogil:
     int64_t bcy_gguf_block_bytes(int32_t format)
     int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m)
     int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m)
+    int bcy_cuda_gguf_needs_no_workspace(
+        int32_t device, int32_t format, int64_t ncols, int64_t m, int32_t* answer
+    )
     int bcy_cuda_gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream)
     int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream)
     int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream)

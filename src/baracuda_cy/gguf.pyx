@@ -223,7 +223,9 @@ cdef class GgufProductPlan(Plan):
                 self.workspace_size = _cpu.gguf_workspace_size(
                     descriptor.block_format, descriptor.ncols, m
                 )
-            else:
+            elif not _cuda.gguf_needs_no_workspace(
+                self.device_id, descriptor.block_format, descriptor.ncols, m
+            ):
                 self.workspace_size = _cuda.gguf_workspace_size(
                     descriptor.block_format, descriptor.ncols, m
                 )
@@ -249,6 +251,7 @@ cdef class GgufProductPlan(Plan):
         self.args.x_type = descriptor.activation
         self.args.y_type = descriptor.output
         self.args.device = self.device_id
+        self.args.overlap = self.preference.overlap
         self.sku = describe_kernel(
             self, QuantizeKind.GGUF_MMVQ, descriptor.activation, descriptor.output, path
         )
@@ -278,7 +281,6 @@ cdef class GgufProductPlan(Plan):
             else:
                 _cpu.gguf_matvec(&args, self.threads)
         elif self.staged:
-            _cuda.gguf_stage(&args, call.stream)
             _cuda.gguf_matmul(&args, call.stream)
         else:
             _cuda.gguf_matvec(&args, call.stream)

@@ -148,23 +148,35 @@ class PlanPreference(_Value):
     threads : int, optional
         Threads of the CPU backend. By default the environment variable ``BARACUDA_THREADS``, else
         as many as the process may run on. The bits of a result do not depend on it.
+    overlap : bool
+        On CUDA, whether kernels may start while the kernel ahead of them in the stream still runs
+        (programmatic dependent launch, compute capability 9.0 and up). They wait for it before they
+        read activations or write anything, but fetch weights before that: set it where nothing
+        still queued in the stream writes the weights, as is so for weights that were loaded once.
+        The bits of a result do not depend on it. By default only the kernels of one call overlap.
 
     Raises
     ------
     InvalidProblem
-        Another path, or threads below 1 or above 1024.
+        Another path, threads below 1 or above 1024, or an overlap that is no bool.
 
     Examples
     --------
     >>> from baracuda_cy import PlanPreference
     >>> PlanPreference(activations="float")
-    PlanPreference(activations='float', threads=None)
+    PlanPreference(activations='float', threads=None, overlap=False)
     """
 
     activations: str | None = None
     threads: int | None = None
+    overlap: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.overlap, bool):
+            raise InvalidProblem(
+                f"overlap: expected True or False, got {self.overlap!r}; "
+                "leave it out for the default"
+            )
         if self.activations not in (None, "staged", "float"):
             raise InvalidProblem(
                 f'activations: expected "staged", "float" or None, got {self.activations!r}; '

@@ -9,10 +9,11 @@ namespace {
 template <class Format>
 struct Baseline {
   using L = Layout<Format>;
+  using Block = Bytes<Format::kAlignment>;
 
-  static const uint8_t* block_at(const void* weight, int64_t ncols, int64_t row, int64_t k) {
-    return static_cast<const uint8_t*>(weight) + row * row_bytes<Format>(ncols) +
-           k / Format::kElements * Format::kBytes;
+  static Block block_at(const void* weight, int64_t ncols, int64_t row, int64_t k) {
+    return Block(static_cast<const uint8_t*>(weight) + row * row_bytes<Format>(ncols) +
+                 k / Format::kElements * Format::kBytes);
   }
   static int group_at(int64_t k) { return int(k % Format::kElements / kGroup); }
 
@@ -82,16 +83,16 @@ struct Baseline {
     int half_scales[2];
     float minima[2];
 
-    Group(const uint8_t* block, int group, int unit_group) {
+    Group(Block block, int group, int unit_group) {
       for (int word = 0; word < kGroup / 4; ++word) {
-        const uint32_t four = Format::codes(block, group, word);
+        const uint32_t four = Format::codes(block, group, word / 4, word % 4);
         for (int i = 0; i < 4; ++i) {
-          codes[L::place(unit_group, 4 * word + i)] = int16_t(code_at<Format>(four, i));
+          codes[L::place(unit_group, 4 * word + i)] = int16_t(code_at<Format>(four, i, group));
         }
       }
       scale = Format::scale(block, group);
       for (int half = 0; half < L::kHalves; ++half) {
-        if constexpr (L::kHalves == 2) half_scales[half] = Format::half_scale(block, group, half);
+        if constexpr (L::kHalves == 2) half_scales[half] = half_scale<Format>(block, group, half);
         if constexpr (Format::kMinima > 0) minima[half] = Format::minimum(block, group, half);
       }
     }
@@ -154,9 +155,9 @@ struct Baseline {
     }
   }
 
-  static void dequantize_group(const uint8_t* block, int group, float values[kGroup]) {
+  static void dequantize_group(Block block, int group, float values[kGroup]) {
     for (int word = 0; word < kGroup / 4; ++word) {
-      dequantize_word<Format>(block, group, word, values + 4 * word);
+      dequantize_word<Format>(block, group, word / 4, word % 4, values + 4 * word);
     }
   }
 

@@ -31,10 +31,12 @@ BCY_INLINE Words8 nibbles_at(const uint8_t* p) {
   const Words8 twice = (Words8)_mm256_broadcastsi128_si256(load_bytes<__m128i>(p));
   return twice >> Words8{0, 0, 0, 0, 4, 4, 4, 4} & 0x0f0f0f0fu;
 }
+// Bit j to bit kPlace of byte j.
+template <int kPlace>
 BCY_INLINE Words8 spread_bits_of(uint32_t bits) {
   const Words8 fours =
       Words8{bits, bits, bits, bits, bits, bits, bits, bits} >> Words8{0, 4, 8, 12, 16, 20, 24, 28};
-  return (fours & 15u) * 0x00204081u & 0x01010101u;
+  return (fours & 15u) * (0x00204081u << kPlace) & 0x01010101u << kPlace;
 }
 BCY_INLINE Words8 look_up(const Table16& table, Words8 nibbles) {
   const __m256i entries = _mm256_broadcastsi128_si256(load_bytes<__m128i>((const uint8_t*)&table));
@@ -42,25 +44,30 @@ BCY_INLINE Words8 look_up(const Table16& table, Words8 nibbles) {
 }
 
 template <class Format>
-BCY_INLINE Words8 group_codes(const uint8_t* block, int group) {
+BCY_INLINE Words8 group_codes(Bytes<Format::kAlignment> block, int group) {
+  const uint8_t* const bytes = block.base + block.at;
   if constexpr (std::is_same_v<Format, Q4_0>) {
-    return nibbles_at(block + 2) << 4 ^ 0x80808080u;
+    return nibbles_at(bytes + 2) << 4 ^ 0x80808080u;
   } else if constexpr (std::is_same_v<Format, Q4_1>) {
-    return nibbles_at(block + 4);
+    return nibbles_at(bytes + 4);
   } else if constexpr (std::is_same_v<Format, Q5_0>) {
-    return nibbles_at(block + 6) | (spread_bits_of(load32<2>(block + 2)) ^ 0x01010101u) * 0xf0u;
+    return nibbles_at(bytes + 6) << 3 ^ spread_bits_of<7>(~block.load32(2, 0));
   } else if constexpr (std::is_same_v<Format, Q5_1>) {
-    return nibbles_at(block + 8) | spread_bits_of(load32<2>(block + 4)) << 4;
+    return nibbles_at(bytes + 8) | spread_bits_of<4>(block.load32(4, 0));
   } else if constexpr (std::is_same_v<Format, IQ4_NL>) {
-    return look_up(iq4_table(), nibbles_at(block + 2));
+    return look_up(iq4_table(), nibbles_at(bytes + 2));
   } else if constexpr (std::is_same_v<Format, IQ4_XS>) {
-    return look_up(iq4_table(), nibbles_at(block + 8 + 16 * group));
+    return look_up(iq4_table(), nibbles_at(bytes + 8 + 16 * group));
   } else if constexpr (std::is_same_v<Format, MXFP4>) {
-    return look_up(e2m1_table(), nibbles_at(block + 1));
+    return look_up(e2m1_table(), nibbles_at(bytes + 1));
   } else {
-    // Word operations on 32 bytes in a row: the compiler makes vectors of them.
+    // Word operations on 32 bytes in a row: the compiler makes vectors of them, unless it sees that
+    // another group has loaded some of the words already.
+    asm volatile("" ::: "memory");
     uint32_t words[8];
-    for (int word = 0; word < 8; ++word) words[word] = Format::codes(block, group, word);
+    for (int word = 0; word < 8; ++word) {
+      words[word] = Format::codes(block, group, word / 4, word % 4);
+    }
     Words8 codes;
     memcpy(&codes, words, sizeof codes);
     return codes;
@@ -89,43 +96,59 @@ template <class V, class Format>
 struct FloatPath {
   using Floats = typename V::Floats;
   using L = Layout<Format>;
+  using Block = Bytes<Format::kAlignment>;
   static constexpr int kVectors = kGroup / V::kWidth;
 
+  // What the codes of either half are multiplied by, and what is added.
+  struct Affine {
+    Floats scales[L::kHalves];
+    Floats minima[L::kHalves];
+  };
+
   template <int i = 0>
-  static BCY_INLINE void dequantize_vectors(const uint8_t* block, int group, float scale,
-                                            Words8 codes, Floats* values) {
+  static BCY_INLINE void dequantize_vectors(const Affine& affine, Words8 codes, Floats* values) {
     if constexpr (i < kVectors) {
-      constexpr int half = i * V::kWidth / 16;
-      float w = scale;
-      if constexpr (L::kHalves == 2) w = mul(w, float(Format::half_scale(block, group, half)));
+      constexpr int half = L::kHalves == 2 ? i * V::kWidth / 16 : 0;
       const Floats code = V::template widen<i, Format::kUnsignedCodes>(codes);
       if constexpr (Format::kMinima == 0) {
-        values[i] = code * w;
+        values[i] = code * affine.scales[half];
       } else {
-        const float minimum = Format::minimum(block, group, Format::kMinima == 2 ? half : 0);
-        values[i] = V::fma(V::splat(w), code, V::splat(minimum));
+        values[i] = V::fma(affine.scales[half], code, affine.minima[half]);
       }
-      dequantize_vectors<i + 1>(block, group, scale, codes, values);
+      dequantize_vectors<i + 1>(affine, codes, values);
     }
   }
-  static BCY_INLINE void dequantize_group(const uint8_t* block, int group, Floats* values) {
-    dequantize_vectors(block, group, Format::scale(block, group), group_codes<Format>(block, group),
-                       values);
+  static BCY_INLINE void dequantize_group(Block block, int group, Floats* values) {
+    const Words8 codes = group_codes<Format>(block, group);
+    // The scale takes out the codes' factor 2^shift: exact, and so the same values.
+    const float scale = mul(Format::scale(block, group), 1.0f / float(1 << Format::shift(group)));
+    // All of it before values are stored: these might be the block's bytes, as far as the compiler
+    // knows, and would have it decode the scales again.
+    Affine affine;
+    for (int half = 0; half < L::kHalves; ++half) {
+      float w = scale;
+      if constexpr (L::kHalves == 2) w = mul(w, float(half_scale<Format>(block, group, half)));
+      affine.scales[half] = V::splat(w);
+      if constexpr (Format::kMinima > 0) {
+        affine.minima[half] = V::splat(Format::minimum(block, group, half));
+      }
+    }
+    dequantize_vectors(affine, codes, values);
   }
 
   // The unit that starts at `unit`, or its first `groups` groups where the row ends.
   static __attribute__((noinline)) void dequantize_unit(const uint8_t* unit, int groups,
                                                         Floats* values) {
     if constexpr (Format::kElements == kUnit) {
-      dequantize_block(unit, values, std::make_integer_sequence<int, kUnitGroups>());
+      dequantize_block(Block(unit), values, std::make_integer_sequence<int, kUnitGroups>());
     } else {
       for (int g = 0; g < groups; ++g) {
-        dequantize_group(unit + g * Format::kBytes, 0, values + g * kVectors);
+        dequantize_group(Block(unit + g * Format::kBytes), 0, values + g * kVectors);
       }
     }
   }
   template <int... g>
-  static BCY_INLINE void dequantize_block(const uint8_t* block, Floats* values,
+  static BCY_INLINE void dequantize_block(Block block, Floats* values,
                                           std::integer_sequence<int, g...>) {
     (dequantize_group(block, g, values + g * kVectors), ...);  // g is a constant in each
   }

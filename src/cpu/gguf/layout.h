@@ -31,7 +31,7 @@ constexpr int64_t kSpan = kUnit * kLanes;
 constexpr int kTokenTile = 8;  // tokens that share an unpacked weight
 constexpr int kLargestTile = 16;  // weight rows that a kernel takes together, at most
 
-// What is added to a code to make it unsigned, in units of the code without its shift.
+// What is added to a code, without the format's factor 2^shift, to make it unsigned.
 template <class Format>
 constexpr int kOffset = 0;
 template <>

@@ -56,7 +56,7 @@ struct Product {
   struct Group {
     Words codes[8];
     Floats scale;
-    Floats half_scales[L::kHalves];
+    Floats half_scales[L::kHalves];  // the codes' excess taken out
     Floats minima[L::kHalves];
   };
 
@@ -66,8 +66,9 @@ struct Product {
     U::template codes<g>(d, group.codes);
     group.scale = U::template scale<g>(d);
     if constexpr (L::kHalves == 2) {
-      group.half_scales[0] = U::template half_scale<g, 0>(d);
-      group.half_scales[1] = U::template half_scale<g, 1>(d);
+      constexpr float kUnitCode = 1.0f / float(1 << U::excess(g));
+      group.half_scales[0] = U::template half_scale<g, 0>(d) * kUnitCode;
+      group.half_scales[1] = U::template half_scale<g, 1>(d) * kUnitCode;
     }
     if constexpr (Format::kMinima > 0) {
       for (int half = 0; half < L::kHalves; ++half) {
@@ -89,12 +90,13 @@ struct Product {
     const uint8_t* const extra = record + L::kSum;
     Floats dots;
     if constexpr (L::kHalves == 1) {
-      dots = V::to_float(dot<8>(group.codes, record, extra) << U::pending(g));
+      dots = V::to_float(dot<8>(group.codes, record, extra) >> U::excess(g));
     } else {
-      // Every integer here is below 2^24. Starting from +0 keeps a zero sum from being -0.
-      const Floats first = V::to_float(dot<4>(group.codes, record, extra) << U::pending(g));
-      const Floats second = V::to_float(
-          dot<4>(group.codes + 4, record + 16 * kLanes, extra + 4 * kLanes) << U::pending(g));
+      // Every sum here is an integer below 2^24, before the excess is taken out too. Starting from
+      // +0 keeps a zero sum from being -0.
+      const Floats first = V::to_float(dot<4>(group.codes, record, extra));
+      const Floats second =
+          V::to_float(dot<4>(group.codes + 4, record + 16 * kLanes, extra + 4 * kLanes));
       dots = V::fma(group.half_scales[0], first, Floats{});
       dots = V::fma(group.half_scales[1], second, dots);
     }

@@ -9,7 +9,8 @@
 //   kMax            largest unsigned code (value + kOffset)
 //   chunks(g)       bit i: bytes 16 i to 16 i + 15 of the unit are looked at
 //   codes<g>        the eight dwords of codes, in the places that layout.h gives them
-//   pending(g)      how far the codes are still to be shifted to be the format's
+//   excess(g)       codes carry a factor 2^excess (the format's 2^shift), where dot takes any byte
+//                   and leaving them in their place saves instructions; only without a kOffset
 //   scale<g>, half_scale<g>, minimum<g>   as in formats.h
 //
 // V is an instruction set; see products.h. Lives in an unnamed namespace for the reason numeric.h
@@ -101,7 +102,7 @@ struct Block {
     codes[2 * byte] = V::template add_where<0x08040201u, 16>(codes[2 * byte], copies);
     codes[2 * byte + 1] = V::template add_where<0x80402010u, 16>(codes[2 * byte + 1], copies);
   }
-  static BCY_INLINE int pending(int g) { return Format::shift(g); }
+  static constexpr int excess(int) { return 0; }
 };
 
 template <class V, class Format>
@@ -114,10 +115,6 @@ struct Unpack<V, Q4_0> : Block<V, Q4_0> {
   template <int g>
   static BCY_INLINE void codes(const Words* d, Words* codes) {
     Unpack::template nibbles<g>(d, codes);
-  }
-  template <int g>
-  static BCY_INLINE typename V::Floats scale(const Words* d) {
-    return Unpack::template half<g, 0>(d) * 0.0625f;
   }
 };
 
@@ -209,8 +206,7 @@ struct KScales {
   static BCY_INLINE Floats scale(const Words* d) {
     const Words sixes =
         g < 4 ? d[1] & bytes_of(63) : (d[3] & bytes_of(15)) | (d[1] >> 2 & bytes_of(48));
-    const float unit = 1.0f / float(1 << Format::shift(g));
-    return V::half_to_float(d[0]) * V::to_float(byte_of<g % 4>(sixes)) * unit;
+    return V::half_to_float(d[0]) * V::to_float(byte_of<g % 4>(sixes));
   }
   template <int g>
   static BCY_INLINE Floats minimum(const Words* d, int) {
@@ -233,7 +229,7 @@ struct Unpack<V, Q4_K> : KScales<V, Q4_K> {
                              : packed >> Q4_K::shift(g) & bytes_of(15);
     }
   }
-  static BCY_INLINE int pending(int g) { return V::kAnyByte ? 0 : Q4_K::shift(g); }
+  static constexpr int excess(int g) { return V::kAnyByte ? Q4_K::shift(g) : 0; }
 };
 
 template <class V>
@@ -249,7 +245,7 @@ struct Unpack<V, Q5_K> : KScales<V, Q5_K> {
       codes[k] = V::template select<bytes_of(15)>(low, high) & bytes_of(31);
     }
   }
-  static BCY_INLINE int pending(int) { return 0; }
+  static constexpr int excess(int) { return 0; }
 };
 
 template <class V>
@@ -266,10 +262,10 @@ struct Unpack<V, Q2_K> {
                              : packed >> Q2_K::shift(g) & bytes_of(3);
     }
   }
-  static BCY_INLINE int pending(int g) { return V::kAnyByte ? 0 : Q2_K::shift(g); }
+  static constexpr int excess(int g) { return V::kAnyByte ? Q2_K::shift(g) : 0; }
   template <int g>
   static BCY_INLINE Floats scale(const Words* d) {
-    return V::half_to_float(d[20]) * (1.0f / float(1 << Q2_K::shift(g)));
+    return V::half_to_float(d[20]);
   }
   template <int g, int half>
   static BCY_INLINE Floats half_scale(const Words* d) {
@@ -297,7 +293,7 @@ struct Unpack<V, Q3_K> {
       codes[k] = V::template select<bytes_of(3)>(low, high) & bytes_of(7);
     }
   }
-  static BCY_INLINE int pending(int) { return 0; }
+  static constexpr int excess(int) { return 0; }
   template <int g>
   static BCY_INLINE Floats scale(const Words* d) {
     return V::half_to_float(d[27]);
@@ -329,7 +325,7 @@ struct Unpack<V, Q6_K> {
       codes[k] = V::template select<bytes_of(15)>(low, high) & bytes_of(63);
     }
   }
-  static BCY_INLINE int pending(int) { return 0; }
+  static constexpr int excess(int) { return 0; }
   template <int g>
   static BCY_INLINE Floats scale(const Words* d) {
     return V::half_to_float(d[52]);
@@ -349,7 +345,7 @@ struct Unpack<V, Q8_K> {
   static BCY_INLINE void codes(const Words* d, Words* codes) {
     for (int k = 0; k < 8; ++k) codes[k] = d[1 + 8 * g + k] ^ bytes_of(128);
   }
-  static BCY_INLINE int pending(int) { return 0; }
+  static constexpr int excess(int) { return 0; }
   template <int g>
   static BCY_INLINE typename V::Floats scale(const Words* d) {
     return V::as_float(d[0]);
@@ -368,7 +364,7 @@ struct Unpack<V, IQ4_XS> {
       codes[k] = V::look_up(iq4_table(), bytes_of(128), nibbles);
     }
   }
-  static BCY_INLINE int pending(int) { return 0; }
+  static constexpr int excess(int) { return 0; }
   template <int g>
   static BCY_INLINE typename V::Floats scale(const Words* d) {
     const Words low = d[1] >> 4 * g & 15u;

@@ -124,7 +124,7 @@ struct MXFP4Block {
     int e = 0;
     if (magnitude > 0.0f) e = int(std::floor(float(std::log2(double(magnitude))))) - 2 + 127;
     block[0] = uint8_t(e);
-    const float unit = MXFP4::scale(block, 0);
+    const float unit = MXFP4::scale(Bytes<MXFP4::kAlignment>(block), 0);
     // Nearest value, the smaller magnitude in a tie. The thresholds are exact: values of at most
     // three bits. What exceeds float32 at this exponent is out of reach.
     static constexpr float kValues[8] = {0, 1, 2, 3, 4, 6, 8, 12};

@@ -50,6 +50,17 @@ int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) {
   return bytes;
 }
 
+int bcy_cuda_gguf_needs_no_workspace(int32_t device, int32_t format, int64_t ncols, int64_t m,
+                                     int32_t* answer) {
+  *answer = 0;
+  Device looked;
+  if (const int status = looked.look(device)) return status;
+  return with_format(format, [&](auto) {
+    *answer = stages_inside(looked.major, ncols, m);
+    return int(BCY_OK);
+  });
+}
+
 int bcy_cuda_gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream) {
   if (args->nrows == 0 || args->ncols == 0) return BCY_OK;
   return run(args, [&](auto format) {

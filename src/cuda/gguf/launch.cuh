@@ -38,19 +38,53 @@ class DeviceGuard {
 };
 
 // Launches and reports this launch's own error. A failure is taken out of the runtime's last-error
-// slot, so that the next library to look there does not take it for its own.
+// slot, so that the next library to look there does not take it for its own. early: the kernel may
+// start before the one ahead of it is done (programmatic dependent launch), and waits for it
+// itself.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
-           size_t shared_bytes, Arguments... arguments) {
+           size_t shared_bytes, bool early, Arguments... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (status != cudaSuccess) cudaGetLastError();
   return status;
 }
+
+// What the choice of a kernel depends on.
+struct Device {
+  int major;                 // compute capability
+  int processors;            // multiprocessors
+  int shared_per_processor;  // bytes of shared memory
+  int shared_per_block;
+  int shared_reserved;       // of each block
+
+  int look(int device) {
+    const struct {
+      cudaDeviceAttr attribute;
+      int* value;
+    } wanted[] = {
+        {cudaDevAttrComputeCapabilityMajor, &major},
+        {cudaDevAttrMultiProcessorCount, &processors},
+        {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_per_processor},
+        {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_per_block},
+        {cudaDevAttrReservedSharedMemoryPerBlock, &shared_reserved},
+    };
+    for (const auto& item : wanted) {
+      const cudaError_t status = cudaDeviceGetAttribute(item.value, item.attribute, device);
+      if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
+  }
+};
 
 // A block may ask for more than 48 KB of shared memory only after its kernel was allowed to.
 template <class... Parameters>

@@ -3,6 +3,8 @@
 // every M.
 #pragma once
 
+#include <type_traits>
+
 #include "mma.cuh"
 #include "operations.h"
 #include "product.cuh"
@@ -10,172 +12,326 @@
 
 namespace bcy {
 
-constexpr int kTileTokens = 8;
-
-// RowTiles * 16 weight rows by Tiles * 8 tokens. With r = lane / 4 and t = lane % 4 a lane holds
-// the operands of rows r, r + 8, r + 16, ... and of token r of each tile, and the sums of those
-// rows with tokens 2 t and 2 t + 1 of each tile.
-template <class F, int Tiles, int RowTiles>
+// RowTiles * 16 weight rows by Tokens tokens. With r = lane / 4 and t = lane % 4 a lane holds the
+// operands of rows r, r + 8, r + 16, ... and of token r of each eight, and the sums of those rows
+// with tokens 2 t and 2 t + 1 of each eight; of a single token only lanes with t = 0 hold sums that
+// count.
+template <class F, int Tokens, int RowTiles, int Blocks, bool Ahead = true>
 class StagedTile {
  public:
   using Format = F;
   using Inputs = Staged;
-  static constexpr int kTokens = Tiles * kTileTokens;
+  static constexpr int kTokens = Tokens;
   static constexpr int kRows = RowTiles * kTileRows;
-  static constexpr int kBlocks = Tiles == 1 ? 3 : 1;
+  static constexpr int kBlocks = Blocks;
 
-  // Tokens past the end repeat the last one; their sums are not stored.
-  __device__ __forceinline__ StagedTile(const bcy_gguf_matmul_args& args, const Staged& staged,
-                                        int64_t first_token) {
-    const int r = threadIdx.x % 32 / 4;
-    const int t = threadIdx.x % 4;
-    const int last = int(min(args.m - first_token, int64_t{kTokens})) - 1;
-    const int units = int(staged.units);
-    const int64_t first_unit = first_token * staged.units;
-    codes_ = reinterpret_cast<const uint4*>(staged.codes + first_unit * kUnit) + 4 * t;
-    scales_ = reinterpret_cast<const float2*>(staged.scales + first_unit * kUnitGroups);
-    sums_ = reinterpret_cast<const float2*>(staged.sums + first_unit * kUnitGroups * kMinima);
-#pragma unroll
-    for (int tile = 0; tile < Tiles; ++tile) {
-      operand_[tile] = min(tile * kTileTokens + r, last) * units;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        column_[tile][i] = min(tile * kTileTokens + 2 * t + i, last) * units;
-      }
-    }
-#pragma unroll
-    for (int row_tile = 0; row_tile < RowTiles; ++row_tile) {
-#pragma unroll
-      for (int tile = 0; tile < Tiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) partial_[row_tile][tile][i] = 0.0f;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void add_unit(const uint8_t* const (&rows)[2 * RowTiles], int unit,
-                                           int groups) {
-#pragma unroll
-    for (int pair = 0; pair < kUnitGroups / 2; ++pair) {
-      if (kBlockGroups == 1 && 2 * pair >= groups) return;
-      const Activations x = load(unit, pair);
-#pragma unroll
-      for (int in_pair = 0; in_pair < 2; ++in_pair) {
-        const int group = 2 * pair + in_pair;
-        if (kBlockGroups == 1 && group >= groups) return;
-#pragma unroll
-        for (int row_tile = 0; row_tile < RowTiles; ++row_tile) {
-          const uint8_t* const blocks[2] = {
-              rows[2 * row_tile] + group / kBlockGroups * Format::kBytes,
-              rows[2 * row_tile + 1] + group / kBlockGroups * Format::kBytes};
-          add_row_tile(partial_[row_tile], blocks, group % kBlockGroups, x, in_pair);
+  // Stages the units of this warp, where the product does so itself.
+  static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args& args,
+                                                 const Staged& staged, uint8_t* memory) {
+    if constexpr (Tokens <= kTileTokens) {
+      if (!staged.fused) return;
+      for (int unit = threadIdx.x / 32; unit < int(staged.units); unit += kPartials) {
+        for (int token = 0; token < int(args.m); ++token) {
+          stage_unit<Tokens, kMinima>(args, staged, memory, token, unit);
         }
       }
+      __syncwarp();
     }
   }
 
-  __device__ __forceinline__ void store(float (&partials)[kRows][kTokens]) const {
+  // Tokens past the end repeat the last one, tiles past the end the last one; their sums are not
+  // stored.
+  __device__ __forceinline__ StagedTile(const bcy_gguf_matmul_args& args, const Staged& staged,
+                                        int64_t first_token, int first_unit,
+                                        const uint8_t* memory) {
     const int r = threadIdx.x % 32 / 4;
     const int t = threadIdx.x % 4;
+    const bool fused = Tokens <= kTileTokens && staged.fused;
+    const uint8_t* const records = (fused ? memory : staged.records) + first_unit * Record::kBytes;
+    const int last = int(min(args.m, int64_t{kTileTokens})) - 1;
+    const int lane = (Tokens == 1 ? 0 : min(r, last) * 64) + t * 16;
+    to_floats_ = (Tokens == 1 ? 0 : min(t, last / 2) * 16) - lane;
 #pragma unroll
-    for (int row_tile = 0; row_tile < RowTiles; ++row_tile) {
+    for (int n = 0; n < kTiles; ++n) {
+      const int64_t tile = min(first_token / kTileTokens + n, (args.m - 1) / kTileTokens);
+      start_[n] = records + tile * staged.units * Record::kBytes + lane;
+      // Or the compiler works it out again for every unit.
+      asm volatile("" : "+l"(start_[n]));
+    }
+    if (Ahead && first_unit < int(staged.units)) next_ = load(0, 0);
+  }
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-      for (int tile = 0; tile < Tiles; ++tile) {
+    for (int i = 0; i < RowTiles; ++i) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          partials[row_tile * kTileRows + r + i / 2 * 8][tile * kTileTokens + 2 * t + i % 2] =
-              partial_[row_tile][tile][i];
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) partial_[i][n][j] = 0.0f;
+      }
+    }
+  }
+
+  // The unit that is `rounds` rounds after the first; `next` is that of the unit to come.
+  template <class Row>
+  __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int groups,
+                                           int next) {
+    const uint32_t offset = uint32_t(round) * (kPartials * Record::kBytes);
+    const uint32_t next_offset = uint32_t(next) * (kPartials * Record::kBytes);
+    // Only formats whose blocks are groups have units that end early.
+    if (kBlockGroups == 1 && groups < kUnitGroups) {
+      add_some(rows, offset, groups);
+      if (Ahead) next_ = load(next_offset, 0);
+      return;
+    }
+#pragma unroll
+    for (int pair = 0; pair < kUnitPairs; ++pair) {
+      const Activations x = Ahead ? next_ : load(offset, pair);
+      if (Ahead) next_ = pair + 1 < kUnitPairs ? load(offset, pair + 1) : load(next_offset, 0);
+#pragma unroll
+      for (int in_pair = 0; in_pair < 2; ++in_pair) {
+        add_group_rows(rows, 2 * pair + in_pair, x, in_pair);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(
+      float (&partials)[Tokens][Meeting<kRows, Tokens>::kPitch]) const {
+    const int r = threadIdx.x % 32 / 4;
+    const int t = threadIdx.x % 4;
+    if (Tokens == 1 && t != 0) return;
+#pragma unroll
+    for (int i = 0; i < RowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (j % 2 >= kColumns) continue;
+          partials[n * kTileTokens + 2 * t + j % 2][i * kTileRows + r + j / 2 * 8] =
+              partial_[i][n][j];
         }
       }
     }
   }
 
  private:
+  static constexpr int kTiles = (Tokens + kTileTokens - 1) / kTileTokens;
+  static constexpr int kColumns = Tokens == 1 ? 1 : 2;
   static constexpr int kBlockGroups = Format::kElements / kGroup;
   static constexpr int kMinima = Format::kMinima;
+  static constexpr bool kHalves = Format::kScaleElements == 16 && !scales_fit_codes<Format>;
+
+  using Record = StagedRecord<Tokens == 1 ? 1 : kTileTokens, kMinima>;
+  using Floats = std::conditional_t<Tokens == 1, float2, float4>;
 
   // Staged activations of two groups, used for all rows.
   struct Activations {
-    uint4 codes[Tiles];
-    float2 scales[Tiles][2];
-    float2 sums[Tiles][2][kMinima > 0 ? kMinima : 1];  // of one group after the other
+    uint4 codes[kTiles];
+    Floats scales[kTiles];  // group 0: tokens 2 t, 2 t + 1; group 1: the same
+    Floats sums[kTiles][kMinima > 0 ? kMinima : 1];
+
+    __device__ __forceinline__ void second_to_first(int n) {
+      codes[n].x = codes[n].z;
+      codes[n].y = codes[n].w;
+      replace(scales[n]);
+#pragma unroll
+      for (int j = 0; j < kMinima; ++j) replace(sums[n][j]);
+    }
+    static __device__ __forceinline__ void replace(float4& four) {
+      four.x = four.z;
+      four.y = four.w;
+    }
+    static __device__ __forceinline__ void replace(float2& two) { two.x = two.y; }
   };
 
-  __device__ __forceinline__ Activations load(int unit, int pair) const {
+  // offset: of the unit's record from the first.
+  __device__ __forceinline__ Activations load(uint32_t offset, int pair) const {
     Activations x;
 #pragma unroll
-    for (int tile = 0; tile < Tiles; ++tile) {
-      x.codes[tile] = codes_[(operand_[tile] + unit) * (kUnit / 16) + pair];
+    for (int n = 0; n < kTiles; ++n) {
+      const uint8_t* const codes = start_[n] + offset;
+      const uint8_t* const floats = codes + to_floats_;
+      x.codes[n] = *reinterpret_cast<const uint4*>(codes + pair * Record::kCodes);
+      x.scales[n] =
+          *reinterpret_cast<const Floats*>(floats + Record::kScalesAt + pair * Record::kScales);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int pairs = (column_[tile][i] + unit) * (kUnitGroups / 2) + pair;
-        x.scales[tile][i] = scales_[pairs];
-#pragma unroll
-        for (int j = 0; j < kMinima; ++j) x.sums[tile][i][j] = sums_[pairs * kMinima + j];
+      for (int j = 0; j < kMinima; ++j) {
+        x.sums[n][j] = *reinterpret_cast<const Floats*>(floats + Record::kSumsAt +
+                                                        (pair * kMinima + j) * Record::kScales);
       }
     }
     return x;
   }
 
-  static __device__ __forceinline__ float element(float2 two, int i) {
-    return i == 0 ? two.x : two.y;
+  static __device__ __forceinline__ float element(float4 four, int group, int column) {
+    return group == 0 ? (column == 0 ? four.x : four.y) : (column == 0 ? four.z : four.w);
+  }
+  static __device__ __forceinline__ float element(float2 two, int group, int) {
+    return group == 0 ? two.x : two.y;
+  }
+
+  // The first groups of a unit, in a loop: for the end of a row.
+  template <class Row>
+  __device__ __forceinline__ void add_some(const RowsOf<Row, kRows>& rows, uint32_t offset,
+                                           int groups) {
+#pragma unroll 1
+    for (int group = 0; group < groups; ++group) {
+      // A group on its own: its place in the unit is no constant, so neither is its alignment.
+      using Moved = decltype(rows.row[0].template moved<Format::kAlignment>(0));
+      RowsOf<Moved, kRows> blocks;
+#pragma unroll
+      for (int i = 0; i < 2 * RowTiles; ++i) {
+        blocks.row[i] = rows.row[i].template moved<Format::kAlignment>(group * Format::kBytes);
+      }
+      Activations x = load(offset, group / 2);
+      if (group % 2 == 1) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) x.second_to_first(n);
+      }
+      add_group_rows(blocks, 0, x, 0);
+    }
+  }
+
+  // Group `group` of the blocks' unit, all rows and tokens.
+  template <class Row>
+  __device__ __forceinline__ void add_group_rows(const RowsOf<Row, kRows>& rows, int group,
+                                                 const Activations& x, int in_pair) {
+    const int offset = group / kBlockGroups * Format::kBytes;
+#pragma unroll
+    for (int i = 0; i < RowTiles; ++i) {
+      add_row_tile(partial_[i], rows.row[2 * i] + offset, rows.row[2 * i + 1] + offset,
+                   group % kBlockGroups, x, in_pair);
+    }
   }
 
   // One group of 16 rows, all tokens.
-  __device__ __forceinline__ void add_row_tile(float (&partial)[Tiles][4],
-                                               const uint8_t* const (&blocks)[2], int g,
-                                               const Activations& x, int in_pair) {
+  template <class Block>
+  __device__ __forceinline__ void add_row_tile(float (&partial)[kTiles][4], Block upper,
+                                               Block lower, int g, const Activations& x,
+                                               int in_pair) {
     const int t = threadIdx.x % 4;
-    const uint32_t a[4] = {Format::codes(blocks[0], g, t), Format::codes(blocks[1], g, t),
-                           Format::codes(blocks[0], g, t + 4), Format::codes(blocks[1], g, t + 4)};
-    const float scales[2] = {Format::scale(blocks[0], g), Format::scale(blocks[1], g)};
+    uint32_t a[4] = {Format::codes(upper, g, 0, t), Format::codes(lower, g, 0, t),
+                     Format::codes(upper, g, 1, t), Format::codes(lower, g, 1, t)};
+    int shift = Format::shift(g);
+    if constexpr (scales_fit_codes<Format>) {
 #pragma unroll
-    for (int tile = 0; tile < Tiles; ++tile) {
-      const uint32_t b[2] = {in_pair == 0 ? x.codes[tile].x : x.codes[tile].z,
-                             in_pair == 0 ? x.codes[tile].y : x.codes[tile].w};
-      int dots[4] = {};
-      if constexpr (Format::kScaleElements == 16) {
-        int second[4] = {};
+      for (int half = 0; half < 2; ++half) {
+        a[2 * half] = (a[2 * half] >> shift) * uint32_t(half_scale<Format>(upper, g, half));
+        a[2 * half + 1] = (a[2 * half + 1] >> shift) * uint32_t(half_scale<Format>(lower, g, half));
+      }
+      shift = 0;
+    }
+    // An integer in the low mantissa bits of 1.5 * 2^(23 - shift), where every sum of a group fits.
+    const float bias = as_float(0x4b400000u - (uint32_t(shift) << 23));
+    const int start = int(as_bits(bias));
+    const float scales[2] = {Format::scale(upper, g), Format::scale(lower, g)};
+    [[maybe_unused]] float half_scales[2][2], half_biases[2][2];
+    if constexpr (kHalves) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int byte = 2 * (g % 2) + half;
+        half_scales[0][half] =
+            byte_to_float(Format::half_scales(upper, g), byte, Format::kHalfOffset);
+        half_scales[1][half] =
+            byte_to_float(Format::half_scales(lower, g), byte, Format::kHalfOffset);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) half_biases[i][half] = mul(half_scales[i][half], -bias);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const uint32_t b[2] = {in_pair == 0 ? x.codes[n].x : x.codes[n].z,
+                             in_pair == 0 ? x.codes[n].y : x.codes[n].w};
+      int dots[4] = {start, start, start, start};
+      float values[4];
+      if constexpr (kHalves) {
+        int second[4] = {start, start, start, start};
         mma_half<Format::kUnsignedCodes>(dots, a[0], a[1], b[0]);
         mma_half<Format::kUnsignedCodes>(second, a[2], a[3], b[1]);
+        // Exact, as the sum of integers is: all are below 2^24.
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          dots[i] = dots[i] * Format::half_scale(blocks[i / 2], g, 0) +
-                    second[i] * Format::half_scale(blocks[i / 2], g, 1);
+          values[i] = add(fma(half_scales[i / 2][0], as_float(dots[i]), half_biases[i / 2][0]),
+                          fma(half_scales[i / 2][1], as_float(second[i]), half_biases[i / 2][1]));
         }
       } else {
         mma_group<Format::kUnsignedCodes>(dots, a, b);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = add(as_float(dots[i]), -bias);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float& sum = partial[tile][i];
-        sum = add_group(sum, dots[i], scales[i / 2], element(x.scales[tile][i % 2], in_pair));
+        if (i % 2 >= kColumns) continue;
+        float& sum = partial[n][i];
+        sum = fma(values[i], mul(scales[i / 2], element(x.scales[n], in_pair, i % 2)), sum);
         if constexpr (kMinima > 0) {
 #pragma unroll
           for (int half = 0; half < kMinima; ++half) {
-            const int j = in_pair * kMinima + half;
-            const float staged_sum = element(x.sums[tile][i % 2][j / 2], j % 2);
-            sum = add_minimum(sum, Format::minimum(blocks[i / 2], g, half), staged_sum);
+            const float minimum = Format::minimum(i / 2 == 0 ? upper : lower, g, half);
+            sum = add_minimum(sum, minimum, element(x.sums[n][half], in_pair, i % 2));
           }
         }
       }
     }
   }
 
-  const uint4* codes_;  // of the first token, this lane's part
-  const float2* scales_;
-  const float2* sums_;
-  int operand_[Tiles];  // offsets from there, in units
-  int column_[Tiles][2];
-  float partial_[RowTiles][Tiles][4];
+  const uint8_t* start_[kTiles];  // this lane's codes in the record of this warp's first unit
+  int to_floats_;                 // from there to its floats, less what they are into the record
+  Activations next_;
+  float partial_[RowTiles][kTiles][4];
 };
+
+// ---- launch -----------------------------------------------------------------------------------------------------
 
 template <class Format>
 int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
-  const Staged staged = staged_planes(args.workspace, args.ncols, args.m);
-  if (args.m <= 8) return launch_product<StagedTile<Format, 1, 1>>(args, staged, stream);
-  if (args.m <= 16) return launch_product<StagedTile<Format, 2, 2>>(args, staged, stream);
-  return launch_product<StagedTile<Format, 4, 2>>(args, staged, stream);
+  Device device;
+  if (const int status = device.look(args.device)) return status;
+  const bool fused = args.workspace == nullptr && args.ncols > 0;
+  const bool unstaged = !fused && args.x != nullptr && args.ncols > 0;
+  if (fused && !stages_inside(device.major, args.ncols, args.m)) return BCY_ERROR_INVALID_ARGUMENT;
+  if (unstaged) {
+    if (const int status = gguf_stage(args, Format::kMinima, stream)) return status;
+  }
+  const Staged staged = staged_of(args, fused);
+  const int extra = fused ? int(staged_bytes(args.ncols, args.m, Format::kMinima)) : 0;
+  // After this call's own staging the product may start early: only activations come from there.
+  const bool early = args.overlap != 0 || unstaged;
+  const auto streamed = [&](auto* tile, auto* ring) {
+    using Tile = std::remove_pointer_t<decltype(tile)>;
+    using Ring = std::remove_pointer_t<decltype(ring)>;
+    return launch_streamed<Tile, Ring>(args, staged, device, extra, early, stream);
+  };
+  // Two tiles to choose from, and three rings. The bits are the same.
+  constexpr auto narrow = [](auto tokens) {
+    return static_cast<StagedTile<Format, decltype(tokens)::value, 1, 2>*>(nullptr);
+  };
+  constexpr auto wide = [](auto tokens) {
+    return static_cast<StagedTile<Format, decltype(tokens)::value, 2, 1>*>(nullptr);
+  };
+  constexpr std::integral_constant<int, 1> one{};
+  constexpr std::integral_constant<int, 8> eight{};
+  constexpr std::integral_constant<int, 16> sixteen{};
+  constexpr std::integral_constant<int, 32> thirty_two{};
+  if (device.major < 8) {
+    return args.m == 1 ? launch_direct(narrow(one), args, staged, stream)
+                       : launch_direct(narrow(eight), args, staged, stream);
+  }
+  if (!rows_on_boundaries<Format>(args)) {
+    RowRing<Format, 16, false>* const any_rows = nullptr;
+    return args.m == 1 ? streamed(narrow(one), any_rows) : streamed(narrow(eight), any_rows);
+  }
+  RowRing<Format, 16, true>* const rows = nullptr;
+  RowRing<Format, 32, true>* const more_rows = nullptr;
+  BoxRing<Format, 32>* const boxes = nullptr;
+  if (args.m > 16) return streamed(wide(thirty_two), more_rows);
+  // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side.
+  const bool boxed = device.major >= 9 && args.nrows >= 3 * 32 * int64_t{device.processors};
+  if (args.m > 8) {
+    return boxed ? streamed(wide(sixteen), boxes) : streamed(wide(sixteen), more_rows);
+  }
+  if (args.m > 1) return boxed ? streamed(wide(eight), boxes) : streamed(narrow(eight), rows);
+  return boxed ? streamed(wide(one), boxes) : streamed(narrow(one), rows);
 }
 
 }  // namespace bcy

@@ -2,6 +2,9 @@
 // y[m, n] = sum_k weight[n, k] * x[m, k] on float activations.
 #pragma once
 
+#include <type_traits>
+
+#include "activations.cuh"
 #include "operations.h"
 #include "product.cuh"
 
@@ -11,78 +14,83 @@ struct FloatInputs {
   bool vectors;  // four elements of x from a multiple of four on can be loaded at once
 };
 
-// A lane holds rows r and r + 8 and eight element positions of a group: 4 t .. 4 t + 3 and those
-// plus 16, the two words that packed nibbles keep together (r = lane / 4, t = lane % 4). Each
-// position is a partial sum of its own.
-template <class F, class X, int Tokens>
-struct FloatTile {
+// A lane holds rows r, r + 8, r + 16, ... and eight element positions of a group: 4 t .. 4 t + 3
+// and those plus 16, the two words that packed nibbles keep together (r = lane / 4, t = lane % 4).
+// Each position is a partial sum of its own.
+template <class F, class X, int Tokens, int RowTiles>
+class FloatTile {
+ public:
   using Format = F;
   using Inputs = FloatInputs;
   static constexpr int kTokens = Tokens;
-  static constexpr int kRows = kTileRows;
+  static constexpr int kRows = RowTiles * kTileRows;
   static constexpr int kBlocks = Tokens == 1 ? 2 : 1;
+
+  static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args&, const FloatInputs&,
+                                                 uint8_t*) {}
 
   // Tokens past the end repeat the last one; their sums are not stored.
   __device__ __forceinline__ FloatTile(const bcy_gguf_matmul_args& args, const FloatInputs& inputs,
-                                       int64_t first_token)
-      : vectors(inputs.vectors) {
+                                       int64_t first_token, int first_unit, const uint8_t*)
+      : vectors_(inputs.vectors) {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
-      x[token] = static_cast<const Storage*>(args.x) +
-                 min(first_token + token, args.m - 1) * args.x_stride + threadIdx.x % 4 * 4;
+      x_[token] = static_cast<const Storage*>(args.x) +
+                  min(first_token + token, args.m - 1) * args.x_stride + first_unit * kUnit +
+                  threadIdx.x % 4 * 4;
+    }
+  }
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+    for (int token = 0; token < Tokens; ++token) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sums[token][i][j] = 0.0f;
+      for (int i = 0; i < 2 * RowTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sums_[token][i][j] = 0.0f;
       }
     }
   }
 
-  __device__ __forceinline__ void add_unit(const uint8_t* const (&rows)[2], int unit, int groups) {
-    constexpr int kBlockGroups = Format::kElements / kGroup;
-    const int t = threadIdx.x % 4;
+  template <class Row>
+  __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int groups,
+                                           int) {
+    if (kBlockGroups == 1 && groups < kUnitGroups) {
+#pragma unroll 1
+      for (int group = 0; group < groups; ++group) {
+        using Moved = decltype(rows.row[0].template moved<Format::kAlignment>(0));
+        RowsOf<Moved, kRows> blocks;
+#pragma unroll
+        for (int i = 0; i < 2 * RowTiles; ++i) {
+          blocks.row[i] = rows.row[i].template moved<Format::kAlignment>(group * Format::kBytes);
+        }
+        add_group(blocks, 0, round * kPartials * kUnit + group * kGroup);
+      }
+      return;
+    }
 #pragma unroll
     for (int group = 0; group < kUnitGroups; ++group) {
-      if (kBlockGroups == 1 && group >= groups) return;
-      float weights[2][8];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint8_t* block = rows[i] + group / kBlockGroups * Format::kBytes;
-        dequantize_word<Format>(block, group % kBlockGroups, t, weights[i]);
-        dequantize_word<Format>(block, group % kBlockGroups, t + 4, weights[i] + 4);
-      }
-#pragma unroll
-      for (int token = 0; token < Tokens; ++token) {
-        float values[8];
-        load_four(x[token] + unit * kUnit + group * kGroup, values);
-        load_four(x[token] + unit * kUnit + group * kGroup + 16, values + 4);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            sums[token][i][j] = fma(weights[i][j], values[j], sums[token][i][j]);
-          }
-        }
-      }
+      add_group(rows, group, round * kPartials * kUnit + group * kGroup);
     }
   }
 
   // Element positions meet, halved: 16 apart in this lane, 8 and 4 apart in its neighbours, then 2
   // and 1.
-  __device__ __forceinline__ void store(float (&partials)[kTileRows][kTokens]) const {
+  __device__ __forceinline__ void store(
+      float (&partials)[Tokens][Meeting<kRows, Tokens>::kPitch]) const {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < 2 * RowTiles; ++i) {
         float s[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          s[j] = add(sums[token][i][j], sums[token][i][j + 4]);
+          s[j] = add(sums_[token][i][j], sums_[token][i][j + 4]);
           s[j] = add(s[j], __shfl_xor_sync(~0u, s[j], 2));
           s[j] = add(s[j], __shfl_xor_sync(~0u, s[j], 1));
         }
         if (threadIdx.x % 4 == 0) {
-          partials[threadIdx.x % 32 / 4 + 8 * i][token] = add(add(s[0], s[2]), add(s[1], s[3]));
+          partials[token][threadIdx.x % 32 / 4 + 8 * i] = add(add(s[0], s[2]), add(s[1], s[3]));
         }
       }
     }
@@ -90,36 +98,58 @@ struct FloatTile {
 
  private:
   using Storage = typename X::Storage;
-  struct alignas(4 * sizeof(Storage)) Four {
-    Storage values[4];
-  };
+  static constexpr int kBlockGroups = Format::kElements / kGroup;
 
-  __device__ __forceinline__ void load_four(const Storage* p, float* values) const {
-    Four four;
-    if (vectors) {
-      four = *reinterpret_cast<const Four*>(p);
-    } else {
+  template <class Row>
+  __device__ __forceinline__ void add_group(const RowsOf<Row, kRows>& rows, int group,
+                                            int first_element) {
+    const int t = threadIdx.x % 4;
+    float values[Tokens][8];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) four.values[i] = p[i];
+    for (int token = 0; token < Tokens; ++token) {
+      load_four_as<X>(x_[token], first_element, vectors_, values[token]);
+      load_four_as<X>(x_[token], first_element + 16, vectors_, values[token] + 4);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = X::load(&four.values[i]);
+    for (int i = 0; i < 2 * RowTiles; ++i) {
+      const auto block = rows.row[i] + group / kBlockGroups * Format::kBytes;
+      float weights[8];
+      dequantize_word<Format>(block, group % kBlockGroups, 0, t, weights);
+      dequantize_word<Format>(block, group % kBlockGroups, 1, t, weights + 4);
+#pragma unroll
+      for (int token = 0; token < Tokens; ++token) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          sums_[token][i][j] = fma(weights[j], values[token][j], sums_[token][i][j]);
+        }
+      }
+    }
   }
 
-  const Storage* x[Tokens];
-  bool vectors;
-  float sums[Tokens][2][8];
+  const Storage* x_[Tokens];  // this lane's first element in this warp's first unit
+  bool vectors_;
+  float sums_[Tokens][2 * RowTiles][8];
 };
 
 template <class Format>
 int GgufOperations<Format>::matvec(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
+  Device device;
+  if (const int status = device.look(args.device)) return status;
+  const FloatInputs inputs{loads_four_at_once(args)};
   return with_element(args.x_type, [&](auto x) {
-    using X = decltype(x);
-    constexpr int64_t kFour = 4 * sizeof(typename X::Storage);
-    const FloatInputs inputs{reinterpret_cast<uintptr_t>(args.x) % kFour == 0 &&
-                             (args.m == 1 || args.x_stride % 4 == 0)};
-    if (args.m == 1) return launch_product<FloatTile<Format, X, 1>>(args, inputs, stream);
-    return launch_product<FloatTile<Format, X, 4>>(args, inputs, stream);
+    const auto run = [&](auto* tile) {
+      using Tile = std::remove_pointer_t<decltype(tile)>;
+      const bool early = args.overlap != 0;
+      if (device.major < 8) return launch_direct(tile, args, inputs, stream);
+      if (rows_on_boundaries<Format>(args)) {
+        using Ring = RowRing<Format, Tile::kRows, true>;
+        return launch_streamed<Tile, Ring>(args, inputs, device, 0, early, stream);
+      }
+      using Ring = RowRing<Format, Tile::kRows, false>;
+      return launch_streamed<Tile, Ring>(args, inputs, device, 0, early, stream);
+    };
+    return args.m == 1 ? run(static_cast<FloatTile<Format, decltype(x), 1, 1>*>(nullptr))
+                       : run(static_cast<FloatTile<Format, decltype(x), 4, 1>*>(nullptr));
   });
 }
 

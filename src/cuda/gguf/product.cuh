@@ -2,62 +2,61 @@
 // How weights reach the products, and how their partial sums meet: the same for staged and for
 // float activations.
 //
-// A thread block owns some weight rows and tokens. Warp p is partial sum p of the summation
-// order: it takes units p, p + 8, ... of K, so that the weights are read once whatever the number
-// of tokens, and the eight warps meet in shared memory. Two kernels differ in how weights arrive,
-// never in what is added in which order:
-//   product_streamed  a ninth warp keeps a ring of bulk copies in flight (Hopper and later, rows on
-//   16-byte boundaries) product_direct    every lane loads what it needs
+// A thread block takes tiles of weight rows and tokens, one after the other. Warp p is partial sum
+// p of the summation order: it takes units p, p + 8, ... of K, so that the weights are read once
+// whatever the number of tokens, and the eight warps meet in shared memory. Two kernels differ in
+// how weights arrive, never in what is added in which order:
+//   product_streamed  a ninth warp keeps a ring of copies to shared memory in flight, through the
+//                     ends of tiles; the grid fills the GPU once (Ampere and later)
+//   product_direct    every lane loads what it needs
 //
 // What a lane adds up is a Tile: a struct with
-//   Format, Inputs                   weights, activations
-//   kRows, kTokens                   of a thread block; rows are a multiple of 16
-//   kBlocks                          thread blocks that should fit a multiprocessor
-//   Tile(args, inputs, first_token)  sums at zero
-//   add_unit(rows, unit, groups)     rows: first byte of the unit in rows r and r + 8, r = lane /
-//   4; groups: how many exist store(partials)                  this warp's sums, [row][token]
+//   Format, Inputs                        weights, activations
+//   kRows, kTokens                        of a tile; rows are a multiple of 16
+//   kColumns                              tokens of which a lane holds sums, side by side
+//   kBlocks                               thread blocks whose registers fit a multiprocessor
+//   Tile(args, inputs, first_token, first_unit, memory)
+//                                         for the units first_unit, first_unit + 8, ..., if there
+//                                         are any
+//   clear()                               sums to zero
+//   add_unit(rows, round, groups, next)   unit first_unit + 8 round. rows: as Bytes, the unit in
+//   rows
+//                                         r, r + 8, r + 16, ..., r = lane / 4; groups: how many
+//                                         exist; next: round that comes next
+//   store(partials)                       this warp's sums, [token][row]
+//   prepare(args, inputs, memory)         once a thread block: shared memory of its own
 #pragma once
 
+#include "async.cuh"
 #include "baracuda/order.cuh"
-#include "bulk.cuh"
 #include "launch.cuh"
+#include "ring.cuh"
 
 namespace bcy {
 
 constexpr int kTileRows = 16;
 constexpr int kConsumers = kPartials * 32;  // threads
-constexpr int64_t kMaxColumns = 1 << 28;  // offsets inside a block's tokens fit an int
+constexpr int64_t kMaxColumns = 1 << 28;  // offsets inside a row or a block's tokens fit 32 bits
+constexpr int kMaxStages = 8;
 
-// Bytes of one row in one unit, and in one round of the eight partial sums.
-template <class Format>
-constexpr int kUnitBytes = kUnit / Format::kElements * Format::kBytes;
-template <class Format>
-constexpr int kRoundBytes = kPartials * kUnitBytes<Format>;
-
-template <class Format>
-BCY_INLINE int64_t row_bytes(int64_t ncols) {
-  return ncols / Format::kElements * Format::kBytes;
-}
-
-BCY_INLINE int groups_of_unit(int unit, int groups) {
-  const int left = groups - unit * kUnitGroups;
-  return left < kUnitGroups ? left : kUnitGroups;
-}
-
-// Where a block's eight partial sums meet. Called by the consumers alone.
+// Where a tile's eight partial sums meet. Rows are padded so that the lanes of a warp, which hold
+// eight rows of four pairs of tokens, write to different banks.
 template <int Rows, int Tokens>
 struct Meeting {
-  float partials[kPartials][Rows][Tokens];
+  static constexpr int kPitch = Rows + 4;
+  float partials[kPartials][Tokens][kPitch];
 
+  // By the consumers alone.
   __device__ __forceinline__ void write(const bcy_gguf_matmul_args& args, int64_t first_row,
                                         int64_t first_token) const {
-    for (int i = threadIdx.x; i < Rows * Tokens; i += kConsumers) {
+    const int tokens = int(min(args.m - first_token, int64_t{Tokens}));
+    for (int i = threadIdx.x; i < Rows * tokens; i += kConsumers) {
       const int64_t row = first_row + i % Rows;
       const int64_t token = first_token + i / Rows;
-      if (row >= args.nrows || token >= args.m) continue;
+      if (row >= args.nrows) continue;
       float p[kPartials];
 #pragma unroll
-      for (int j = 0; j < kPartials; ++j) p[j] = partials[j][i % Rows][i / Rows];
+      for (int j = 0; j < kPartials; ++j) p[j] = partials[j][i / Rows][i % Rows];
       float y = meet(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]);
       if (args.bias != nullptr) y = add(y, load_element(args.bias, row, args.y_type));
       store_element(args.y, token * args.y_stride + row, args.y_type, y);
@@ -71,6 +70,7 @@ template <class Tile>
 __global__ void __launch_bounds__(kConsumers)
     product_direct(const __grid_constant__ bcy_gguf_matmul_args args,
                    const __grid_constant__ typename Tile::Inputs inputs, unsigned passes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   using Format = typename Tile::Format;
   __shared__ Meeting<Tile::kRows, Tile::kTokens> meeting;
   const int groups = int(args.ncols / kGroup);
@@ -83,133 +83,196 @@ __global__ void __launch_bounds__(kConsumers)
     const int64_t row = min(first_row + threadIdx.x % 32 / 4 + 8 * i, args.nrows - 1);
     rows[i] = static_cast<const uint8_t*>(args.weight) + row * row_bytes<Format>(args.ncols);
   }
-  Tile tile(args, inputs, first_token);
-  for (int unit = threadIdx.x / 32; unit * kUnitGroups < groups; unit += kPartials) {
-    const int64_t offset = int64_t{unit} * kUnitBytes<Format>;
-    const uint8_t* in_unit[Tile::kRows / 8];
+  const int warp = threadIdx.x / 32;
+  Tile tile(args, inputs, first_token, warp, nullptr);
+  tile.clear();
+  for (int round = 0; (round * kPartials + warp) * kUnitGroups < groups; ++round) {
+    const int unit = round * kPartials + warp;
+    RowsOf<Bytes<Format::kAlignment>, Tile::kRows> in_unit;
 #pragma unroll
-    for (int i = 0; i < Tile::kRows / 8; ++i) in_unit[i] = rows[i] + offset;
-    tile.add_unit(in_unit, unit, groups_of_unit(unit, groups));
+    for (int i = 0; i < Tile::kRows / 8; ++i) {
+      in_unit.row[i] = Bytes<Format::kAlignment>(rows[i] + int64_t{unit} * kUnitBytes<Format>);
+    }
+    const int next = (unit + kPartials) * kUnitGroups < groups ? round + 1 : round;
+    tile.add_unit(in_unit, round, groups - unit * kUnitGroups, next);
   }
   tile.store(meeting.partials[threadIdx.x / 32]);
   __syncthreads();
   meeting.write(args, first_row, first_token);
+#endif
 }
 
 // ---- weights streamed through shared memory ---------------------------------------------------------------------
 
-// A stage of the ring is one round of the block's rows. Their distance is an odd multiple of 16
-// bytes, so that a word of eight rows at a time is read without bank conflicts.
+// What comes before the ring in shared memory: the barriers, and one or two places to meet. With
+// two, the next tile's sums need not wait until this one's are written.
 template <class Tile>
-struct Ring {
-  static constexpr int kRound = kRoundBytes<typename Tile::Format>;
-  static constexpr int kPitch = kRound + (kRound % 32 == 16 ? 0 : 16);
-  static constexpr int kStageBytes = Tile::kRows * kPitch;
-  static constexpr int kStages = kStageBytes > 30000 ? 2 : 3;
-  static constexpr int kMeetingBytes = sizeof(Meeting<Tile::kRows, Tile::kTokens>);
-  static constexpr int kSharedBytes =
-      kStages * kStageBytes > kMeetingBytes ? kStages * kStageBytes : kMeetingBytes;
+struct Shared {
+  using Sums = Meeting<Tile::kRows, Tile::kTokens>;
+  static constexpr int kMeetings = sizeof(Sums) <= 10 * 1024 ? 2 : 1;
+  static constexpr int kBytes =
+      (2 * kMaxStages * int(sizeof(uint64_t)) + kMeetings * int(sizeof(Sums)) + 1023) / 1024 * 1024;
 };
 
-template <class Tile>
+template <class Tile, class Ring>
 __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
     product_streamed(const __grid_constant__ bcy_gguf_matmul_args args,
-                     const __grid_constant__ typename Tile::Inputs inputs, unsigned passes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  using Format = typename Tile::Format;
-  using R = Ring<Tile>;
-  extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ uint64_t filled[R::kStages], emptied[R::kStages];
+                     const __grid_constant__ typename Tile::Inputs inputs,
+                     const __grid_constant__ typename Ring::Source source, unsigned tiles,
+                     unsigned passes, int stages) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (__CUDA_ARCH__ < Ring::kOldestArch) return;
+  using Sums = typename Shared<Tile>::Sums;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  auto* const filled = reinterpret_cast<uint64_t*>(shared);
+  uint64_t* const emptied = filled + kMaxStages;
+  auto* const meetings = reinterpret_cast<Sums*>(emptied + kMaxStages);
+  uint8_t* const ring = shared + Shared<Tile>::kBytes;
   const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
   const int groups = int(args.ncols / kGroup);
-  const int rounds = (groups + kPartials * kUnitGroups - 1) / (kPartials * kUnitGroups);
-  const int64_t bytes_of_row = row_bytes<Format>(args.ncols);
-  const int64_t first_row = blockIdx.x / passes * int64_t{Tile::kRows};
-  const int64_t first_token = blockIdx.x % passes * int64_t{Tile::kTokens};
+  const int units = (groups + kUnitGroups - 1) / kUnitGroups;
+  const int rounds = (units + kPartials - 1) / kPartials;
 
   if (threadIdx.x == kConsumers) {
-    for (int i = 0; i < R::kStages; ++i) {
-      barrier_init(&filled[i], 1);
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(&filled[i], kCopyArrivals);
       barrier_init(&emptied[i], kPartials);
     }
     barrier_init_fence();
   }
   __syncthreads();
+  let_next_kernel_start();
+  int stage = 0;
+  uint32_t phase = 0;
 
   if (warp == kPartials) {
-    // Rows past the end are left out of the copies; what their lanes compute is not stored.
-    const int rows = int(min(int64_t{Tile::kRows}, args.nrows - first_row));
-    const int lane = threadIdx.x % 32;
-    const uint8_t* row =
-        static_cast<const uint8_t*>(args.weight) + (first_row + lane) * bytes_of_row;
-    for (int round = 0; round < rounds; ++round) {
-      const int stage = round % R::kStages;
-      if (round >= R::kStages) {
-        barrier_wait(&emptied[stage], uint32_t(round / R::kStages - 1) & 1u);
-      }
-      const int64_t offset = int64_t{round} * kRoundBytes<Format>;
-      const uint32_t bytes = uint32_t(min(int64_t{kRoundBytes<Format>}, bytes_of_row - offset));
-      if (lane == 0) barrier_arrive_expecting(&filled[stage], bytes * rows);
-      __syncwarp();
-      if (lane < rows) {
-        bulk_copy(shared + stage * R::kStageBytes + lane * R::kPitch, row + offset, bytes,
-                  &filled[stage]);
+    bool first_lap = true;
+    for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
+      const int64_t first_row = index / passes * int64_t{Tile::kRows};
+      for (int round = 0; round < rounds; ++round) {
+        if (!first_lap) barrier_wait(&emptied[stage], phase ^ 1);
+        Ring::fetch(args, source, first_row, round, ring + stage * Ring::kStageBytes,
+                    &filled[stage]);
+        if (++stage == stages) {
+          stage = 0;
+          phase ^= 1;
+          first_lap = false;
+        }
       }
     }
     return;
   }
 
-  Tile tile(args, inputs, first_token);
-  for (int round = 0; round < rounds; ++round) {
-    const int stage = round % R::kStages;
-    const int unit = round * kPartials + warp;
-    barrier_wait(&filled[stage], uint32_t(round / R::kStages) & 1u);
-    if (unit * kUnitGroups < groups) {
-      const uint8_t* first = shared + stage * R::kStageBytes + threadIdx.x % 32 / 4 * R::kPitch +
-                             warp * kUnitBytes<Format>;
-      const uint8_t* in_unit[Tile::kRows / 8];
-#pragma unroll
-      for (int i = 0; i < Tile::kRows / 8; ++i) in_unit[i] = first + 8 * i * R::kPitch;
-      tile.add_unit(in_unit, unit, groups_of_unit(unit, groups));
+  wait_for_previous_kernel();
+  uint8_t* const memory = ring + stages * Ring::kStageBytes;
+  Tile::prepare(args, inputs, memory);
+  // Warps without units, where K is short, add nothing: their sums stay zero.
+  const int own_rounds = units > warp ? (units - warp + kPartials - 1) / kPartials : 0;
+  int meeting = 0;
+  Tile tile(args, inputs, blockIdx.x % passes * int64_t{Tile::kTokens}, warp, memory);
+  for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const int64_t first_row = index / passes * int64_t{Tile::kRows};
+    const int64_t first_token = index % passes * int64_t{Tile::kTokens};
+    if (passes > 1 && index != blockIdx.x) tile = Tile(args, inputs, first_token, warp, memory);
+    tile.clear();
+    const typename Ring::Lane lanes(args, first_row);
+    for (int round = 0; round < rounds; ++round) {
+      barrier_wait(&filled[stage], phase);
+      if (round < own_rounds) {
+        const int left = groups - (round * kPartials + warp) * kUnitGroups;
+        const int next = round + 1 < own_rounds ? round + 1 : 0;
+        tile.add_unit(lanes.rows(ring + stage * Ring::kStageBytes), round, left, next);
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&emptied[stage]);
+      if (++stage == stages) {
+        stage = 0;
+        phase ^= 1;
+      }
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&emptied[stage]);
+    if (Shared<Tile>::kMeetings == 1) consumers_sync<kConsumers>();
+    tile.store(meetings[meeting].partials[warp]);
+    consumers_sync<kConsumers>();
+    meetings[meeting].write(args, first_row, first_token);
+    if (Shared<Tile>::kMeetings == 2) meeting ^= 1;
   }
-  // The ring has served; its memory takes the sums. Only consumers are left.
-  auto& meeting = *reinterpret_cast<Meeting<Tile::kRows, Tile::kTokens>*>(shared);
-  consumers_sync<kConsumers>();
-  tile.store(meeting.partials[warp]);
-  consumers_sync<kConsumers>();
-  meeting.write(args, first_row, first_token);
 #endif
 }
 
 // ---- launch -----------------------------------------------------------------------------------------------------
 
+template <class Format>
+bool rows_on_boundaries(const bcy_gguf_matmul_args& args) {
+  return row_bytes<Format>(args.ncols) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(args.weight) % 16 == 0;
+}
+
+// Stages of the ring and thread blocks. A ring that holds more than it takes to keep the memory
+// busy gains nothing. Where two blocks fit a multiprocessor they are of one launch, or, when
+// kernels may overlap and there are few tiles, of this one and the next, which then fetches its
+// weights ahead.
+struct Geometry {
+  int stages;
+  int shared_bytes;
+  unsigned blocks;
+};
+
+// extra: bytes of shared memory that the activations take.
+template <class Tile, class Ring>
+int geometry_of(const Device& device, int64_t tiles, int64_t rounds, int extra, bool overlap,
+                Geometry& geometry) {
+  const int fixed = Shared<Tile>::kBytes + kRingTail + extra;
+  const int whole = device.shared_per_block;
+  const int share = device.shared_per_processor / Tile::kBlocks - device.shared_reserved;
+  const auto stages_in = [&](int bytes) { return (bytes - fixed) / Ring::kStageBytes; };
+  const bool shares = stages_in(share) >= 2;
+  const int most = stages_in(shares && share < whole ? share : whole);
+  if (most < 1) return BCY_ERROR_TOO_LARGE;
+  constexpr int kBusy = (Tile::kBlocks > 1 ? 75 : 104) << 10;
+  int stages = (kBusy + Ring::kStageBytes / 2) / Ring::kStageBytes;
+  if (stages < 2) stages = 2;
+  if (stages > kMaxStages) stages = kMaxStages;
+  if (stages > most) stages = most;
+  const bool leaves_room = overlap && tiles <= 2 * int64_t{device.processors};
+  const int64_t at_once = int64_t{device.processors} * (shares && !leaves_room ? Tile::kBlocks : 1);
+  geometry.blocks = unsigned(tiles < at_once ? tiles : at_once);
+  const int64_t needed = ceil_div(tiles, geometry.blocks) * rounds;
+  geometry.stages = int(needed < stages ? needed : stages);
+  geometry.shared_bytes = fixed + geometry.stages * Ring::kStageBytes;
+  return BCY_OK;
+}
+
+template <class Tile, class Ring>
+int launch_streamed(const bcy_gguf_matmul_args& args, const typename Tile::Inputs& inputs,
+                    const Device& device, int extra, bool early, cudaStream_t stream) {
+  const int64_t passes = ceil_div(args.m, Tile::kTokens);
+  const int64_t tiles = ceil_div(args.nrows, Tile::kRows) * passes;
+  const int64_t rounds = ceil_div(args.ncols, kPartials * kUnit);
+  if (tiles > kMaxGridX || args.ncols > kMaxColumns) return BCY_ERROR_TOO_LARGE;
+  Geometry geometry;
+  if (const int status =
+          geometry_of<Tile, Ring>(device, tiles, rounds, extra, args.overlap != 0, geometry)) {
+    return status;
+  }
+  typename Ring::Source source;
+  if (const int status = Ring::describe(args, source)) return status;
+  auto* kernel = product_streamed<Tile, Ring>;
+  if (const int status = allow_shared(kernel, geometry.shared_bytes)) return status;
+  return launch(kernel, dim3(geometry.blocks), dim3(kConsumers + 32), stream, geometry.shared_bytes,
+                early, args, inputs, source, unsigned(tiles), unsigned(passes), geometry.stages);
+}
+
 template <class Tile>
-int launch_product(const bcy_gguf_matmul_args& args, const typename Tile::Inputs& inputs,
-                   cudaStream_t stream) {
+int launch_direct(const Tile*, const bcy_gguf_matmul_args& args,
+                  const typename Tile::Inputs& inputs, cudaStream_t stream) {
   // Blocks of the same rows follow each other, so that later tokens find the weights in the L2
   // cache.
   const int64_t passes = ceil_div(args.m, Tile::kTokens);
-  const int64_t blocks = ceil_div(args.nrows, Tile::kRows);
-  if (blocks > kMaxGridX / passes || args.ncols > kMaxColumns) return BCY_ERROR_TOO_LARGE;
-  const dim3 grid{unsigned(blocks * passes)};
-  int major = 0;
-  if (const int status =
-          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, args.device)) {
-    return status;
-  }
-  const bool on_boundaries = row_bytes<typename Tile::Format>(args.ncols) % 16 == 0 &&
-                             reinterpret_cast<uintptr_t>(args.weight) % 16 == 0;
-  if (major >= 9 && on_boundaries && args.ncols > 0) {
-    auto* kernel = product_streamed<Tile>;
-    if (const int status = allow_shared(kernel, Ring<Tile>::kSharedBytes)) return status;
-    return launch(kernel, grid, dim3(kConsumers + 32), stream, Ring<Tile>::kSharedBytes, args,
-                  inputs, unsigned(passes));
-  }
-  return launch(product_direct<Tile>, grid, dim3(kConsumers), stream, 0, args, inputs,
-                unsigned(passes));
+  const int64_t blocks = ceil_div(args.nrows, Tile::kRows) * passes;
+  if (blocks > kMaxGridX || args.ncols > kMaxColumns) return BCY_ERROR_TOO_LARGE;
+  return launch(product_direct<Tile>, dim3(unsigned(blocks)), dim3(kConsumers), stream, 0, false,
+                args, inputs, unsigned(passes));
 }
 
 }  // namespace bcy

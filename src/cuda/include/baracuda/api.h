@@ -39,29 +39,30 @@ typedef struct bcy_gguf_matmul_args {
   int32_t x_type;        // BCY_F32, BCY_F16 or BCY_BF16
   int32_t y_type;        // BCY_F32, BCY_F16 or BCY_BF16
   int32_t device;        // CUDA device ordinal; the CPU backend ignores it
+  int32_t overlap;  // CUDA: weights are read before the kernels ahead in the stream are done
 } bcy_gguf_matmul_args;
 
 // y[n, k] = dequantize(weight)[n, k]
 typedef struct bcy_gguf_dequantize_args {
   const void* weight;
-  void* y;               // [nrows, ncols] of y_type, rows y_stride elements apart
+  void* y;  // [nrows, ncols] of y_type, rows y_stride elements apart
   int64_t nrows;
   int64_t ncols;
   int64_t y_stride;
   int32_t format;
-  int32_t y_type;        // BCY_F32, BCY_F16 or BCY_BF16
+  int32_t y_type;  // BCY_F32, BCY_F16 or BCY_BF16
   int32_t device;
 } bcy_gguf_dequantize_args;
 
 // weight = quantize(x)
 typedef struct bcy_gguf_quantize_args {
-  const void* x;         // [nrows, ncols] of x_type, rows x_stride elements apart
-  void* weight;          // packed blocks, nrows * ncols / block_size of them
+  const void* x;  // [nrows, ncols] of x_type, rows x_stride elements apart
+  void* weight;  // packed blocks, nrows * ncols / block_size of them
   int64_t nrows;
   int64_t ncols;
   int64_t x_stride;
   int32_t format;
-  int32_t x_type;        // BCY_F32, BCY_F16 or BCY_BF16
+  int32_t x_type;  // BCY_F32, BCY_F16 or BCY_BF16
 } bcy_gguf_quantize_args;
 
 // Elements and bytes of one block; 0 for an unknown format.
@@ -72,10 +73,17 @@ int64_t bcy_gguf_block_bytes(int32_t format);
 int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m);
 int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m);
 
+// Whether bcy_cuda_gguf_matmul stages in the product itself and wants no workspace.
+int bcy_cuda_gguf_needs_no_workspace(int32_t device, int32_t format, int64_t ncols, int64_t m,
+                                     int32_t* answer);
+
 int bcy_cuda_gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream);
-int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream);   // float activations
-int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream);    // x -> workspace
-int bcy_cuda_gguf_matmul(const bcy_gguf_matmul_args* args, void* stream);   // workspace -> y
+int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream);  // float activations
+int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream);  // x -> workspace
+
+// x -> y; without a workspace only where none is needed. With x NULL the workspace is staged
+// already.
+int bcy_cuda_gguf_matmul(const bcy_gguf_matmul_args* args, void* stream);
 
 // threads <= 0 takes the size of the pool (bcy_cpu_default_threads).
 int bcy_cpu_gguf_dequantize(const bcy_gguf_dequantize_args* args, int threads);

@@ -1,21 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// All GGUF block formats. Each is a struct without state that reads one packed block:
+// All GGUF block formats. Each is a struct without state that reads one packed block, given as
+// Bytes (bytes.h):
 //
-//   kId, kElements, kBytes, kAlignment   GGUF type id; elements and bytes of a block; alignment of
-//   a block in bytes kScaleElements   32, or 16 when each half of a group has an integer scale of
-//   its own kMinima          minima of a group: 0, 1, or 2 (one per half) kUnsignedCodes   codes
-//   are uint8 rather than int8
+//   kId, kElements, kBytes, kAlignment   GGUF type id; elements, bytes, alignment of a block
+//   kScaleElements   32, or 16 when each half of a group has an integer scale of its own
+//   kMinima          minima of a group: 0, 1, or 2 (one for each half)
+//   kUnsignedCodes   codes are uint8 rather than int8
 //
-//   codes(block, group, word)      four codes: elements 32 group + 4 word .. + 3 of the block,
-//   first in the low byte shift(group)                   codes carry a factor 2^shift, where that
-//   saves instructions; scale() takes it out scale(block, group)            weight of a unit code,
-//   exact in float32 (without the half's integer scale) half_scale(block, group, half) integer
-//   scale of a half            (kScaleElements == 16) minimum(block, group, half)    what is added
-//   to every value, exact (kMinima > 0; half is 0 for one per group)
+//   codes(block, group, half, word)   four codes: elements 32 group + 16 half + 4 word .. + 3 of
+//   the
+//                                     block, the first in the low byte
+//   shift(group)                      codes carry a factor 2^shift, where that saves instructions
+//   scale(block, group)               weight of a unit code, exact in float32 (without the half's)
+//   half_scales(block, group)         integer scales of the halves, plus kHalfOffset, in bytes 2 i
+//   and
+//                                     2 i + 1 of a word, i = group % 2 (kScaleElements == 16)
+//   minimum(block, group, half)       what is added to every value, exact (kMinima > 0; half is 0
+//                                     for one per group)
 //
-//   value = scale * half_scale * code + minimum
+//   value = scale * half scale * (code / 2^shift) + minimum
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/formats/iq4_nl.cuh"
 #include "baracuda/formats/iq4_xs.cuh"
 #include "baracuda/formats/mxfp4.cuh"
@@ -33,27 +39,48 @@
 
 namespace bcy {
 
-// Code i of a word as an integer.
+// Whether a code times its half's scale still fits a byte.
 template <class Format>
-BCY_INLINE int code_at(uint32_t word, int i) {
-  const uint32_t byte = word >> 8 * i & 0xffu;
-  return Format::kUnsignedCodes ? int(byte) : int(int8_t(byte));
+constexpr bool scales_fit_codes = false;
+template <>
+inline constexpr bool scales_fit_codes<Q2_K> = true;  // 3 * 15
+
+template <class Format, class Block>
+BCY_INLINE int half_scale(Block block, int group, int half) {
+  return byte_of(Format::half_scales(block, group), 2 * (group % 2) + half) - Format::kHalfOffset;
+}
+
+// Code i of a word as an integer, its factor 2^shift taken out.
+template <class Format>
+BCY_INLINE int code_at(uint32_t word, int i, int group) {
+  const int byte = byte_of(word, i);
+  return (Format::kUnsignedCodes ? byte : int(int8_t(byte))) >> Format::shift(group);
+}
+
+// The same as a float, its factor left in.
+template <class Format>
+BCY_INLINE float shifted_code_at(uint32_t word, int i) {
+  if constexpr (Format::kUnsignedCodes) return byte_to_float(word, i);
+  return byte_to_float(word ^ 0x80808080u, i, 128);
 }
 
 // The four values of a word, each rounded to float32 once: as ggml gives them, the sign of zero
 // included.
-template <class Format>
-BCY_INLINE void dequantize_word(const uint8_t* block, int group, int word, float out[4]) {
-  const uint32_t codes = Format::codes(block, group, word);
-  float scale = Format::scale(block, group);
+template <class Format, class Block>
+BCY_INLINE void dequantize_word(Block block, int group, int half, int word, float out[4]) {
+  const uint32_t codes = Format::codes(block, group, half, word);
+  // The codes' factor goes into the scale: a power of two rounds nothing.
+  float scale =
+      mul(Format::scale(block, group), as_float(uint32_t(127 - Format::shift(group)) << 23));
   if constexpr (Format::kScaleElements == 16) {
-    scale = mul(scale, float(Format::half_scale(block, group, word / 4)));
+    const int byte = 2 * (group % 2) + half;
+    scale = mul(scale, byte_to_float(Format::half_scales(block, group), byte, Format::kHalfOffset));
   }
   if constexpr (Format::kMinima == 0) {
-    for (int i = 0; i < 4; ++i) out[i] = mul(scale, float(code_at<Format>(codes, i)));
+    for (int i = 0; i < 4; ++i) out[i] = mul(scale, shifted_code_at<Format>(codes, i));
   } else {
-    const float minimum = Format::minimum(block, group, Format::kMinima == 2 ? word / 4 : 0);
-    for (int i = 0; i < 4; ++i) out[i] = fma(scale, float(code_at<Format>(codes, i)), minimum);
+    const float minimum = Format::minimum(block, group, Format::kMinima == 2 ? half : 0);
+    for (int i = 0; i < 4; ++i) out[i] = fma(scale, shifted_code_at<Format>(codes, i), minimum);
   }
 }
 

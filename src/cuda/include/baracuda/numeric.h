@@ -152,36 +152,41 @@ struct BF16 {
   static BCY_INLINE Storage round(float x) { return float_to_bfloat16(x); }
 };
 
-// ---- packed weights ---------------------------------------------------------------------------------------------
+// ---- words of four bytes ----------------------------------------------------------------------------------------
 
-// Little-endian 16 and 32 bits from an address known to be a multiple of Alignment bytes.
-template <int Alignment>
-BCY_INLINE uint32_t load16(const uint8_t* p) {
+BCY_INLINE int byte_of(uint32_t word, int i) {
 #ifdef __CUDA_ARCH__
-  if constexpr (Alignment >= 2) return *reinterpret_cast<const uint16_t*>(p);
-  return p[0] | uint32_t(p[1]) << 8;
+  return int(__byte_perm(word, 0, 0x4440 + i));
 #else
-  uint16_t value;
-  memcpy(&value, p, sizeof value);
-  return value;
+  return int(word >> 8 * i & 0xffu);
 #endif
 }
 
-template <int Alignment>
-BCY_INLINE uint32_t load32(const uint8_t* p) {
+// Byte i, less an offset, as a float.
+BCY_INLINE float byte_to_float(uint32_t word, int i, int offset = 0) {
 #ifdef __CUDA_ARCH__
-  if constexpr (Alignment >= 4) return *reinterpret_cast<const uint32_t*>(p);
-  return load16<Alignment>(p) | load16<Alignment>(p + 2) << 16;
+  // The byte in the low mantissa bits of 2^23.
+  return as_float(__byte_perm(word, 0x4b000000u, 0x7440 + i)) - float(0x800000 + offset);
 #else
-  uint32_t value;
-  memcpy(&value, p, sizeof value);
-  return value;
+  return float(byte_of(word, i) - offset);
 #endif
 }
 
-BCY_INLINE float load_half(const uint8_t* p) { return half_to_float(uint16_t(load16<2>(p))); }
+// (x & mask) ^ flip in one instruction: compilers make two of it when both are constants.
+BCY_INLINE uint32_t mask_and_flip(uint32_t x, uint32_t mask, uint32_t flip) {
+#ifdef __CUDA_ARCH__
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(flip));
+  return result;
+#else
+  return (x & mask) ^ flip;
+#endif
+}
 
-// Bit i of four goes to bit 0 of byte i.
-BCY_INLINE uint32_t spread_bits(uint32_t four) { return (four & 0xfu) * 0x00204081u & 0x01010101u; }
+// Bit i of four goes to bit Place of byte i.
+template <int Place>
+BCY_INLINE uint32_t spread_bits(uint32_t four) {
+  return (four & 0xfu) * (0x00204081u << Place) & 0x01010101u << Place;
+}
 
 }  // namespace bcy

@@ -3,6 +3,7 @@
 // one.
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/formats/table16.cuh"
 #include "baracuda/numeric.h"
 
@@ -13,12 +14,15 @@ struct IQ4_NL {
   static constexpr int kScaleElements = 32, kMinima = 0;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int, int word) {
-    const uint32_t nibbles = load32<kAlignment>(block + 2 + 4 * (word & 3));
-    return look_up(iq4_table(), (word < 4 ? nibbles : nibbles >> 4) & 0x0f0f0f0fu);
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int, int half, int word) {
+    return look_up_nibbles(iq4_table(), block.load32(2, 4 * word), half);
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int) { return load_half(block); }
+  static BCY_INLINE constexpr int shift(int) { return 0; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    return block.load_half(0);
+  }
 };
 
 }  // namespace bcy

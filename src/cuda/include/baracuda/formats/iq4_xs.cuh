@@ -4,6 +4,7 @@
 // the nibbles lie as in IQ4_NL.
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/formats/table16.cuh"
 #include "baracuda/numeric.h"
 
@@ -14,15 +15,23 @@ struct IQ4_XS {
   static constexpr int kScaleElements = 32, kMinima = 0;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int group, int word) {
-    const uint32_t nibbles = load32<kAlignment>(block + 8 + 16 * group + 4 * (word & 3));
-    return look_up(iq4_table(), (word < 4 ? nibbles : nibbles >> 4) & 0x0f0f0f0fu);
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
+    return look_up_nibbles(iq4_table(), block.load32(8 + 16 * group, 4 * word), half);
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int group) {
-    const int low = block[4 + group / 2] >> 4 * (group & 1) & 15;
-    const int high = int(load16<kAlignment>(block + 2) >> 2 * group & 3u);
-    return mul(load_half(block), float((low | high << 4) - 32));
+  static BCY_INLINE constexpr int shift(int) { return 0; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int group) {
+    return mul(block.load_half(0), byte_to_float(scales(block, group % 2), group / 2, 32));
+  }
+  // Those of the even or the odd groups, four bytes.
+  template <class Block>
+  static BCY_INLINE uint32_t scales(Block block, int odd) {
+    const uint32_t low = block.load32(4, 0) >> 4 * odd;
+    const uint32_t bits = block.load16(2);
+    const uint32_t apart = (bits & 0x00ffu) | (bits & 0xff00u) << 8;
+    const uint32_t nibbles = (apart | apart << 4) & 0x0f0f0f0fu;  // of two groups each
+    return (low & 0x0f0f0f0fu) | (nibbles << (odd ? 2 : 4) & 0x30303030u);
   }
 };
 

@@ -2,6 +2,7 @@
 // MXFP4: e (E8M0), qs[16]; value 2^(e - 128) times twice the E2M1 value; nibbles as in Q4_0.
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/formats/table16.cuh"
 #include "baracuda/numeric.h"
 
@@ -12,13 +13,14 @@ struct MXFP4 {
   static constexpr int kScaleElements = 32, kMinima = 0;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int, int word) {
-    const uint32_t nibbles = load32<kAlignment>(block + 1 + 4 * (word & 3));
-    return look_up(e2m1_table(), (word < 4 ? nibbles : nibbles >> 4) & 0x0f0f0f0fu);
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int, int half, int word) {
+    return look_up_nibbles(e2m1_table(), block.load32(1, 4 * word), half);
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int) {
-    const uint32_t e = block[0];
+  static BCY_INLINE constexpr int shift(int) { return 0; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    const uint32_t e = block.load8(0);
     return as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);  // below 2 the power is subnormal
   }
 };

@@ -3,6 +3,7 @@
 // 4). Element 128 h + 32 j + l is bits 2j, 2j + 1 of qs[32 h + l].
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/numeric.h"
 
 namespace bcy {
@@ -13,19 +14,24 @@ struct Q2_K {
   static constexpr bool kUnsignedCodes = true;
 
   // The two bits stay where they are in their byte: a code is 4^j q.
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int group, int word) {
-    return load32<kAlignment>(block + 16 + 32 * (group / 4) + 4 * word) & 0x03030303u
-                                                                              << shift(group);
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
+    return block.load32(16 + 32 * (group / 4) + 16 * half, 4 * word) & 0x03030303u << shift(group);
   }
-  static BCY_INLINE int shift(int group) { return 2 * (group & 3); }
-  static BCY_INLINE float scale(const uint8_t* block, int group) {
-    return mul(load_half(block + 80), as_float(uint32_t(127 - shift(group)) << 23));
+  static BCY_INLINE constexpr int shift(int group) { return 2 * (group & 3); }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    return block.load_half(80);
   }
-  static BCY_INLINE int half_scale(const uint8_t* block, int group, int half) {
-    return block[2 * group + half] & 15;
+  static constexpr int kHalfOffset = 0;
+  template <class Block>
+  static BCY_INLINE uint32_t half_scales(Block block, int group) {
+    return block.load32(group / 2 * 4, 0) & 0x0f0f0f0fu;
   }
-  static BCY_INLINE float minimum(const uint8_t* block, int group, int half) {
-    return -mul(load_half(block + 82), float(block[2 * group + half] >> 4));
+  template <class Block>
+  static BCY_INLINE float minimum(Block block, int group, int half) {
+    const uint32_t fours = block.load32(group / 2 * 4, 0) >> 4 & 0x0f0f0f0fu;
+    return mul(-block.load_half(82), byte_to_float(fours, 2 * (group % 2) + half));
   }
 };
 

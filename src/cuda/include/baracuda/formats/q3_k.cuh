@@ -4,6 +4,7 @@
 // hmask[l].
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/numeric.h"
 
 namespace bcy {
@@ -13,20 +14,29 @@ struct Q3_K {
   static constexpr int kScaleElements = 16, kMinima = 0;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int group, int word) {
-    const uint32_t low =
-        load32<kAlignment>(block + 32 + 32 * (group / 4) + 4 * word) >> 2 * (group & 3);
-    const uint32_t high = load32<kAlignment>(block + 4 * word) >> group;
-    // q - 4 is the low bits when the high bit is set, else the low bits sign-extended from -4.
-    return (low & 0x03030303u) | (~high & 0x01010101u) * 0xfcu;
+  // Three bits at the top of their byte, sign bit flipped, are 32 (q - 4) as int8.
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
+    const uint32_t low = block.load32(32 + 32 * (group / 4) + 16 * half, 4 * word);
+    const uint32_t placed = group % 4 == 3 ? low >> 1 : low << (5 - 2 * (group % 4));
+    const uint32_t high = block.load32(16 * half, 4 * word) << (7 - group);
+    return mask_and_flip(placed, 0x60606060u, 0x80808080u) ^ (high & 0x80808080u);
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int) { return load_half(block + 108); }
-  static BCY_INLINE int half_scale(const uint8_t* block, int group, int half) {
-    const int i = 2 * group + half;
-    const int low = block[96 + i % 8] >> 4 * (i / 8) & 15;
-    const int high = block[104 + i % 4] >> 2 * (i / 4) & 3;
-    return (low | high << 4) - 32;
+  static BCY_INLINE constexpr int shift(int) { return 5; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    return block.load_half(108);
+  }
+  // Scale i of 16: its low four bits in nibble i / 8 of byte i % 8, its top two in bits 2 (i / 4)
+  // of byte 8 + i % 4.
+  static constexpr int kHalfOffset = 32;
+  template <class Block>
+  static BCY_INLINE uint32_t half_scales(Block block, int group) {
+    const int quarter = group / 2;
+    const uint32_t low = block.load32(96 + quarter % 2 * 4, 0) >> 4 * (quarter / 2) & 0x0f0f0f0fu;
+    const uint32_t top = block.load32(104, 0);
+    const uint32_t high = quarter < 2 ? top << (4 - 2 * quarter) : top >> (2 * quarter - 4);
+    return low | (high & 0x30303030u);
   }
 };
 

@@ -3,6 +3,7 @@
 // one.
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/numeric.h"
 
 namespace bcy {
@@ -12,14 +13,16 @@ struct Q4_0 {
   static constexpr int kScaleElements = 32, kMinima = 0;
   static constexpr bool kUnsignedCodes = false;
 
-  // A nibble moved to the top of its byte, sign bit flipped, is 16 (q - 8) as int8.
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int, int word) {
-    const uint32_t nibbles = load32<kAlignment>(block + 2 + 4 * (word & 3));
-    return ((word < 4 ? nibbles << 4 : nibbles) & 0xf0f0f0f0u) ^ 0x80808080u;
+  // A nibble at the top of its byte, sign bit flipped, is 16 (q - 8) as int8.
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int, int half, int word) {
+    const uint32_t nibbles = block.load32(2, 4 * word);
+    return mask_and_flip(half ? nibbles : nibbles << 4, 0xf0f0f0f0u, 0x80808080u);
   }
-  static BCY_INLINE int shift(int) { return 4; }
-  static BCY_INLINE float scale(const uint8_t* block, int) {
-    return mul(load_half(block), 0.0625f);
+  static BCY_INLINE constexpr int shift(int) { return 4; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    return block.load_half(0);
   }
 };
 

@@ -3,6 +3,7 @@
 // high one.
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/numeric.h"
 
 namespace bcy {
@@ -12,13 +13,20 @@ struct Q4_1 {
   static constexpr int kScaleElements = 32, kMinima = 1;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int, int word) {
-    const uint32_t nibbles = load32<kAlignment>(block + 4 + 4 * (word & 3));
-    return (word < 4 ? nibbles : nibbles >> 4) & 0x0f0f0f0fu;
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int, int half, int word) {
+    const uint32_t nibbles = block.load32(4, 4 * word);
+    return (half ? nibbles >> 4 : nibbles) & 0x0f0f0f0fu;
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int) { return load_half(block); }
-  static BCY_INLINE float minimum(const uint8_t* block, int, int) { return load_half(block + 2); }
+  static BCY_INLINE constexpr int shift(int) { return 0; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    return block.load_half(0);
+  }
+  template <class Block>
+  static BCY_INLINE float minimum(Block block, int, int) {
+    return block.load_half(2);
+  }
 };
 
 }  // namespace bcy

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "baracuda/formats/k_scales.cuh"
-#include "baracuda/numeric.h"
 
 namespace bcy {
 
@@ -14,17 +13,18 @@ struct Q4_K {
   static constexpr bool kUnsignedCodes = true;
 
   // High nibbles stay where they are in their byte: the codes of odd groups are 16 q.
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int group, int word) {
-    return load32<kAlignment>(block + 16 + 32 * (group / 2) + 4 * word) & 0x0f0f0f0fu
-                                                                              << shift(group);
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
+    return block.load32(16 + 32 * (group / 2) + 16 * half, 4 * word) & 0x0f0f0f0fu << shift(group);
   }
-  static BCY_INLINE int shift(int group) { return 4 * (group & 1); }
-  static BCY_INLINE float scale(const uint8_t* block, int group) {
-    const float unit = group & 1 ? 0.0625f : 1.0f;
-    return mul(mul(load_half(block), float(k_scale(block + 4, group))), unit);
+  static BCY_INLINE constexpr int shift(int group) { return 4 * (group & 1); }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int group) {
+    return mul(block.load_half(0), byte_to_float(k_scales(block, group), group % 4));
   }
-  static BCY_INLINE float minimum(const uint8_t* block, int group, int) {
-    return -mul(load_half(block + 2), float(k_minimum(block + 4, group)));
+  template <class Block>
+  static BCY_INLINE float minimum(Block block, int group, int) {
+    return mul(-block.load_half(2), byte_to_float(k_minima(block, group), group % 4));
   }
 };
 

@@ -3,6 +3,7 @@
 // qh.
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/numeric.h"
 
 namespace bcy {
@@ -12,14 +13,19 @@ struct Q5_0 {
   static constexpr int kScaleElements = 32, kMinima = 0;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int, int word) {
-    const uint32_t nibbles = load32<kAlignment>(block + 6 + 4 * (word & 3));
-    const uint32_t high = spread_bits(load32<kAlignment>(block + 2) >> 4 * word);
-    // q - 16 is the nibble when the high bit is set, else the nibble sign-extended from -16.
-    return ((word < 4 ? nibbles : nibbles >> 4) & 0x0f0f0f0fu) | (high ^ 0x01010101u) * 0xf0u;
+  // Five bits at the top of their byte, sign bit flipped, are 8 (q - 16) as int8.
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int, int half, int word) {
+    const uint32_t nibbles = block.load32(6, 4 * word);
+    const uint32_t fifth = spread_bits<7>(block.load32(2, 0) >> (16 * half + 4 * word));
+    const uint32_t low = half ? nibbles >> 1 : nibbles << 3;
+    return mask_and_flip(low, 0x78787878u, 0x80808080u) ^ fifth;
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int) { return load_half(block); }
+  static BCY_INLINE constexpr int shift(int) { return 3; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    return block.load_half(0);
+  }
 };
 
 }  // namespace bcy

@@ -3,6 +3,7 @@
 // of qh.
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/numeric.h"
 
 namespace bcy {
@@ -12,14 +13,21 @@ struct Q5_1 {
   static constexpr int kScaleElements = 32, kMinima = 1;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int, int word) {
-    const uint32_t nibbles = load32<kAlignment>(block + 8 + 4 * (word & 3));
-    const uint32_t high = spread_bits(load32<kAlignment>(block + 4) >> 4 * word);
-    return ((word < 4 ? nibbles : nibbles >> 4) & 0x0f0f0f0fu) | high * 0x10u;
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int, int half, int word) {
+    const uint32_t nibbles = block.load32(8, 4 * word);
+    const uint32_t fifth = spread_bits<4>(block.load32(4, 0) >> (16 * half + 4 * word));
+    return ((half ? nibbles >> 4 : nibbles) & 0x0f0f0f0fu) | fifth;
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int) { return load_half(block); }
-  static BCY_INLINE float minimum(const uint8_t* block, int, int) { return load_half(block + 2); }
+  static BCY_INLINE constexpr int shift(int) { return 0; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    return block.load_half(0);
+  }
+  template <class Block>
+  static BCY_INLINE float minimum(Block block, int, int) {
+    return block.load_half(2);
+  }
 };
 
 }  // namespace bcy

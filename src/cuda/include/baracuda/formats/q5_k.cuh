@@ -4,7 +4,6 @@
 #pragma once
 
 #include "baracuda/formats/k_scales.cuh"
-#include "baracuda/numeric.h"
 
 namespace bcy {
 
@@ -13,18 +12,22 @@ struct Q5_K {
   static constexpr int kScaleElements = 32, kMinima = 1;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int group, int word) {
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
     const uint32_t low =
-        load32<kAlignment>(block + 48 + 32 * (group / 2) + 4 * word) >> 4 * (group & 1);
-    const uint32_t high = load32<kAlignment>(block + 16 + 4 * word) >> group;
-    return (low & 0x0f0f0f0fu) | (high & 0x01010101u) << 4;
+        block.load32(48 + 32 * (group / 2) + 16 * half, 4 * word) >> 4 * (group & 1);
+    const uint32_t packed = block.load32(16 + 16 * half, 4 * word);
+    const uint32_t high = group < 4 ? packed << (4 - group) : packed >> (group - 4);
+    return (low & 0x0f0f0f0fu) | (high & 0x10101010u);
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int group) {
-    return mul(load_half(block), float(k_scale(block + 4, group)));
+  static BCY_INLINE constexpr int shift(int) { return 0; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int group) {
+    return mul(block.load_half(0), byte_to_float(k_scales(block, group), group % 4));
   }
-  static BCY_INLINE float minimum(const uint8_t* block, int group, int) {
-    return -mul(load_half(block + 2), float(k_minimum(block + 4, group)));
+  template <class Block>
+  static BCY_INLINE float minimum(Block block, int group, int) {
+    return mul(-block.load_half(2), byte_to_float(k_minima(block, group), group % 4));
   }
 };
 

@@ -4,6 +4,7 @@
 // l].
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/numeric.h"
 
 namespace bcy {
@@ -13,18 +14,25 @@ struct Q6_K {
   static constexpr int kScaleElements = 16, kMinima = 0;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int group, int word) {
-    const int h = group / 4, j = group & 3;
-    const uint32_t low =
-        load32<kAlignment>(block + 64 * h + 32 * (j & 1) + 4 * word) >> 4 * (j / 2);
-    const uint32_t high = load32<kAlignment>(block + 128 + 32 * h + 4 * word) >> 2 * j;
-    // q - 32 is the low five bits when the sixth is set, else those bits sign-extended from -32.
-    return (low & 0x0f0f0f0fu) | (high & 0x01010101u) << 4 | (~high >> 1 & 0x01010101u) * 0xe0u;
+  // Six bits at the top of their byte, sign bit flipped, are 4 (q - 32) as int8.
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
+    const int h = group / 4, j = group % 4;
+    const uint32_t nibbles = block.load32(64 * h + 32 * (j % 2) + 16 * half, 4 * word);
+    const uint32_t packed = block.load32(128 + 32 * h + 16 * half, 4 * word);
+    const uint32_t low = j < 2 ? nibbles << 2 : nibbles >> 2;
+    const uint32_t high = packed << (6 - 2 * j);
+    return mask_and_flip(low, 0x3c3c3c3cu, 0x80808080u) ^ (high & 0xc0c0c0c0u);
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int) { return load_half(block + 208); }
-  static BCY_INLINE int half_scale(const uint8_t* block, int group, int half) {
-    return int8_t(block[192 + 2 * group + half]);
+  static BCY_INLINE constexpr int shift(int) { return 2; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    return block.load_half(208);
+  }
+  static constexpr int kHalfOffset = 128;
+  template <class Block>
+  static BCY_INLINE uint32_t half_scales(Block block, int group) {
+    return block.load32(192 + group / 2 * 4, 0) ^ 0x80808080u;
   }
 };
 

@@ -2,6 +2,7 @@
 // Q8_0: d f16, int8[32]; value d q.
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/numeric.h"
 
 namespace bcy {
@@ -11,11 +12,15 @@ struct Q8_0 {
   static constexpr int kScaleElements = 32, kMinima = 0;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int, int word) {
-    return load32<kAlignment>(block + 2 + 4 * word);
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int, int half, int word) {
+    return block.load32(2 + 16 * half, 4 * word);
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int) { return load_half(block); }
+  static BCY_INLINE constexpr int shift(int) { return 0; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    return block.load_half(0);
+  }
 };
 
 }  // namespace bcy

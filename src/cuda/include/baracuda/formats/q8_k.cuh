@@ -3,6 +3,7 @@
 // value d q.
 #pragma once
 
+#include "baracuda/bytes.h"
 #include "baracuda/numeric.h"
 
 namespace bcy {
@@ -12,12 +13,14 @@ struct Q8_K {
   static constexpr int kScaleElements = 32, kMinima = 0;
   static constexpr bool kUnsignedCodes = false;
 
-  static BCY_INLINE uint32_t codes(const uint8_t* block, int group, int word) {
-    return load32<kAlignment>(block + 4 + 32 * group + 4 * word);
+  template <class Block>
+  static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
+    return block.load32(4 + 32 * group + 16 * half, 4 * word);
   }
-  static BCY_INLINE int shift(int) { return 0; }
-  static BCY_INLINE float scale(const uint8_t* block, int) {
-    return as_float(load32<kAlignment>(block));
+  static BCY_INLINE constexpr int shift(int) { return 0; }
+  template <class Block>
+  static BCY_INLINE float scale(Block block, int) {
+    return as_float(block.load32(0, 0));
   }
 };
 

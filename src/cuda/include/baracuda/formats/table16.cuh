@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Four look-ups in a table of sixteen bytes, given as four little-endian words.
+// Look-ups in a table of sixteen bytes, given as four little-endian words.
 #pragma once
 
 #include "baracuda/numeric.h"
@@ -10,22 +10,25 @@ struct Table16 {
   uint32_t words[4];
 };
 
-// nibbles: four bytes of 0 to 15. Gives the four entries in their places.
-BCY_INLINE uint32_t look_up(const Table16& table, uint32_t nibbles) {
+// The entries of the low (half 0) or the high nibble of four bytes, in their places.
+BCY_INLINE uint32_t look_up_nibbles(const Table16& table, uint32_t bytes, int half) {
 #ifdef __CUDA_ARCH__
-  // A byte permute picks four of eight bytes: one for each half of the table, then a choice by the
-  // top bit.
-  uint32_t selector = nibbles & 0x07070707u;
-  selector = (selector | selector >> 4) & 0x00ff00ffu;
-  selector = (selector | selector >> 8) & 0x0000ffffu;
-  const uint32_t low = __byte_perm(table.words[0], table.words[1], selector);
-  const uint32_t high = __byte_perm(table.words[2], table.words[3], selector);
-  const uint32_t top = (nibbles >> 3 & 0x01010101u) * 0xffu;
-  return (low & ~top) | (high & top);
+  // A byte permute picks four of eight bytes by nibbles of three bits: one for each half of the
+  // table, then a choice between the two by the nibbles' top bits. So nibbles 0 to 3 give the
+  // entries of bytes 0 and 1, low and high nibble by turns. A caller that wants both halves does
+  // all but the last permute once.
+  const uint32_t select = bytes & 0x77777777u;
+  const uint32_t choose = mask_and_flip(bytes >> 1, 0x44444444u, 0x32103210u);
+  const uint32_t first = __byte_perm(__byte_perm(table.words[0], table.words[1], select),
+                                     __byte_perm(table.words[2], table.words[3], select), choose);
+  const uint32_t second =
+      __byte_perm(__byte_perm(table.words[0], table.words[1], select >> 16),
+                  __byte_perm(table.words[2], table.words[3], select >> 16), choose >> 16);
+  return __byte_perm(first, second, half ? 0x7531 : 0x6420);
 #else
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
-    const uint32_t nibble = nibbles >> 8 * i & 15u;
+    const uint32_t nibble = bytes >> (8 * i + 4 * half) & 15u;
     result |= (table.words[nibble / 4] >> 8 * (nibble % 4) & 0xffu) << 8 * i;
   }
   return result;

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// What lets copies and kernels overlap: mbarriers and copies to shared memory that complete on them
+// (Ampere and later, bulk copies from Hopper on), and programmatic dependent launch (Hopper).
+#pragma once
+
+#include <stdint.h>
+
+namespace bcy {
+
+// The next kernel of the stream may start where there is room, if it was launched to.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernels before this one are done and their writes are seen.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(
+                   shared_address(barrier))
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#else
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// ---- copies of a warp that complete on a barrier ----------------------------------------------------------------
+//
+// Every lane calls copy_row for its row (or not), then the warp calls copies_issued once with what
+// each lane copied. Addresses and sizes are multiples of 16 bytes.
+
+constexpr int kCopyArrivals =
+#if __CUDA_ARCH__ >= 900
+    1;
+#else
+    32;
+#endif
+
+#if __CUDA_ARCH__ >= 900
+
+// Announces all bytes before the first copy can complete.
+__device__ __forceinline__ void expect_copies(uint64_t* barrier, uint32_t bytes) {
+  const uint32_t total = __reduce_add_sync(~0u, bytes);
+  if (threadIdx.x % 32 == 0) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(total)
+        : "memory");
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void copy_row(void* to, const void* from, uint32_t bytes,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ void copies_issued(uint64_t*) {}
+
+// A box of a matrix that a descriptor describes.
+__device__ __forceinline__ void copy_box(void* to, const void* matrix, int byte, int row,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+      "%3}], [%4];" ::"r"(shared_address(to)),
+      "l"(matrix), "r"(byte), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+#else
+
+__device__ __forceinline__ void expect_copies(uint64_t*, uint32_t) {}
+
+__device__ __forceinline__ void copy_row(void* to, const void* from, uint32_t bytes, uint64_t*) {
+  // Neighbouring lanes have neighbouring rows: each goes along its own.
+  for (uint32_t i = 0; i < bytes; i += 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to) + i),
+                 "l"(static_cast<const uint8_t*>(from) + i)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void copies_issued(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+#endif
+
+// A barrier among the first Threads threads of the block.
+template <int Threads>
+__device__ __forceinline__ void consumers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
+}
+
+#endif
+
+}  // namespace bcy

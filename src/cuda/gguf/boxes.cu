@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Descriptors of matrices for the copy engine. The driver makes them; it is asked at run time, so
+// that nothing links to it.
+#include <cuda_runtime.h>
+
+#include "launch.cuh"
+#include "ring.cuh"
+
+namespace bcy {
+namespace {
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                            CUtensorMapFloatOOBfill);
+
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                              12000, cudaEnableDefault, &found);
+  if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  return reinterpret_cast<Encode>(function);
+}
+
+}  // namespace
+
+int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int rows,
+                   CUtensorMap& map) {
+  static const Encode encode = find_encode();
+  if (encode == nullptr) return cudaErrorSymbolNotFound;
+  const cuuint64_t sizes[] = {cuuint64_t(bytes_of_row), cuuint64_t(nrows)};
+  const cuuint64_t strides[] = {cuuint64_t(bytes_of_row)};
+  const cuuint32_t box[] = {kBoxBytes, cuuint32_t(rows)};
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult status =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes, strides, box,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? int(BCY_OK) : int(cudaErrorInvalidValue);
+}
+
+}  // namespace bcy

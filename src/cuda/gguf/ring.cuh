@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a round of a tile's weights comes into shared memory, and how a lane finds its rows there.
+//
+// A Ring is a struct with
+//   Source                  what fetch needs besides the arguments, made by the launcher
+//   kOldestArch, kStageBytes
+//   fetch(args, source, first_row, round, to, filled)   by one warp: starts the copies of a round
+//   Lane(args, first_row)   a consumer's place; rows(stage) gives the first byte of this warp's
+//   unit
+//                           in rows r, r + 8, r + 16, ... of the stage, r = lane / 4, as Bytes
+//
+// BoxRing has the copy engine arrange boxes of 128 bytes by the tile's rows so that eight rows are
+// read without bank conflicts; it copies fastest. RowRing copies row by row, to rows that are
+// padded for the same end; it takes rows at any address.
+#pragma once
+
+#include <cuda.h>
+
+#include "async.cuh"
+#include "baracuda/order.cuh"
+
+namespace bcy {
+
+// Bytes of one row in one unit, and in one round of the eight partial sums.
+template <class Format>
+constexpr int kUnitBytes = kUnit / Format::kElements * Format::kBytes;
+template <class Format>
+constexpr int kRoundBytes = kPartials * kUnitBytes<Format>;
+
+template <class Format>
+BCY_INLINE int64_t row_bytes(int64_t ncols) {
+  return ncols / Format::kElements * Format::kBytes;
+}
+
+template <class Format>
+__device__ __forceinline__ uint32_t round_length(int64_t ncols, int round) {
+  return uint32_t(min(int64_t{kRoundBytes<Format>},
+                      row_bytes<Format>(ncols) - int64_t{round} * kRoundBytes<Format>));
+}
+
+// What is known of the address of a unit in a row on a 16-byte boundary.
+template <class Format>
+constexpr int kUnitAlignment = kUnitBytes<Format> % 4 == 0 ? 4 : 2;
+
+template <class Row, int Rows>
+struct RowsOf {
+  Row row[Rows / 8];
+};
+
+constexpr int kBoxBytes = 128;
+
+// Describes a matrix of bytes to the copy engine, in boxes of kBoxBytes by `rows`.
+int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int rows,
+                   CUtensorMap& map);
+
+// ---- boxes ------------------------------------------------------------------------------------------------------
+
+// Bytes of one row that lies in boxes: byte o of a row is in box o / 128, whose 16-byte pieces are
+// exchanged by the row's number.
+template <int Alignment, int Rows>
+struct BoxBytes {
+  const uint8_t* base;  // of this row in the first box
+  uint32_t exchange;    // 16 * (row % 8)
+  int lane;             // a multiple of Alignment
+  int at;               // a constant where it is used
+
+  __device__ __forceinline__ BoxBytes operator+(int offset) const {
+    return {base, exchange, lane, at + offset};
+  }
+  // The same with an offset that is no constant.
+  template <int Other>
+  __device__ __forceinline__ BoxBytes<Other, Rows> moved(int offset) const {
+    return {base, exchange, lane + at + offset, 0};
+  }
+  __device__ __forceinline__ const uint8_t* place(int o) const {
+    return base + (o / kBoxBytes * (Rows * kBoxBytes) + ((o % kBoxBytes) ^ exchange));
+  }
+  __device__ __forceinline__ uint32_t word(int o) const {
+    return *reinterpret_cast<const uint32_t*>(place(o));
+  }
+
+  __device__ __forceinline__ uint32_t load8(int offset) const { return *place(lane + at + offset); }
+  __device__ __forceinline__ uint32_t load16(int offset) const {
+    if (Alignment >= 2 && (at + offset) % 2 == 0) {
+      return *reinterpret_cast<const uint16_t*>(place(lane + at + offset));
+    }
+    return load8(offset) | load8(offset + 1) << 8;
+  }
+  __device__ __forceinline__ uint32_t load32(int offset, int variable) const {
+    const int start = at + offset;
+    if (Alignment >= 4) {
+      const int o = lane + (start & ~3) + variable;
+      if (start % 4 == 0) return word(o);
+      return __byte_perm(word(o), word(o + 4), 0x3210 + 0x1111 * (start & 3));
+    }
+    const int o = lane + start + variable;
+    return __byte_perm(word(o & ~3), word((o & ~3) + 4), 0x3210 + 0x1111 * (o & 3));
+  }
+  __device__ __forceinline__ float load_half(int offset) const {
+    return half_to_float(uint16_t(load16(offset)));
+  }
+};
+
+template <class Format, int Rows>
+struct BoxRing {
+  using Source = CUtensorMap;
+  static constexpr int kOldestArch = 900;
+  static constexpr int kBoxes = (kRoundBytes<Format> + kBoxBytes - 1) / kBoxBytes;
+  static constexpr int kStageBytes = kBoxes * Rows * kBoxBytes;
+
+  static int describe(const bcy_gguf_matmul_args& args, Source& source) {
+    return describe_boxes(args.weight, row_bytes<Format>(args.ncols), args.nrows, Rows, source);
+  }
+
+  // The last box of a round reaches into the next one; what lies past the matrix is zeros.
+  static __device__ __forceinline__ void fetch(const bcy_gguf_matmul_args& args,
+                                               const Source& source, int64_t first_row, int round,
+                                               uint8_t* to, uint64_t* filled) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const int lane = threadIdx.x % 32;
+    const int boxes = int(round_length<Format>(args.ncols, round) + kBoxBytes - 1) / kBoxBytes;
+    expect_copies(filled, lane < boxes ? Rows * kBoxBytes : 0);
+    if (lane < boxes) {
+      copy_box(to + lane * (Rows * kBoxBytes), &source,
+               round * kRoundBytes<Format> + lane * kBoxBytes, int(first_row), filled);
+    }
+#endif
+  }
+
+  struct Lane {
+    int lane;
+    __device__ __forceinline__ Lane(const bcy_gguf_matmul_args&, int64_t)
+        : lane(int(threadIdx.x / 32) * kUnitBytes<Format>) {}
+    using Row = BoxBytes<kUnitAlignment<Format>, Rows>;
+    __device__ __forceinline__ RowsOf<Row, Rows> rows(const uint8_t* stage) const {
+      const int r = threadIdx.x % 32 / 4;
+      RowsOf<Row, Rows> result;
+#pragma unroll
+      for (int i = 0; i < Rows / 8; ++i) {
+        result.row[i] = {stage + r * kBoxBytes + i * (8 * kBoxBytes), uint32_t(16 * r), lane, 0};
+      }
+      return result;
+    }
+  };
+};
+
+// ---- rows -------------------------------------------------------------------------------------------------------
+
+// Aligned: rows start on 16-byte boundaries.
+template <class Format, int Rows, bool Aligned>
+struct RowRing {
+  struct Source {};
+  static constexpr int kOldestArch = 800;
+  // The distance of two rows is an odd multiple of 16 bytes, so that eight rows are read without
+  // bank conflicts, and leaves room for what the copy of a row off 16 bytes takes along.
+  static constexpr int kRoom = kRoundBytes<Format> + (Aligned ? 0 : 16);
+  static constexpr int kPitch = kRoom + (kRoom % 32 == 16 ? 0 : 16);
+  static constexpr int kStageBytes = (Rows * kPitch + 127) / 128 * 128;
+  static_assert(Rows <= 32, "a lane copies a row");
+
+  static int describe(const bcy_gguf_matmul_args&, Source&) { return BCY_OK; }
+
+  // Rows past the end are left out; what their lanes compute is not stored.
+  static __device__ __forceinline__ void fetch(const bcy_gguf_matmul_args& args, const Source&,
+                                               int64_t first_row, int round, uint8_t* to,
+                                               uint64_t* filled) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    const int lane = threadIdx.x % 32;
+    const int64_t bytes_of_row = row_bytes<Format>(args.ncols);
+    const uint8_t* const first = static_cast<const uint8_t*>(args.weight);
+    const uint8_t* const last = first + args.nrows * bytes_of_row;
+    const bool exists = lane < Rows && first_row + lane < args.nrows;
+    const uint8_t* const row =
+        first + (first_row + lane) * bytes_of_row + int64_t{round} * kRoundBytes<Format>;
+    Piece piece = {row, to + lane * kPitch, exists ? round_length<Format>(args.ncols, round) : 0};
+    if (!Aligned && exists) piece.widen(first, last);
+    expect_copies(filled, piece.bytes);
+    if (piece.bytes > 0) copy_row(piece.to, piece.from, piece.bytes, filled);
+    copies_issued(filled);
+#endif
+  }
+
+  struct Lane {
+    int ahead[Rows / 8];  // of each row's first byte, what its copy took along
+    __device__ __forceinline__ Lane(const bcy_gguf_matmul_args& args, int64_t first_row) {
+#pragma unroll
+      for (int i = 0; i < Rows / 8; ++i) {
+        const uint8_t* const row =
+            static_cast<const uint8_t*>(args.weight) +
+            (first_row + threadIdx.x % 32 / 4 + 8 * i) * row_bytes<Format>(args.ncols);
+        ahead[i] = Aligned ? 0 : int(reinterpret_cast<uintptr_t>(row) % 16);
+      }
+    }
+    using Row = Bytes<Aligned ? kUnitAlignment<Format> : Format::kAlignment>;
+    __device__ __forceinline__ RowsOf<Row, Rows> rows(const uint8_t* stage) const {
+      const uint8_t* const first =
+          stage + threadIdx.x % 32 / 4 * kPitch + int(threadIdx.x / 32) * kUnitBytes<Format>;
+      RowsOf<Row, Rows> result;
+#pragma unroll
+      for (int i = 0; i < Rows / 8; ++i) result.row[i] = Row(first + 8 * i * kPitch + ahead[i]);
+      return result;
+    }
+  };
+
+ private:
+  struct Piece {
+    const uint8_t* from;
+    uint8_t* to;
+    uint32_t bytes;
+
+    // To 16-byte boundaries, but not past the matrix: what would lie there is copied byte by byte.
+    __device__ __forceinline__ void widen(const uint8_t* first, const uint8_t* last) {
+      const uint32_t ahead = uint32_t(reinterpret_cast<uintptr_t>(from) % 16);
+      from -= ahead;
+      bytes = (ahead + bytes + 15) / 16 * 16;
+      if (from + bytes > last) {
+        bytes -= 16;
+        const uint8_t* p = from + bytes > first ? from + bytes : first;
+        for (; p < last; ++p) to[p - from] = *p;
+      }
+      if (bytes > 0 && from < first) {
+        for (int i = int(first - from); i < 16; ++i) to[i] = from[i];
+        from += 16;
+        to += 16;
+        bytes -= 16;
+      }
+    }
+  };
+};
+
+// Whole 16-byte pieces that a lane reads past the last box of a stage stay inside the next stage,
+// or inside what follows the ring.
+constexpr int kRingTail = 128;
+
+}  // namespace bcy

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways a CUDA product can take: how weights arrive, how activations are staged, what overlaps.
+
+A plan chooses by sizes and addresses. Whatever it chooses, the bits are those of the CPU backend.
+"""
+
+import numpy as np
+import problems
+import pytest
+from problems import FORMATS, Backend, bits, random_activations, random_weight
+
+import baracuda_cy as bcy
+
+pytestmark = pytest.mark.gpu
+
+# Enough rows for boxes of 32 of them on any GPU with up to 160 multiprocessors, the last one cut.
+MANY_ROWS = 3 * 32 * 160 + 5
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return Backend("cpu")
+
+
+@pytest.fixture
+def gpu():
+    return Backend("cuda")
+
+
+def expect_same_bits(cpu, gpu, make, name, nrows, ncols, m, activation="float16", **more):
+    weight = random_weight(name, nrows, ncols)
+    x = random_activations(m, ncols, activation)
+    plans = [make(b.device, name, nrows, ncols, m, activation, **more) for b in (cpu, gpu)]
+    expected, got = (bits(b.run(p, weight, x)) for b, p in zip((cpu, gpu), plans, strict=True))
+    np.testing.assert_array_equal(got, expected)
+    return plans[1]
+
+
+def widths(name):
+    """K of one block, of a unit and a part, of more than one round and a part of the next."""
+    block = bcy.GgufBlockFormat(name).block_size
+    return [block, 256 + block, 2048 + 256 + block]
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 16, 17])
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_rows(cpu, gpu, name, m):
+    """Rows on 16-byte boundaries come in boxes where there are enough of them."""
+    block_format = bcy.GgufBlockFormat(name)
+    ncols = next(
+        k
+        for k in range(512, 8192, 32)
+        if k % block_format.block_size == 0 and block_format.row_bytes(k) % 16 == 0
+    )
+    expect_same_bits(cpu, gpu, problems.staged_plan, name, MANY_ROWS, ncols, m)
+
+
+@pytest.mark.parametrize("m", [1, 5, 16, 33])
+@pytest.mark.parametrize("name", FORMATS)
+def test_ends_of_rows(cpu, gpu, name, m):
+    for ncols in widths(name):
+        expect_same_bits(cpu, gpu, problems.staged_plan, name, 33, ncols, m)
+        expect_same_bits(cpu, gpu, problems.float_plan, name, 33, ncols, min(m, 5))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "MXFP4"])
+def test_long_rows(cpu, gpu, name):
+    """K = 2**20: many laps of the ring."""
+    for m in (1, 9):
+        expect_same_bits(cpu, gpu, problems.staged_plan, name, 3, 1 << 20, m)
+
+
+@pytest.mark.parametrize("make", [problems.staged_plan, problems.float_plan])
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_at_any_address(cpu, gpu, make, name):
+    """Copies widened to 16 bytes neither miss nor take anything at the matrix's ends."""
+    block_format = bcy.GgufBlockFormat(name)
+    nrows, ncols = 35, 512
+    weight = random_weight(name, nrows, ncols)
+    for m in (1, 12):
+        x = random_activations(m, ncols, "float32")
+        expected = bits(cpu.run(make("cpu", name, nrows, ncols, m), weight, x))
+        for offset in (block_format.alignment, 16 - block_format.alignment, 16):
+            # The matrix alone in its memory, so that a sanitizer sees what is read beyond it.
+            memory = np.concatenate([np.full(offset, 0xFF, np.uint8), weight])
+            plan = make("cuda", name, nrows, ncols, m, w_start_byte_offset=offset)
+            np.testing.assert_array_equal(bits(gpu.run(plan, memory, x)), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-36, 3e-36, 1e-33, 1e30])
+@pytest.mark.parametrize("name", FORMATS)
+def test_extreme_activations(cpu, gpu, name, scale):
+    """Products of scales that are subnormal round alike, too."""
+    nrows, ncols, m = 16, 768, 3
+    weight = random_weight(name, nrows, ncols)
+    x = random_activations(m, ncols, "float32") * np.float32(scale)
+    results = [
+        bits(b.run(problems.staged_plan(b.device, name, nrows, ncols, m), weight, x))
+        for b in (cpu, gpu)
+    ]
+    np.testing.assert_array_equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q2_K"])
+def test_staging_inside_and_outside(cpu, gpu, name):
+    """Small products stage for themselves and need no workspace; larger ones do."""
+    inside = expect_same_bits(cpu, gpu, problems.staged_plan, name, 40, 4096, 4, "bfloat16")
+    outside = expect_same_bits(cpu, gpu, problems.staged_plan, name, 40, 4096, 5, "bfloat16")
+    assert inside.workspace_size == 0
+    assert outside.workspace_size > 0
+
+
+@pytest.mark.parametrize("m", [1, 2, 8, 16, 32])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q8_0"])
+def test_overlapping_calls(gpu, name, m):
+    """A chain of overlapping calls on one workspace, each with other activations than the last."""
+    nrows, ncols, links = 4096, 2048, 5  # five dozen products would overflow
+    weight = gpu.put(random_weight(name, nrows, ncols))
+    back = gpu.put(random_weight(name, ncols, nrows))
+    starts = [gpu.put(random_activations(m, ncols, seed=seed)) for seed in range(5)]
+
+    def chain(preference):
+        forth = problems.staged_plan("cuda", name, nrows, ncols, m, pref=preference)
+        home = problems.staged_plan("cuda", name, ncols, nrows, m, pref=preference)
+        size = max(forth.workspace_size, home.workspace_size, 1)
+        workspace = bcy.Workspace(size, device="cuda")
+        stream = bcy.Stream()
+        wide = gpu.empty((m, nrows), "float32")
+        results = [[gpu.empty((m, ncols), "float32") for _ in range(links)] for _ in starts]
+        bcy.Stream.from_handle(0, device=0).synchronize()
+        for x, row in zip(starts, results, strict=True):
+            for result in row:
+                forth.run(weight, x, wide, workspace=workspace, stream=stream)
+                home.run(back, wide, result, workspace=workspace, stream=stream)
+                x = result
+        stream.synchronize()
+        return [gpu.get(result) for row in results for result in row]
+
+    for got, expected in zip(chain(bcy.PlanPreference(overlap=True)), chain(None), strict=True):
+        assert np.isfinite(expected).all()
+        np.testing.assert_array_equal(bits(got), bits(expected))
+
+
+def test_overlap_in_a_graph(gpu):
+    cupy = pytest.importorskip("cupy", reason="needs CuPy")
+    name, n, m = "Q4_K", 2048, 2
+    pref = bcy.PlanPreference(overlap=True)
+    weights = [cupy.asarray(random_weight(name, n, n, seed)) for seed in range(6)]
+    plans = [problems.staged_plan("cuda", name, n, n, m, pref=p) for p in (pref, None)]
+    x = cupy.asarray(random_activations(m, n))
+    stream = cupy.cuda.Stream(non_blocking=True)
+
+    def run(plan, results):
+        workspace = cupy.empty(max(plan.workspace_size, 1), cupy.uint8)
+        last = x
+        for weight, result in zip(weights, results, strict=True):
+            plan.run(weight, last, result, workspace=workspace, stream=stream)
+            last = result
+        return workspace
+
+    def outputs():
+        return [cupy.zeros((m, n), cupy.float32) for _ in weights]
+
+    expected, warm, got = outputs(), outputs(), outputs()
+    cupy.cuda.Device().synchronize()
+    held = [run(plans[1], expected), run(plans[0], warm)]
+    stream.synchronize()
+    with stream:
+        stream.begin_capture()
+        held.append(run(plans[0], got))
+        graph = stream.end_capture()
+    for _ in range(3):
+        for result in got:
+            result.fill(0)
+        cupy.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(bits(cupy.asnumpy(a)), bits(cupy.asnumpy(b)))
