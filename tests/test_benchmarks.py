@@ -2,6 +2,7 @@
 """The benchmarks measure what they say and write what they promise. Nothing here judges a time."""
 
 import copy
+import ctypes
 import importlib
 import itertools
 import json
@@ -26,7 +27,7 @@ def load(name):
         sys.path.remove(str(BENCHMARKS))
 
 
-harness, native, render = load("harness"), load("native"), load("render")
+harness, native, render, targets = map(load, ("harness", "native", "render", "targets"))
 bench_gguf, bench_call = load("bench_gguf"), load("bench_call")
 
 MACHINE = {
@@ -40,27 +41,47 @@ MACHINE = {
 }
 
 
+def gpu_cell(kind, us, m, **more):
+    return {
+        "device": "cuda",
+        "kind": kind,
+        "format": "Q4_K",
+        "nrows": 4096,
+        "ncols": 4096,
+        "m": m,
+        "bytes": 9437184,
+        "us": us,
+        "us_lowest": us,
+        "gb_s": 1887.4,
+        "error": 0.005,
+        **more,
+    }
+
+
+def beside_read(overlap, us, percent):
+    return {"overlap": overlap, "read_us": us * percent / 100, "percent_of_read": percent}
+
+
 def gpu_document():
     result = harness.document("gguf", {"quick": False}, copy.deepcopy(MACHINE))
-    result["ceilings"] = {"read_gb_s": 3190.0, "copy_gb_s": 2996.0, "empty_node_us": 0.89}
-    for kind, us, m in (("product", 5.0, 1), ("call", 6.0, 1), ("call", 7.0, 8)):
-        result["cells"].append(
-            {
-                "device": "cuda",
-                "kind": kind,
-                "format": "Q4_K",
-                "nrows": 4096,
-                "ncols": 4096,
-                "m": m,
-                "us": us,
-                "us_lowest": us,
-                "gb_s": 1887.4,
-                "error": 0.005,
-                "percent_of_read": 87.4,
-                "dense_us": 15.5,
-                "dense_ratio": 15.5 / us,
-            }
-        )
+    result["ceilings"] = {
+        "bytes": 1 << 30,
+        "read_gb_s": 3190.0,
+        "read_overlap_gb_s": 3200.0,
+        "copy_gb_s": 2996.0,
+        "empty_us": 0.89,
+        "empty_overlap_us": 0.61,
+    }
+    result["cells"] = [
+        gpu_cell("product", 4.0, 1, **beside_read(True, 4.0, 75.0)),
+        gpu_cell("product", 6.0, 1, **beside_read(False, 6.0, 73.0)),
+        gpu_cell("call", 5.0, 1, **beside_read(True, 5.0, 60.0), dense_us=15.5, dense_ratio=3.1),
+        gpu_cell("call", 7.0, 1, **beside_read(False, 7.0, 62.0), dense_us=15.5, dense_ratio=2.21),
+        gpu_cell("call", 31.0, 8, **beside_read(True, 31.0, 9.7), dense_us=15.5, dense_ratio=0.5),
+        gpu_cell("float", 8.0, 1, **beside_read(True, 8.0, 37.4)),
+        gpu_cell("chain", 5.5, 8, **beside_read(True, 5.5, 54.5)),
+        gpu_cell("dequantize", 16.0, 0, output="bfloat16", copy_us=15.2, percent_of_copy=95.0),
+    ]
     return result
 
 
@@ -72,7 +93,8 @@ def test_document_survives_the_disk(tmp_path):
     path = tmp_path / "folder" / "result.json"
     harness.save(gpu_document(), path)
     assert harness.load(path) == gpu_document()
-    assert sum("Q4_K" in line for line in path.read_text().splitlines()) == 3
+    assert sum("Q4_K" in line for line in path.read_text().splitlines()) == 8
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
@@ -114,26 +136,83 @@ def test_machine_names_this_package():
     assert "numpy" in machine["packages"]
 
 
+def recorded(m):
+    peer = json.loads((BENCHMARKS / "peers" / "ggml-h100.json").read_text())
+    (us,) = [
+        c["us"]
+        for c in peer["cells"]
+        if (c["format"], c["nrows"], c["ncols"], c["m"]) == ("Q4_K", 4096, 4096, m)
+    ]
+    return us
+
+
 def test_gpu_tables():
     text = render.tables(gpu_document())
     assert "NVIDIA H100 80GB HBM3" in text
-    assert "3190 GB/s read" in text
-    assert "| Q4_K | 5.0 (1887, 87 %) |" in text
-    assert "| Q4_K | 6.0 (2.58x) | 7.0 (2.21x) |" in text
+    assert "3190 GB/s read (3200 where kernels overlap)" in text
+    assert "| Q4_K | 4.00 / 6.00 (75 / 73 %) |" in text
+    assert "| Q4_K | 5.00 / 7.00 (3.10x) | 31.0 (0.50x) |" in text
     assert "| torch float16 | 15.5 | 15.5 |" in text
-    recorded = json.loads((BENCHMARKS / "peers" / "ggml-h100.json").read_text())
-    (theirs,) = [
-        c["us"]
-        for c in recorded["cells"]
-        if (c["format"], c["nrows"], c["ncols"], c["m"]) == ("Q4_K", 4096, 4096, 8)
+    assert f"{recorded(8):.1f} ({31 / recorded(8):.2f})" in text
+    assert f"| ggml as recorded: geometric mean | {5 / recorded(1):.2f} |" in text
+    assert "| float16 torch.matmul: highest | 0.32 (Q4_K, 4096 x 4096) | 2.00 " in text
+    for line in ("8.00 (37 %)", "5.50 (54 %)", "16.0 (95 %)"):  # float, chain, dequantize
+        assert f"| Q4_K | {line} |" in text
+
+
+def test_figures_stand_beside_their_targets():
+    result = gpu_document()
+    result["cells"] += [
+        gpu_cell("product", 4.0, 8, format="Q6_K", **beside_read(True, 4.0, 61.0)),
+        gpu_cell("product", 9.0, 3, **beside_read(True, 9.0, 33.0)),  # an M without a target
+        gpu_cell("float", 9.0, 1, nrows=14336, bytes=33030144, **beside_read(True, 9.0, 79.0)),
     ]
-    assert f"{theirs:.1f} ({theirs / 7:.2f})" in text
+    found = {
+        (c.target.split(":")[0], c.row, c.column): (c.wanted, c.short)
+        for c in targets.checks(result, render.peers(result))
+    }
+    assert found == {
+        ("product, 4096 x 4096", "Q4_K", "M = 1"): (76, pytest.approx(1)),
+        ("product, 4096 x 4096", "Q6_K", "M = 8"): (61, pytest.approx(0)),
+        ("call over ggml", "all", "M = 1"): (0.75, pytest.approx(5 / recorded(1) - 0.75)),
+        ("call over ggml", "all", "M = 8"): (0.35, pytest.approx(31 / recorded(8) - 0.35)),
+        ("call over ggml", "Q4_K", "M = 1"): (1, pytest.approx(5 / recorded(1) - 1)),
+        ("call over ggml", "Q4_K", "M = 8"): (0.7, pytest.approx(31 / recorded(8) - 0.7)),
+        ("call, 4096 x 4096", "Q4_K", "M = 1"): (1, pytest.approx(-2.1)),
+        ("call, 4096 x 4096", "Q4_K", "M = 8"): (1, pytest.approx(0.5)),
+        ("activations not staged, M = 1", "Q4_K", "14336 x 4096"): (80, pytest.approx(1)),
+        ("unpacking to bfloat16", "Q4_K", "4096 x 4096"): (90, pytest.approx(-5)),
+    }
+    text = render.tables(result)
+    assert "| unpacking to bfloat16: % of a copy | 1 | 1 | Q4_K, 4096 x 4096: meets |" in text
+    assert "% of only reading | 2 | 1 | Q4_K, M = 1: misses by 1 |" in text
+    assert "| Q4_K | 75 (misses 76 by 1) |" in text
 
 
-def test_peers_of_another_gpu_are_left_out():
+def test_targets_cover_every_m_and_shape():
+    assert {f"{n}x{k}" for n, k in targets.PRODUCT} == set(bench_gguf.SHAPES)
+    rows = (*targets.PRODUCT.values(), targets.PEER_MEAN, targets.PEER_ANY, targets.LENIENCE)
+    assert {len(row) for row in rows} == {len(targets.MS)}
+    assert set(targets.HARDER) < set(bcy.GgufBlockFormat.__members__)
+
+
+def test_summary_spans_the_shapes():
+    result = gpu_document()
+    result["cells"].append(
+        gpu_cell("product", 9.0, 1, nrows=14336, bytes=33030144, **beside_read(True, 9.0, 88.0))
+    )
+    text = render.summary(result)
+    assert "lowest to highest of 2 shapes" in text
+    assert "| Q4_K, 4.5 bits | 75 to 88 |" in text
+    assert "ggml as recorded: geometric mean" in text
+
+
+def test_peers_and_targets_of_another_gpu_are_left_out():
     result = gpu_document()
     result["machine"]["gpu"]["name"] = "NVIDIA H200"
-    assert "ggml" not in render.tables(result)
+    text = render.tables(result)
+    assert "ggml" not in text
+    assert "target" not in text
 
 
 def test_table_leaves_missing_cells_empty():
@@ -150,11 +229,17 @@ def test_page_is_rendered_in_place(tmp_path):
     assert fresh.startswith("before\n<!-- benchmark: h100.json -->\n")
     assert fresh.endswith("<!-- end benchmark -->\nafter\n")
     assert render.update(fresh, tmp_path) == fresh
+    short = render.update(page.replace(".json", ".json summary"), tmp_path)
+    assert render.summary(gpu_document()) in short
+    assert "3190 GB/s" not in short
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
 def test_pages_show_the_recorded_documents(page):
     text = (ROOT / page).read_text()
+    for _, name, *_ in render.BLOCK.findall(text):
+        if not (BENCHMARKS / name).exists():
+            pytest.skip(f"{name} is not recorded")
     assert render.update(text) == text
 
 
@@ -180,12 +265,53 @@ def test_arguments_are_those_of_the_c_interface():
     assert ours == expected
 
 
+def test_launches_are_those_of_the_driver():
+    # The sizes and offsets of cuda.h.
+    assert ctypes.sizeof(native.LaunchAttribute) == 72
+    assert native.LaunchAttribute.value.offset == 8
+    assert ctypes.sizeof(native.LaunchConfig) == 56
+    seen = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+    def launch_kernel(config, function, pointers, extra):
+        config = native.LaunchConfig.from_address(config)
+        attributes = config.attributes[: config.attribute_count]
+        values = (ctypes.c_void_p * 2).from_address(pointers)
+        seen.append(
+            (
+                function,
+                list(config.grid),
+                list(config.block),
+                config.stream,
+                [(a.id, a.value[0]) for a in attributes],
+                ctypes.c_void_p.from_address(values[0]).value,
+                ctypes.c_int64.from_address(values[1]).value,
+            )
+        )
+        return 0 if function == 7 else 400
+
+    driver = object.__new__(native.Driver)
+    driver.launch_kernel = launch_kernel
+    arguments = ctypes.c_void_p(1 << 40), ctypes.c_int64(-5)
+    driver.launch(7, 1 << 20, 256, arguments, 9, True)
+    driver.launch(7, 1, 32, arguments, 9, False)
+    assert seen == [
+        (7, [1 << 20, 1, 1], [256, 1, 1], 9, [(6, 1)], 1 << 40, -5),
+        (7, [1, 1, 1], [32, 1, 1], 9, [], 1 << 40, -5),
+    ]
+    with pytest.raises(RuntimeError, match="400"):
+        driver.launch(8, 1, 32, arguments, 9, False)
+
+
 def test_native_functions_give_the_plan_s_bits():
     rng = np.random.default_rng(0)
     w = bcy.quantize(rng.standard_normal((40, 256), dtype=np.float32), "Q5_K")
     x = rng.standard_normal((3, 256), dtype=np.float32)
     y = np.zeros((3, 40), np.float32)
-    workspace = bcy.Workspace(w.plan(m=3).workspace_size, device="cpu")
+    functions = native.Native("cpu")
+    nbytes = functions.workspace_size(int(w.format), 256, 3)
+    assert nbytes == w.plan(m=3).workspace_size
+    workspace = bcy.Workspace(nbytes, device="cpu")
     arguments = native.MatmulArgs(
         weight=w.data.ctypes.data,
         x=x.ctypes.data,
@@ -200,7 +326,6 @@ def test_native_functions_give_the_plan_s_bits():
         x_type=native.ELEMENT["float32"],
         y_type=native.ELEMENT["float32"],
     )
-    functions = native.Native("cpu")
     functions.stage(native.address(arguments), 1)
     functions.matmul(native.address(arguments), 1)
     np.testing.assert_array_equal(y, bcy.linear(x, w))
@@ -230,6 +355,17 @@ def test_copies_exceed_the_cache():
     assert bench_gguf.copies_for(1000, 95) == 2
 
 
+def test_graphs_are_long_enough():
+    for calls in (1, 2, 31, 32, 33):
+        count = calls * bench_gguf.rounds_of([None] * calls)
+        assert bench_gguf.GRAPH_CALLS <= count < bench_gguf.GRAPH_CALLS + calls
+
+
+@pytest.mark.parametrize(("element", "bits"), [("float16", 0xC100), ("bfloat16", 0xC020)])
+def test_halves_are_read(element, bits):
+    assert bench_gguf.floats(np.array([[bits]], np.uint16), element) == -2.5
+
+
 def test_gguf_benchmark_runs(tmp_path, capsys):
     path = tmp_path / "cpu.json"
     arguments = "--device cpu --quick --formats Q4_0 Q4_K --shapes 48x256 --m 1 3 --threads 1 2"
@@ -239,6 +375,28 @@ def test_gguf_benchmark_runs(tmp_path, capsys):
     assert cells == set(itertools.product(["Q4_0", "Q4_K"], [1, 3], [1, 2], ["call", "product"]))
     assert all(0 < c["error"] < bench_gguf.ERROR_LIMIT for c in result["cells"])
     assert "| Q4_K | " in capsys.readouterr().out
+
+
+def test_kinds_are_those_of_the_device(capsys):
+    with pytest.raises(SystemExit):
+        bench_gguf.main(["--device", "cpu", "--kinds", "chain"])
+    assert "got {'chain'}" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_gguf_benchmark_runs_on_a_gpu(tmp_path):
+    pytest.importorskip("cupy")
+    path = tmp_path / "gpu.json"
+    arguments = "--device cuda --quick --formats Q2_K Q8_0 --shapes 512x512 1024x512 --m 1 8"
+    bench_gguf.main([*arguments.split(), "--rotate", "4", "--output", str(path)])
+    result = harness.load(path)
+    kinds = {(c["kind"], c.get("overlap"), c["m"], c.get("output")) for c in result["cells"]}
+    assert kinds == {
+        *itertools.product(["product", "call"], [True, False], [1, 8], [None]),
+        ("float", True, 1, None),
+        *itertools.product(["chain"], [True], [1, 8], [None]),
+        *itertools.product(["dequantize"], [None], [0], ["float16", "bfloat16"]),
+    }
 
 
 def test_call_benchmark_runs(tmp_path, capsys):
@@ -259,5 +417,19 @@ def test_call_benchmark_runs(tmp_path, capsys):
 def test_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "speed.svg"
-    render.plot(gpu_document(), str(path))
-    assert "<svg" in path.read_text()
+    result = gpu_document()
+    assert render.percents(result) == {
+        "product of staged activations": {("4096 x 4096", "Q4_K", 1): 75.0},
+        "whole call": {("4096 x 4096", "Q4_K", 1): 60.0, ("4096 x 4096", "Q4_K", 8): 9.7},
+        "ggml as recorded, whole call": {
+            ("4096 x 4096", "Q4_K", m): pytest.approx(100 * us / recorded(m))
+            for m, us in ((1, 3.0), (8, 3.007))
+        },
+    }
+    render.plot(result, str(path))
+    drawn = path.read_text()
+    assert "<svg" in drawn
+    for text in ("4096 x 4096", "ggml as recorded, whole call", ">75<", ">60<"):
+        assert text in drawn
+    with pytest.raises(SystemExit, match="nothing to draw"):
+        render.plot(result | {"cells": []}, str(path))

@@ -2,6 +2,8 @@
 // Activations as the caller has them, four at a time.
 #pragma once
 
+#include <type_traits>
+
 #include "launch.cuh"
 
 namespace bcy {
@@ -12,35 +14,34 @@ inline bool loads_four_at_once(const bcy_gguf_matmul_args& args) {
   return reinterpret_cast<uintptr_t>(args.x) % four == 0 && (args.m == 1 || args.x_stride % 4 == 0);
 }
 
-// Four elements from index i on. The type is known only at run time; the branch is the same for
-// all.
+// Two halves or bfloat16 of a word.
 template <class X>
-__device__ __forceinline__ void load_four_as(const void* x, int64_t i, bool vectors, float* out) {
-  using Storage = typename X::Storage;
-  struct alignas(4 * sizeof(Storage)) Four {
-    Storage values[4];
-  };
-  const Storage* const p = static_cast<const Storage*>(x) + i;
-  Four four;
-  if (vectors) {
-    four = *reinterpret_cast<const Four*>(p);
+__device__ __forceinline__ void widen_two(uint32_t two, float* out) {
+  if constexpr (std::is_same_v<X, F16>) {
+    const float2 floats = __half22float2(*reinterpret_cast<const __half2*>(&two));
+    out[0] = floats.x;
+    out[1] = floats.y;
   } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) four.values[j] = p[j];
+    out[0] = as_float(two << 16);
+    out[1] = as_float(two & 0xffff0000u);
   }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) out[j] = X::load(&four.values[j]);
 }
 
-__device__ __forceinline__ void load_four(const void* x, int64_t i, int element, bool vectors,
-                                          float* out) {
-  switch (element) {
-    case BCY_F32:
-      return load_four_as<F32>(x, i, vectors, out);
-    case BCY_F16:
-      return load_four_as<F16>(x, i, vectors, out);
-    default:
-      return load_four_as<BF16>(x, i, vectors, out);
+template <class X>
+__device__ __forceinline__ void load_four(const typename X::Storage* x, bool at_once, float* out) {
+  if (!at_once) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = X::load(x + i);
+  } else if constexpr (std::is_same_v<X, F32>) {
+    const float4 four = *reinterpret_cast<const float4*>(x);
+    out[0] = four.x;
+    out[1] = four.y;
+    out[2] = four.z;
+    out[3] = four.w;
+  } else {
+    const uint2 four = *reinterpret_cast<const uint2*>(x);
+    widen_two<X>(four.x, out);
+    widen_two<X>(four.y, out + 2);
   }
 }
 

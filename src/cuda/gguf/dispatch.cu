@@ -78,7 +78,8 @@ int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream) {
 int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream) {
   if (is_empty(args) || args->ncols == 0) return BCY_OK;
   return run(args, [&](auto format) {
-    return gguf_stage(*args, decltype(format)::kMinima, static_cast<cudaStream_t>(stream));
+    return gguf_stage(*args, decltype(format)::kMinima, gives_turns<decltype(format)>,
+                      static_cast<cudaStream_t>(stream));
   });
 }
 

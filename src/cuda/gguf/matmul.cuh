@@ -26,14 +26,20 @@ class StagedTile {
   static constexpr int kBlocks = Blocks;
 
   // Stages the units of this warp, where the product does so itself.
+  static constexpr int kStagedAtOnce = 4;
   static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args& args,
                                                  const Staged& staged, uint8_t* memory) {
     if constexpr (Tokens <= kTileTokens) {
       if (!staged.fused) return;
-      for (int unit = threadIdx.x / 32; unit < int(staged.units); unit += kPartials) {
-        for (int token = 0; token < int(args.m); ++token) {
-          stage_unit<Tokens, kMinima>(args, staged, memory, token, unit);
-        }
+      const int warp = threadIdx.x / 32;
+      const int tokens = int(args.m);
+      const int count = (int(staged.units) - warp + kPartials - 1) / kPartials * tokens;
+      for (int first = 0; first < count; first += kStagedAtOnce) {
+        stage_units<Tokens, kMinima, kStagedAtOnce>(args, staged, memory, first, count,
+                                                    [&](int64_t i, int64_t& token, int64_t& unit) {
+                                                      token = int(i) % tokens;
+                                                      unit = int(i) / tokens * kPartials + warp;
+                                                    });
       }
       __syncwarp();
     }
@@ -210,8 +216,22 @@ class StagedTile {
                                                Block lower, int g, const Activations& x,
                                                int in_pair) {
     const int t = threadIdx.x % 4;
-    uint32_t a[4] = {Format::codes(upper, g, 0, t), Format::codes(lower, g, 0, t),
-                     Format::codes(upper, g, 1, t), Format::codes(lower, g, 1, t)};
+    uint32_t a[4];
+    if constexpr (gives_turns<Format>) {
+      const uint2 turns[2] = {Format::codes_by_turns(upper, g, t),
+                              Format::codes_by_turns(lower, g, t)};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        a[i] = turns[i].x;
+        a[i + 2] = turns[i].y;
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        a[2 * half] = Format::codes(upper, g, half, t);
+        a[2 * half + 1] = Format::codes(lower, g, half, t);
+      }
+    }
     int shift = Format::shift(g);
     if constexpr (scales_fit_codes<Format>) {
 #pragma unroll
@@ -291,9 +311,10 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   const bool unstaged = !fused && args.x != nullptr && args.ncols > 0;
   if (fused && !stages_inside(device.major, args.ncols, args.m)) return BCY_ERROR_INVALID_ARGUMENT;
   if (unstaged) {
-    if (const int status = gguf_stage(args, Format::kMinima, stream)) return status;
+    if (const int status = gguf_stage(args, Format::kMinima, gives_turns<Format>, stream))
+      return status;
   }
-  const Staged staged = staged_of(args, fused);
+  const Staged staged = staged_of(args, gives_turns<Format>, fused);
   const int extra = fused ? int(staged_bytes(args.ncols, args.m, Format::kMinima)) : 0;
   // After this call's own staging the product may start early: only activations come from there.
   const bool early = args.overlap != 0 || unstaged;
@@ -306,8 +327,14 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   constexpr auto narrow = [](auto tokens) {
     return static_cast<StagedTile<Format, decltype(tokens)::value, 1, 2>*>(nullptr);
   };
+  // Many tokens leave no registers to load activations ahead of minima, nor, with what k-quants
+  // add, to take two rows of tiles.
   constexpr auto wide = [](auto tokens) {
-    return static_cast<StagedTile<Format, decltype(tokens)::value, 2, 1>*>(nullptr);
+    constexpr int kTokens = decltype(tokens)::value;
+    constexpr bool kLarge = Format::kMinima > 0 || Format::kScaleElements == 16;
+    constexpr int kRowTiles = kTokens == 32 && kLarge ? 1 : 2;
+    constexpr bool kAhead = kTokens <= 8 || Format::kMinima == 0;
+    return static_cast<StagedTile<Format, kTokens, kRowTiles, 1, kAhead>*>(nullptr);
   };
   constexpr std::integral_constant<int, 1> one{};
   constexpr std::integral_constant<int, 8> eight{};
@@ -321,17 +348,20 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
     RowRing<Format, 16, false>* const any_rows = nullptr;
     return args.m == 1 ? streamed(narrow(one), any_rows) : streamed(narrow(eight), any_rows);
   }
-  RowRing<Format, 16, true>* const rows = nullptr;
-  RowRing<Format, 32, true>* const more_rows = nullptr;
+  constexpr auto rows_for = [](auto* tile) {
+    return static_cast<RowRing<Format, std::remove_pointer_t<decltype(tile)>::kRows, true>*>(
+        nullptr);
+  };
   BoxRing<Format, 32>* const boxes = nullptr;
-  if (args.m > 16) return streamed(wide(thirty_two), more_rows);
+  const auto by_rows = [&](auto* tile) { return streamed(tile, rows_for(tile)); };
+  if (args.m > 16) return by_rows(wide(thirty_two));
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side.
   const bool boxed = device.major >= 9 && args.nrows >= 3 * 32 * int64_t{device.processors};
   if (args.m > 8) {
-    return boxed ? streamed(wide(sixteen), boxes) : streamed(wide(sixteen), more_rows);
+    return boxed ? streamed(wide(sixteen), boxes) : by_rows(wide(sixteen));
   }
-  if (args.m > 1) return boxed ? streamed(wide(eight), boxes) : streamed(narrow(eight), rows);
-  return boxed ? streamed(wide(one), boxes) : streamed(narrow(one), rows);
+  if (args.m > 1) return boxed ? streamed(wide(eight), boxes) : by_rows(narrow(eight));
+  return boxed ? streamed(wide(one), boxes) : by_rows(narrow(one));
 }
 
 }  // namespace bcy

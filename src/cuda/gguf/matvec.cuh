@@ -10,14 +10,13 @@
 
 namespace bcy {
 
-struct FloatInputs {
-  bool vectors;  // four elements of x from a multiple of four on can be loaded at once
-};
+struct FloatInputs {};
 
 // A lane holds rows r, r + 8, r + 16, ... and eight element positions of a group: 4 t .. 4 t + 3
 // and those plus 16, the two words that packed nibbles keep together (r = lane / 4, t = lane % 4).
-// Each position is a partial sum of its own.
-template <class F, class X, int Tokens, int RowTiles>
+// Each position is a partial sum of its own. AtOnce: four elements of x from a multiple of four on
+// can be loaded at once.
+template <class F, class X, int Tokens, int RowTiles, bool AtOnce>
 class FloatTile {
  public:
   using Format = F;
@@ -30,9 +29,8 @@ class FloatTile {
                                                  uint8_t*) {}
 
   // Tokens past the end repeat the last one; their sums are not stored.
-  __device__ __forceinline__ FloatTile(const bcy_gguf_matmul_args& args, const FloatInputs& inputs,
-                                       int64_t first_token, int first_unit, const uint8_t*)
-      : vectors_(inputs.vectors) {
+  __device__ __forceinline__ FloatTile(const bcy_gguf_matmul_args& args, const FloatInputs&,
+                                       int64_t first_token, int first_unit, const uint8_t*) {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
       x_[token] = static_cast<const Storage*>(args.x) +
@@ -107,8 +105,8 @@ class FloatTile {
     float values[Tokens][8];
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
-      load_four_as<X>(x_[token], first_element, vectors_, values[token]);
-      load_four_as<X>(x_[token], first_element + 16, vectors_, values[token] + 4);
+      load_four<X>(x_[token] + first_element, AtOnce, values[token]);
+      load_four<X>(x_[token] + first_element + 16, AtOnce, values[token] + 4);
     }
 #pragma unroll
     for (int i = 0; i < 2 * RowTiles; ++i) {
@@ -127,7 +125,6 @@ class FloatTile {
   }
 
   const Storage* x_[Tokens];  // this lane's first element in this warp's first unit
-  bool vectors_;
   float sums_[Tokens][2 * RowTiles][8];
 };
 
@@ -135,21 +132,27 @@ template <class Format>
 int GgufOperations<Format>::matvec(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
   Device device;
   if (const int status = device.look(args.device)) return status;
-  const FloatInputs inputs{loads_four_at_once(args)};
+  const bool regular = rows_on_boundaries<Format>(args) && loads_four_at_once(args);
   return with_element(args.x_type, [&](auto x) {
-    const auto run = [&](auto* tile) {
+    using X = decltype(x);
+    const auto run = [&](auto* tile, auto* ring) {
       using Tile = std::remove_pointer_t<decltype(tile)>;
-      const bool early = args.overlap != 0;
-      if (device.major < 8) return launch_direct(tile, args, inputs, stream);
-      if (rows_on_boundaries<Format>(args)) {
-        using Ring = RowRing<Format, Tile::kRows, true>;
-        return launch_streamed<Tile, Ring>(args, inputs, device, 0, early, stream);
-      }
-      using Ring = RowRing<Format, Tile::kRows, false>;
-      return launch_streamed<Tile, Ring>(args, inputs, device, 0, early, stream);
+      using Ring = std::remove_pointer_t<decltype(ring)>;
+      if (device.major < 8) return launch_direct(tile, args, FloatInputs{}, stream);
+      return launch_streamed<Tile, Ring>(args, FloatInputs{}, device, 0, args.overlap != 0, stream);
     };
-    return args.m == 1 ? run(static_cast<FloatTile<Format, decltype(x), 1, 1>*>(nullptr))
-                       : run(static_cast<FloatTile<Format, decltype(x), 4, 1>*>(nullptr));
+    if (!regular || device.major < 8) {
+      return run(static_cast<FloatTile<Format, X, 4, 1, false>*>(nullptr),
+                 static_cast<RowRing<Format, 16, false>*>(nullptr));
+    }
+    if (args.m > 1) {
+      return run(static_cast<FloatTile<Format, X, 4, 1, true>*>(nullptr),
+                 static_cast<RowRing<Format, 16, true>*>(nullptr));
+    }
+    // Minima leave no registers for two tiles of rows.
+    constexpr int kRowTiles = Format::kMinima > 0 ? 1 : 2;
+    return run(static_cast<FloatTile<Format, X, 1, kRowTiles, true>*>(nullptr),
+               static_cast<RowRing<Format, kRowTiles * kTileRows, true>*>(nullptr));
   });
 }
 

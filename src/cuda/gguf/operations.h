@@ -16,7 +16,8 @@ struct GgufOperations {
   static int matmul(const bcy_gguf_matmul_args& args, cudaStream_t stream);
 };
 
-// Staging depends on the format only through its number of minima per group.
-int gguf_stage(const bcy_gguf_matmul_args& args, int minima, cudaStream_t stream);
+// Staging depends on the format only through its number of minima per group and on whether it gives
+// codes by turns.
+int gguf_stage(const bcy_gguf_matmul_args& args, int minima, bool turns, cudaStream_t stream);
 
 }  // namespace bcy

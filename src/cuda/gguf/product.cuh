@@ -234,7 +234,9 @@ int geometry_of(const Device& device, int64_t tiles, int64_t rounds, int extra, 
   if (stages < 2) stages = 2;
   if (stages > kMaxStages) stages = kMaxStages;
   if (stages > most) stages = most;
-  const bool leaves_room = overlap && tiles <= 2 * int64_t{device.processors};
+  // Few: what a block takes of the matrix is little more than the ring holds.
+  const bool leaves_room =
+      overlap && ceil_div(tiles, int64_t{device.processors}) * rounds <= stages;
   const int64_t at_once = int64_t{device.processors} * (shares && !leaves_room ? Tile::kBlocks : 1);
   geometry.blocks = unsigned(tiles < at_once ? tiles : at_once);
   const int64_t needed = ceil_div(tiles, geometry.blocks) * rounds;

@@ -17,13 +17,16 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (index >= count) return;
   wait_for_previous_kernel();
-  stage_unit<Tokens, Minima>(args, staged, staged.records, index / staged.units,
-                             index % staged.units);
+  stage_units<Tokens, Minima, 1>(args, staged, staged.records, index, count,
+                                 [&](int64_t i, int64_t& token, int64_t& unit) {
+                                   token = i / staged.units;
+                                   unit = i % staged.units;
+                                 });
 }
 
 template <int Tokens>
-int stage(const bcy_gguf_matmul_args& args, int minima, cudaStream_t stream) {
-  const Staged staged = staged_of(args, false);
+int stage(const bcy_gguf_matmul_args& args, int minima, bool turns, cudaStream_t stream) {
+  const Staged staged = staged_of(args, turns, false);
   const int64_t tokens = args.m <= kTileTokens ? args.m : token_tiles(args.m) * kTileTokens;
   const int64_t count = tokens * staged.units;
   const int64_t blocks = ceil_div(count, kWarps);
@@ -37,8 +40,9 @@ int stage(const bcy_gguf_matmul_args& args, int minima, cudaStream_t stream) {
 
 }  // namespace
 
-int gguf_stage(const bcy_gguf_matmul_args& args, int minima, cudaStream_t stream) {
-  return args.m == 1 ? stage<1>(args, minima, stream) : stage<kTileTokens>(args, minima, stream);
+int gguf_stage(const bcy_gguf_matmul_args& args, int minima, bool turns, cudaStream_t stream) {
+  return args.m == 1 ? stage<1>(args, minima, turns, stream)
+                     : stage<kTileTokens>(args, minima, turns, stream);
 }
 
 }  // namespace bcy

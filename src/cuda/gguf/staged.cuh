@@ -52,38 +52,38 @@ inline int64_t staged_bytes(int64_t ncols, int64_t m, int minima) {
   return token_tiles(m) * unit_count(ncols) * record;
 }
 
-// Up to kFusedElements a product stages for itself: each thread block stages all that it needs,
-// which takes less time than a kernel of its own.
-constexpr int64_t kFusedElements = 16384;
+// A single token of up to kFusedElements is staged by the product itself: that every thread block
+// does it takes less time than a kernel of its own.
+constexpr int64_t kFusedElements = 8192;
 inline bool stages_inside(int compute_capability_major, int64_t ncols, int64_t m) {
-  return compute_capability_major >= 8 && m <= kTileTokens && ncols <= kFusedElements &&
-         m * ncols <= kFusedElements;
+  return compute_capability_major >= 8 && m == 1 && ncols <= kFusedElements;
 }
 
 struct Staged {
   uint8_t* records;  // [tiles of tokens][units]
   int64_t units;
   bool vectors;  // four activations from a multiple of four on can be loaded at once
+  bool turns;  // of formats that give them: codes of both halves by turns
   bool fused;  // the product stages for itself, into shared memory
 };
 
-inline Staged staged_of(const bcy_gguf_matmul_args& args, bool fused) {
+inline Staged staged_of(const bcy_gguf_matmul_args& args, bool turns, bool fused) {
   return {static_cast<uint8_t*>(args.workspace), unit_count(args.ncols), loads_four_at_once(args),
-          fused};
+          turns, fused};
 }
 
-// ---- staging, by a warp: one unit of one token --------------------------------------------------------------------
+// ---- staging, by a warp -----------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t pack_codes(const float* x, GroupScale scale, int& sum) {
-  uint32_t word = 0;
-  sum = 0;
+// Four codes, those of a group without an inverse 0.
+__device__ __forceinline__ uint32_t pack_codes(const float* x, GroupScale scale) {
+  // No clip: no magnitude exceeds the largest, whose code rounds to 127. Adding 1.5 * 2^23 rounds
+  // to the nearest integer, ties to even, and leaves it in the low bits.
+  uint32_t bits[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int u = stage_element(x[i], scale);
-    word |= (uint32_t(u) & 0xffu) << 8 * i;
-    sum += u;
-  }
-  return word;
+  for (int i = 0; i < 4; ++i) bits[i] = as_bits(add(mul(x[i], scale.inverse), 12582912.0f));
+  const uint32_t low = __byte_perm(bits[0], bits[1], 0x0040);
+  const uint32_t high = __byte_perm(bits[2], bits[3], 0x0040);
+  return scale.inverse == 0.0f ? 0 : __byte_perm(low, high, 0x5410);
 }
 
 __device__ __forceinline__ int sum_of_four_lanes(int value) {
@@ -91,19 +91,19 @@ __device__ __forceinline__ int sum_of_four_lanes(int value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-// Lane 4 g + t has words t and t + 4 of group g. Tokens past the end are zeros.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+__device__ __forceinline__ int sum_of_codes(uint32_t codes) {
+  return __dp4a(int(codes), 0x01010101, 0);
+}
+#endif
+
+// One unit of one token: lane 4 g + t has words t and t + 4 of group g in x.
 template <int Tokens, int Minima>
 __device__ __forceinline__ void stage_unit(const bcy_gguf_matmul_args& args, const Staged& staged,
-                                           uint8_t* records, int64_t token, int64_t unit) {
+                                           const float (&x)[8], uint8_t* records, int64_t token,
+                                           int64_t unit) {
   using Record = StagedRecord<Tokens, Minima>;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int64_t k = unit * kUnit + g * kGroup;
-  float x[8] = {};
-  if (token < args.m && k < args.ncols) {
-    const int64_t from = token * args.x_stride + k + 4 * t;
-    load_four(args.x, from, args.x_type, staged.vectors, x);
-    load_four(args.x, from + 16, args.x_type, staged.vectors, x + 4);
-  }
   // Magnitudes are ordered as their bits are, infinities and NaN last.
   uint32_t largest = 0;
 #pragma unroll
@@ -111,15 +111,14 @@ __device__ __forceinline__ void stage_unit(const bcy_gguf_matmul_args& args, con
   largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
   largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
   const GroupScale scale = group_scale(as_float(largest), largest < 0x7f800000u);
+  const uint2 words = {pack_codes(x, scale), pack_codes(x + 4, scale)};
+  const uint2 turns = {__byte_perm(words.x, words.y, 0x5140),
+                       __byte_perm(words.x, words.y, 0x7362)};
 
-  int sums[2];
-  uint2 words;
-  words.x = pack_codes(x, scale, sums[0]);
-  words.y = pack_codes(x + 4, scale, sums[1]);
   uint8_t* const record = records + (token / Tokens * staged.units + unit) * Record::kBytes;
   const int in_tile = int(token % Tokens), pair = g / 2, in_pair = g % 2;
   *reinterpret_cast<uint2*>(record + pair * Record::kCodes + in_tile * 64 + t * 16 + in_pair * 8) =
-      words;
+      staged.turns ? turns : words;
   // The last of an odd number of tokens below eight has no partner: its place holds a zero.
   const bool alone = Tokens > 1 && args.m < Tokens && token + 1 == args.m && in_tile % 2 == 0;
   const auto put = [&](int plane, float value) {
@@ -129,15 +128,66 @@ __device__ __forceinline__ void stage_unit(const bcy_gguf_matmul_args& args, con
     if (t == 1 && alone) two[1] = 0.0f;
   };
   put(Record::kScalesAt + pair * Record::kScales, scale.scale);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
   if constexpr (Minima == 1) {
-    put(Record::kSumsAt + pair * Record::kScales,
-        staged_sum(scale, sum_of_four_lanes(sums[0] + sums[1])));
+    const int sum = sum_of_codes(words.x) + sum_of_codes(words.y);
+    put(Record::kSumsAt + pair * Record::kScales, staged_sum(scale, sum_of_four_lanes(sum)));
   } else if constexpr (Minima == 2) {
+    const int sums[2] = {sum_of_codes(words.x), sum_of_codes(words.y)};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       put(Record::kSumsAt + (pair * 2 + half) * Record::kScales,
           staged_sum(scale, sum_of_four_lanes(sums[half])));
     }
+  }
+#endif
+}
+
+// What a lane has of one unit of one token; zeros past the ends.
+template <class X>
+__device__ __forceinline__ void load_unit(const bcy_gguf_matmul_args& args, const Staged& staged,
+                                          int64_t token, int64_t unit, float (&x)[8]) {
+  const int lane = threadIdx.x % 32;
+  const int64_t k = unit * kUnit + lane / 4 * kGroup;
+  if (token < args.m && k < args.ncols) {
+    const auto* const from =
+        static_cast<const typename X::Storage*>(args.x) + token * args.x_stride + k + lane % 4 * 4;
+    load_four<X>(from, staged.vectors, x);
+    load_four<X>(from + 16, staged.vectors, x + 4);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = 0.0f;
+  }
+}
+
+// Each units from number `first` of `count` on; place(i, token, unit) says which they are. All
+// loads come first, so that they wait together.
+template <int Tokens, int Minima, int Each, class Place>
+__device__ __forceinline__ void stage_units(const bcy_gguf_matmul_args& args, const Staged& staged,
+                                            uint8_t* records, int64_t first, int64_t count,
+                                            Place place) {
+  float x[Each][8];
+  const auto load = [&](auto element) {
+#pragma unroll
+    for (int i = 0; i < Each; ++i) {
+      int64_t token = args.m, unit = 0;
+      if (first + i < count) place(first + i, token, unit);
+      load_unit<decltype(element)>(args, staged, token, unit, x[i]);
+    }
+  };
+  if (args.x_type == BCY_F32) {
+    load(F32{});
+  } else if (args.x_type == BCY_F16) {
+    load(F16{});
+  } else {
+    load(BF16{});
+  }
+#pragma unroll
+  for (int i = 0; i < Each; ++i) {
+    if (first + i >= count) return;
+    int64_t token, unit;
+    place(first + i, token, unit);
+    stage_unit<Tokens, Minima>(args, staged, x[i], records, token, unit);
   }
 }
 

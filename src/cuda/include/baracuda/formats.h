@@ -39,6 +39,18 @@
 
 namespace bcy {
 
+// Whether the format gives words of both halves' codes by turns, codes_by_turns(block, group,
+// word): elements e, e + 16, e + 1, e + 17 of the group and the next four, e = 4 word. It takes
+// fewer instructions than to sort them.
+template <class Format>
+constexpr bool gives_turns = false;
+template <>
+inline constexpr bool gives_turns<IQ4_NL> = true;
+template <>
+inline constexpr bool gives_turns<IQ4_XS> = true;
+template <>
+inline constexpr bool gives_turns<MXFP4> = true;
+
 // Whether a code times its half's scale still fits a byte.
 template <class Format>
 constexpr bool scales_fit_codes = false;

@@ -19,6 +19,12 @@ struct IQ4_XS {
   static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
     return look_up_nibbles(iq4_table(), block.load32(8 + 16 * group, 4 * word), half);
   }
+#ifdef __CUDACC__
+  template <class Block>
+  static __device__ __forceinline__ uint2 codes_by_turns(Block block, int group, int word) {
+    return look_up_by_turns(iq4_table(), block.load32(8 + 16 * group, 4 * word));
+  }
+#endif
   static BCY_INLINE constexpr int shift(int) { return 0; }
   template <class Block>
   static BCY_INLINE float scale(Block block, int group) {

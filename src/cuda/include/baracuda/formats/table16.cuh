@@ -10,21 +10,28 @@ struct Table16 {
   uint32_t words[4];
 };
 
+#ifdef __CUDACC__
+
+// The entries of both nibbles of four bytes, low and high by turns: bytes 0 and 1 in the first
+// word, 2 and 3 in the second.
+__device__ __forceinline__ uint2 look_up_by_turns(const Table16& table, uint32_t bytes) {
+  // A byte permute picks four of eight bytes by nibbles of three bits: one for each half of the
+  // table, then a choice between the two by the nibbles' top bits.
+  const uint32_t select = bytes & 0x77777777u;
+  const uint32_t choose = mask_and_flip(bytes >> 1, 0x44444444u, 0x32103210u);
+  return {__byte_perm(__byte_perm(table.words[0], table.words[1], select),
+                      __byte_perm(table.words[2], table.words[3], select), choose),
+          __byte_perm(__byte_perm(table.words[0], table.words[1], select >> 16),
+                      __byte_perm(table.words[2], table.words[3], select >> 16), choose >> 16)};
+}
+
+#endif
+
 // The entries of the low (half 0) or the high nibble of four bytes, in their places.
 BCY_INLINE uint32_t look_up_nibbles(const Table16& table, uint32_t bytes, int half) {
 #ifdef __CUDA_ARCH__
-  // A byte permute picks four of eight bytes by nibbles of three bits: one for each half of the
-  // table, then a choice between the two by the nibbles' top bits. So nibbles 0 to 3 give the
-  // entries of bytes 0 and 1, low and high nibble by turns. A caller that wants both halves does
-  // all but the last permute once.
-  const uint32_t select = bytes & 0x77777777u;
-  const uint32_t choose = mask_and_flip(bytes >> 1, 0x44444444u, 0x32103210u);
-  const uint32_t first = __byte_perm(__byte_perm(table.words[0], table.words[1], select),
-                                     __byte_perm(table.words[2], table.words[3], select), choose);
-  const uint32_t second =
-      __byte_perm(__byte_perm(table.words[0], table.words[1], select >> 16),
-                  __byte_perm(table.words[2], table.words[3], select >> 16), choose >> 16);
-  return __byte_perm(first, second, half ? 0x7531 : 0x6420);
+  const uint2 turns = look_up_by_turns(table, bytes);
+  return __byte_perm(turns.x, turns.y, half ? 0x7531 : 0x6420);
 #else
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
