@@ -12,6 +12,7 @@ import numpy as np
 import baracuda_cy as bcy
 
 NROWS = 19  # one whole tile of rows and a part of one
+MANY_ROWS = 3 * 32 * 160 + 19  # enough for boxes of 32 rows on GPUs with up to 160 multiprocessors
 
 
 def columns(block_format):
@@ -39,36 +40,42 @@ def run_on(device, plan_type, descriptor, arrays, shape, dtype):
     return output if device == "cpu" else output.to_host()
 
 
+def products(sizes, m, kind, x):
+    for plan, descriptor in (
+        (bcy.GgufMmvqMultiMPlan, bcy.GgufMmvqMultiMDescriptor),
+        (bcy.GgufMmvqPlan, bcy.GgufMmvqDescriptor),
+    ):
+        yield plan, descriptor(**sizes, m=m, activation=kind, output=kind), [x], kind
+
+
+def problems_of(block_format, nrows, ncols, tokens, kinds, rng):
+    sizes = {"nrows": nrows, "ncols": ncols, "block_format": block_format}
+    for kind in kinds:
+        descriptor = bcy.GgufDequantizeDescriptor(**sizes, output=kind)
+        yield bcy.GgufDequantizePlan, descriptor, [], kind
+        for m in tokens:
+            x = rng.standard_normal((m, ncols), np.float32).astype(kind)
+            yield from products(sizes, m, kind, x)
+
+
 def main():
     rng = np.random.default_rng(0)
     cases = 0
     for block_format in bcy.GgufBlockFormat:
-        for ncols in columns(block_format):
-            weight = np.asarray(
-                bcy.quantize(rng.standard_normal((NROWS, ncols), np.float32), block_format).data
-            )
-            sizes = {"nrows": NROWS, "ncols": ncols, "block_format": block_format}
-            problems = [
-                (
-                    bcy.GgufDequantizePlan,
-                    bcy.GgufDequantizeDescriptor(**sizes, output=kind),
-                    [],
-                    kind,
-                )
-                for kind in ("float32", "float16")
-            ]
-            for m in (1, 5, 13, 33):
-                for kind in ("float32", "float16"):
-                    x = rng.standard_normal((m, ncols), np.float32).astype(kind)
-                    problems += [
-                        (plan, descriptor(**sizes, m=m, activation=kind, output=kind), [x], kind)
-                        for plan, descriptor in (
-                            (bcy.GgufMmvqMultiMPlan, bcy.GgufMmvqMultiMDescriptor),
-                            (bcy.GgufMmvqPlan, bcy.GgufMmvqDescriptor),
-                        )
-                    ]
-            for plan_type, descriptor, activations, kind in problems:
-                shape = (activations[0].shape[0], NROWS) if activations else (NROWS, ncols)
+        shapes = [
+            (NROWS, ncols, (1, 5, 13, 33), ("float32", "float16"))
+            for ncols in columns(block_format)
+        ]
+        wide = next(k for k in (256, 512, 1024, 2048) if block_format.row_bytes(k) % 16 == 0)
+        shapes.append((MANY_ROWS, wide, (1, 2, 16), ("float16",)))
+        for nrows, ncols, tokens, kinds in shapes:
+            few = rng.standard_normal((NROWS, ncols), np.float32)
+            packed = np.asarray(bcy.quantize(few, block_format).data).reshape(NROWS, -1)
+            weight = np.resize(packed, (nrows, packed.shape[1])).reshape(-1)
+            for plan_type, descriptor, activations, kind in problems_of(
+                block_format, nrows, ncols, tokens, kinds, rng
+            ):
+                shape = (activations[0].shape[0], nrows) if activations else (nrows, ncols)
                 results = [
                     run_on(device, plan_type, descriptor, [weight, *activations], shape, kind)
                     for device in ("cpu", "cuda")

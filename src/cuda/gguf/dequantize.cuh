@@ -14,6 +14,16 @@ constexpr int kDequantizeThreads = 256;
 constexpr int kDequantizeEach = 8;
 constexpr int kUnitThreads = kGroup / kDequantizeEach;
 
+// One float32 or two of a type of 16 bits, rounded, as a word.
+template <class Y>
+__device__ __forceinline__ uint32_t pack(const float* values) {
+  if constexpr (sizeof(typename Y::Storage) == 4) {
+    return as_bits(Y::round(values[0]));
+  } else {
+    return Y::round(values[0]) | uint32_t(Y::round(values[1])) << 16;
+  }
+}
+
 // Alignment: of every unit of the weight.
 template <class Format, class Y, int Alignment>
 __global__ void __launch_bounds__(kDequantizeThreads)
@@ -33,8 +43,9 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   const bool vectors = reinterpret_cast<uintptr_t>(y) % 16 == 0;
   const int64_t left = (args.ncols - unit * kUnit) / kGroup;
   // All loads first: the compiler moves none of them ahead of a store.
-  constexpr int kVectors = kDequantizeEach * sizeof(Storage) / 16;
-  alignas(16) Storage rounded[kUnitGroups][kDequantizeEach];
+  constexpr int kWords = kDequantizeEach * sizeof(Storage) / 4;
+  constexpr int kInWord = 4 / sizeof(Storage);
+  uint32_t words[kUnitGroups][kWords];
 #pragma unroll
   for (int group = 0; group < kUnitGroups; ++group) {
     if (kBlockGroups == 1 && group >= left) break;
@@ -43,7 +54,9 @@ __global__ void __launch_bounds__(kDequantizeThreads)
     dequantize_word<Format>(block, group % kBlockGroups, half, word, values);
     dequantize_word<Format>(block, group % kBlockGroups, half, word + 1, values + 4);
 #pragma unroll
-    for (int i = 0; i < kDequantizeEach; ++i) rounded[group][i] = Y::round(values[i]);
+    for (int i = 0; i < kWords; ++i) {
+      words[group][i] = pack<Y>(values + i * kInWord);
+    }
   }
 #pragma unroll
   for (int group = 0; group < kUnitGroups; ++group) {
@@ -51,12 +64,20 @@ __global__ void __launch_bounds__(kDequantizeThreads)
     Storage* const to = y + group * kGroup;
     if (vectors) {
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(rounded[group])[i];
+      for (int i = 0; i < kWords; i += 4) {
+        *reinterpret_cast<uint4*>(to + i * kInWord) = {words[group][i], words[group][i + 1],
+                                                       words[group][i + 2], words[group][i + 3]};
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kDequantizeEach; ++i) to[i] = rounded[group][i];
+      for (int i = 0; i < kDequantizeEach; ++i) {
+        const uint32_t bits = words[group][i / kInWord] >> 32 / kInWord * (i % kInWord);
+        if constexpr (sizeof(Storage) == 4) {
+          to[i] = as_float(bits);
+        } else {
+          to[i] = Storage(bits);
+        }
+      }
     }
   }
 }

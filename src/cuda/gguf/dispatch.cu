@@ -53,10 +53,12 @@ int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) {
 int bcy_cuda_gguf_needs_no_workspace(int32_t device, int32_t format, int64_t ncols, int64_t m,
                                      int32_t* answer) {
   *answer = 0;
+  const DeviceGuard guard(device);
+  if (guard.status() != cudaSuccess) return guard.status();
   Device looked;
-  if (const int status = looked.look(device)) return status;
+  if (const int status = look_at_device(device, looked)) return status;
   return with_format(format, [&](auto) {
-    *answer = stages_inside(looked.major, ncols, m);
+    *answer = stages_inside(looked.arch, ncols, m);
     return int(BCY_OK);
   });
 }

@@ -61,30 +61,15 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t st
 
 // What the choice of a kernel depends on.
 struct Device {
-  int major;                 // compute capability
+  int arch;                  // that the code this device runs was compiled for: 800, 900, ...
   int processors;            // multiprocessors
   int shared_per_processor;  // bytes of shared memory
   int shared_per_block;
   int shared_reserved;       // of each block
-
-  int look(int device) {
-    const struct {
-      cudaDeviceAttr attribute;
-      int* value;
-    } wanted[] = {
-        {cudaDevAttrComputeCapabilityMajor, &major},
-        {cudaDevAttrMultiProcessorCount, &processors},
-        {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_per_processor},
-        {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_per_block},
-        {cudaDevAttrReservedSharedMemoryPerBlock, &shared_reserved},
-    };
-    for (const auto& item : wanted) {
-      const cudaError_t status = cudaDeviceGetAttribute(item.value, item.attribute, device);
-      if (status != cudaSuccess) return status;
-    }
-    return cudaSuccess;
-  }
 };
+
+// Looks a device up once in the process; it is current.
+int look_at_device(int device, Device& found);
 
 // A block may ask for more than 48 KB of shared memory only after its kernel was allowed to.
 template <class... Parameters>

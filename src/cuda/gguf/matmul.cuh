@@ -24,6 +24,7 @@ class StagedTile {
   static constexpr int kTokens = Tokens;
   static constexpr int kRows = RowTiles * kTileRows;
   static constexpr int kBlocks = Blocks;
+  static constexpr int kArrivals = 1;
 
   // Stages the units of this warp, where the product does so itself.
   static constexpr int kStagedAtOnce = 4;
@@ -306,10 +307,10 @@ class StagedTile {
 template <class Format>
 int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
   Device device;
-  if (const int status = device.look(args.device)) return status;
+  if (const int status = look_at_device(args.device, device)) return status;
   const bool fused = args.workspace == nullptr && args.ncols > 0;
   const bool unstaged = !fused && args.x != nullptr && args.ncols > 0;
-  if (fused && !stages_inside(device.major, args.ncols, args.m)) return BCY_ERROR_INVALID_ARGUMENT;
+  if (fused && !stages_inside(device.arch, args.ncols, args.m)) return BCY_ERROR_INVALID_ARGUMENT;
   if (unstaged) {
     if (const int status = gguf_stage(args, Format::kMinima, gives_turns<Format>, stream))
       return status;
@@ -321,26 +322,27 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   const auto streamed = [&](auto* tile, auto* ring) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     using Ring = std::remove_pointer_t<decltype(ring)>;
-    return launch_streamed<Tile, Ring>(args, staged, device, extra, early, stream);
+    return launch_streamed<Tile, Ring>(args, staged, device, extra, early,
+                                       args.overlap != 0 && !unstaged, stream);
   };
   // Two tiles to choose from, and three rings. The bits are the same.
   constexpr auto narrow = [](auto tokens) {
     return static_cast<StagedTile<Format, decltype(tokens)::value, 1, 2>*>(nullptr);
   };
-  // Many tokens leave no registers to load activations ahead of minima, nor, with what k-quants
-  // add, to take two rows of tiles.
+  // Many tokens leave no registers to load activations ahead, nor, with what minima and scales of
+  // halves take, for two tiles of rows.
   constexpr auto wide = [](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
     constexpr bool kLarge = Format::kMinima > 0 || Format::kScaleElements == 16;
     constexpr int kRowTiles = kTokens == 32 && kLarge ? 1 : 2;
-    constexpr bool kAhead = kTokens <= 8 || Format::kMinima == 0;
+    constexpr bool kAhead = kTokens <= 8 || (kTokens == 16 && !kLarge);
     return static_cast<StagedTile<Format, kTokens, kRowTiles, 1, kAhead>*>(nullptr);
   };
   constexpr std::integral_constant<int, 1> one{};
   constexpr std::integral_constant<int, 8> eight{};
   constexpr std::integral_constant<int, 16> sixteen{};
   constexpr std::integral_constant<int, 32> thirty_two{};
-  if (device.major < 8) {
+  if (device.arch < 800) {
     return args.m == 1 ? launch_direct(narrow(one), args, staged, stream)
                        : launch_direct(narrow(eight), args, staged, stream);
   }
@@ -356,8 +358,11 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   const auto by_rows = [&](auto* tile) { return streamed(tile, rows_for(tile)); };
   if (args.m > 16) return by_rows(wide(thirty_two));
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side.
-  const bool boxed = device.major >= 9 && args.nrows >= 3 * 32 * int64_t{device.processors};
+  const bool boxed = device.arch >= 900 && args.nrows >= 3 * 32 * int64_t{device.processors};
   if (args.m > 8) {
+    // Where 32 rows of scales of halves leave no registers for the places in boxes.
+    constexpr bool kHalves = Format::kScaleElements == 16 && !scales_fit_codes<Format>;
+    if constexpr (kHalves) return by_rows(wide(sixteen));
     return boxed ? streamed(wide(sixteen), boxes) : by_rows(wide(sixteen));
   }
   if (args.m > 1) return boxed ? streamed(wide(eight), boxes) : by_rows(narrow(eight));

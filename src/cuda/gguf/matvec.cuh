@@ -24,6 +24,9 @@ class FloatTile {
   static constexpr int kTokens = Tokens;
   static constexpr int kRows = RowTiles * kTileRows;
   static constexpr int kBlocks = Tokens == 1 ? 2 : 1;
+  // Of many tokens all arrive: racecheck does not see that a warp has met where the compiler finds
+  // it converged anyway.
+  static constexpr int kArrivals = Tokens == 1 ? 1 : 32;
 
   static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args&, const FloatInputs&,
                                                  uint8_t*) {}
@@ -131,28 +134,35 @@ class FloatTile {
 template <class Format>
 int GgufOperations<Format>::matvec(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
   Device device;
-  if (const int status = device.look(args.device)) return status;
+  if (const int status = look_at_device(args.device, device)) return status;
   const bool regular = rows_on_boundaries<Format>(args) && loads_four_at_once(args);
   return with_element(args.x_type, [&](auto x) {
     using X = decltype(x);
     const auto run = [&](auto* tile, auto* ring) {
       using Tile = std::remove_pointer_t<decltype(tile)>;
       using Ring = std::remove_pointer_t<decltype(ring)>;
-      if (device.major < 8) return launch_direct(tile, args, FloatInputs{}, stream);
-      return launch_streamed<Tile, Ring>(args, FloatInputs{}, device, 0, args.overlap != 0, stream);
+      if (device.arch < 800) return launch_direct(tile, args, FloatInputs{}, stream);
+      const bool overlap = args.overlap != 0;
+      return launch_streamed<Tile, Ring>(args, FloatInputs{}, device, 0, overlap, overlap, stream);
     };
-    if (!regular || device.major < 8) {
-      return run(static_cast<FloatTile<Format, X, 4, 1, false>*>(nullptr),
+    constexpr int kMany = sizeof(typename X::Storage) == 4 ? 2 : 4;  // tokens
+    if (!regular || device.arch < 800) {
+      return run(static_cast<FloatTile<Format, X, kMany, 1, false>*>(nullptr),
                  static_cast<RowRing<Format, 16, false>*>(nullptr));
     }
     if (args.m > 1) {
-      return run(static_cast<FloatTile<Format, X, 4, 1, true>*>(nullptr),
+      return run(static_cast<FloatTile<Format, X, kMany, 1, true>*>(nullptr),
                  static_cast<RowRing<Format, 16, true>*>(nullptr));
     }
-    // Minima leave no registers for two tiles of rows.
-    constexpr int kRowTiles = Format::kMinima > 0 ? 1 : 2;
-    return run(static_cast<FloatTile<Format, X, 1, kRowTiles, true>*>(nullptr),
-               static_cast<RowRing<Format, kRowTiles * kTileRows, true>*>(nullptr));
+    // Two tiles of rows share what is loaded of x, where there are rows enough, and registers.
+    constexpr bool kLarge = Format::kMinima > 0 || Format::kScaleElements == 16;
+    if (!kLarge && args.nrows >= 3 * 32 * int64_t{device.processors}) {
+      constexpr int kRowTiles = kLarge ? 1 : 2;
+      return run(static_cast<FloatTile<Format, X, 1, kRowTiles, true>*>(nullptr),
+                 static_cast<RowRing<Format, kRowTiles * kTileRows, true>*>(nullptr));
+    }
+    return run(static_cast<FloatTile<Format, X, 1, 1, true>*>(nullptr),
+               static_cast<RowRing<Format, 16, true>*>(nullptr));
   });
 }
 

@@ -13,9 +13,9 @@
 // What a lane adds up is a Tile: a struct with
 //   Format, Inputs                        weights, activations
 //   kRows, kTokens                        of a tile; rows are a multiple of 16
-//   kColumns                              tokens of which a lane holds sums, side by side
 //   kBlocks                               thread blocks whose registers fit a multiprocessor
-//   Tile(args, inputs, first_token, first_unit, memory)
+//   kArrivals                             lanes that say that their warp has read a stage: one, or
+//   all Tile(args, inputs, first_token, first_unit, memory)
 //                                         for the units first_unit, first_unit + 8, ..., if there
 //                                         are any
 //   clear()                               sums to zero
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
   if (threadIdx.x == kConsumers) {
     for (int i = 0; i < stages; ++i) {
       barrier_init(&filled[i], kCopyArrivals);
-      barrier_init(&emptied[i], kPartials);
+      barrier_init(&emptied[i], kPartials * Tile::kArrivals);
     }
     barrier_init_fence();
   }
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
         tile.add_unit(lanes.rows(ring + stage * Ring::kStageBytes), round, left, next);
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(&emptied[stage]);
+      if (lane < Tile::kArrivals) barrier_arrive(&emptied[stage]);
       if (++stage == stages) {
         stage = 0;
         phase ^= 1;
@@ -220,7 +220,7 @@ struct Geometry {
 
 // extra: bytes of shared memory that the activations take.
 template <class Tile, class Ring>
-int geometry_of(const Device& device, int64_t tiles, int64_t rounds, int extra, bool overlap,
+int geometry_of(const Device& device, int64_t tiles, int64_t rounds, int extra, bool alone,
                 Geometry& geometry) {
   const int fixed = Shared<Tile>::kBytes + kRingTail + extra;
   const int whole = device.shared_per_block;
@@ -235,8 +235,7 @@ int geometry_of(const Device& device, int64_t tiles, int64_t rounds, int extra, 
   if (stages > kMaxStages) stages = kMaxStages;
   if (stages > most) stages = most;
   // Few: what a block takes of the matrix is little more than the ring holds.
-  const bool leaves_room =
-      overlap && ceil_div(tiles, int64_t{device.processors}) * rounds <= stages;
+  const bool leaves_room = alone && ceil_div(tiles, int64_t{device.processors}) * rounds <= stages;
   const int64_t at_once = int64_t{device.processors} * (shares && !leaves_room ? Tile::kBlocks : 1);
   geometry.blocks = unsigned(tiles < at_once ? tiles : at_once);
   const int64_t needed = ceil_div(tiles, geometry.blocks) * rounds;
@@ -247,14 +246,13 @@ int geometry_of(const Device& device, int64_t tiles, int64_t rounds, int extra, 
 
 template <class Tile, class Ring>
 int launch_streamed(const bcy_gguf_matmul_args& args, const typename Tile::Inputs& inputs,
-                    const Device& device, int extra, bool early, cudaStream_t stream) {
+                    const Device& device, int extra, bool early, bool alone, cudaStream_t stream) {
   const int64_t passes = ceil_div(args.m, Tile::kTokens);
   const int64_t tiles = ceil_div(args.nrows, Tile::kRows) * passes;
   const int64_t rounds = ceil_div(args.ncols, kPartials * kUnit);
   if (tiles > kMaxGridX || args.ncols > kMaxColumns) return BCY_ERROR_TOO_LARGE;
   Geometry geometry;
-  if (const int status =
-          geometry_of<Tile, Ring>(device, tiles, rounds, extra, args.overlap != 0, geometry)) {
+  if (const int status = geometry_of<Tile, Ring>(device, tiles, rounds, extra, alone, geometry)) {
     return status;
   }
   typename Ring::Source source;

@@ -55,8 +55,8 @@ inline int64_t staged_bytes(int64_t ncols, int64_t m, int minima) {
 // A single token of up to kFusedElements is staged by the product itself: that every thread block
 // does it takes less time than a kernel of its own.
 constexpr int64_t kFusedElements = 8192;
-inline bool stages_inside(int compute_capability_major, int64_t ncols, int64_t m) {
-  return compute_capability_major >= 8 && m == 1 && ncols <= kFusedElements;
+inline bool stages_inside(int arch, int64_t ncols, int64_t m) {
+  return arch >= 800 && m == 1 && ncols <= kFusedElements;
 }
 
 struct Staged {
@@ -91,11 +91,9 @@ __device__ __forceinline__ int sum_of_four_lanes(int value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
 __device__ __forceinline__ int sum_of_codes(uint32_t codes) {
   return __dp4a(int(codes), 0x01010101, 0);
 }
-#endif
 
 // One unit of one token: lane 4 g + t has words t and t + 4 of group g in x.
 template <int Tokens, int Minima>
@@ -128,7 +126,6 @@ __device__ __forceinline__ void stage_unit(const bcy_gguf_matmul_args& args, con
     if (t == 1 && alone) two[1] = 0.0f;
   };
   put(Record::kScalesAt + pair * Record::kScales, scale.scale);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
   if constexpr (Minima == 1) {
     const int sum = sum_of_codes(words.x) + sum_of_codes(words.y);
     put(Record::kSumsAt + pair * Record::kScales, staged_sum(scale, sum_of_four_lanes(sum)));
@@ -140,7 +137,6 @@ __device__ __forceinline__ void stage_unit(const bcy_gguf_matmul_args& args, con
           staged_sum(scale, sum_of_four_lanes(sums[half])));
     }
   }
-#endif
 }
 
 // What a lane has of one unit of one token; zeros past the ends.
