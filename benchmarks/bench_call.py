@@ -6,7 +6,7 @@
 
 By kind of array; frameworks that are not installed are left out. Loops of 300 calls with no
 synchronization inside; reported are the median and the lowest of 25 loops, a call. The bare launch
-is the same two C functions on plain addresses, less what ctypes needs to call them. With
+is the same C functions on plain addresses, less what ctypes needs to call them. With
 apache-tvm-ffi installed, its empty function taking three of the same arrays stands beside.
 """
 
@@ -110,8 +110,10 @@ class Bench:
     def bare(self, **addresses: int) -> tuple[float, float]:
         """Time staging and product from C on plain addresses."""
         functions = native.Native(self.device)
-        # The legacy default stream, or one thread.
-        where = bcy.LEGACY_DEFAULT_STREAM.handle if self.device == "cuda" else 1
+        if self.device == "cuda":  # where the product stages
+            steps, where = [functions.matmul], bcy.LEGACY_DEFAULT_STREAM.handle
+        else:  # on one thread
+            steps, where = [functions.stage, functions.matmul], 1
 
         def both(m: int) -> Callable[[], Any]:
             arguments = native.MatmulArgs(
@@ -127,12 +129,12 @@ class Bench:
             )
 
             def call(arguments=arguments) -> None:
-                functions.stage(native.address(arguments), where)
-                functions.matmul(native.address(arguments), where)
+                for function in steps:
+                    function(native.address(arguments), where)
 
             return call
 
-        # With M = 0 the same two functions return at once: what is left is the way there.
+        # With M = 0 the same functions return at once: what is left is the way there.
         return difference(self.time(both(1)), self.time(both(0)))
 
     def run(self) -> None:

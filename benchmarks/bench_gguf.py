@@ -3,20 +3,31 @@
 
     python benchmarks/bench_gguf.py --output benchmarks/results/h100.json
     python benchmarks/bench_gguf.py --formats Q4_K Q8_0 --shapes 4096x4096 --m 1 8 --quick
+    python benchmarks/bench_gguf.py --kinds product chain
     python benchmarks/bench_gguf.py --device cpu
 
 GPU: every sample replays a CUDA graph of calls that walk over copies of the weight, at least 256 MB
-in all, so that no call finds its weight in the cache; reported is the median of 21 samples of at
-least 4 ms. Each cell is timed twice: the *product* alone, its activations already staged, and the
-whole *call*, float16 in and out. Beside it stand a kernel that only reads as many bytes, and
-float16 torch.matmul where torch is installed. Needs CuPy.
+in all, so that no call finds its weight in the cache; reported is the median of 11 samples of at
+least 4 ms. Needs CuPy. What is timed, the kernels free to overlap (programmatic dependent launch),
+products and calls also without that:
 
-CPU: the weights rotate over about 200 MB; one thread and two; float32 in and out.
+product     staged activations times the weight
+call        everything from float16 activations to float16 output
+float       the same for one token whose activations are not staged
+dequantize  the weight to float16 and bfloat16
+chain       a call in a row of 32, each on the output of the one before it
 
-64 rows of the last output of every cell are compared with a float64 product.
+Beside them stand kernels that only read, or copy, as many bytes in the same way, and float16
+torch.matmul where torch is installed.
+
+CPU: product and call, float32 in and out; the weights rotate over about 200 MB; one thread and two.
+
+64 rows of the last output of every cell are compared with a float64 product. The document is
+written after each format.
 """
 
 import argparse
+import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +42,12 @@ import render
 import baracuda_cy as bcy
 
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "128256x4096")
+KINDS = {"cuda": ("product", "call", "float", "dequantize", "chain"), "cpu": ("product", "call")}
 TILE_ROWS = 128  # rows that are really quantized; a weight repeats them, each copy from another on
 ERROR_LIMIT = 2e-2  # staging costs 5e-3; anything near this is a wrong kernel
+GRAPH_CALLS = 32  # in a CUDA graph at least: between two graphs nothing overlaps
+CHAIN, CHAIN_M = 32, (1, 8)
+LARGE = 1 << 30  # bytes that show what the memory gives
 
 
 class Times(NamedTuple):
@@ -55,27 +70,34 @@ class Weights:
 
     def __init__(self, block_format: str, ncols: int) -> None:
         rng = np.random.default_rng(ncols)
-        values = rng.standard_normal((TILE_ROWS, ncols), dtype=np.float32) * np.float32(0.02)
+        values = rng.standard_normal((TILE_ROWS, ncols), dtype=np.float32)
+        values *= np.float32(ncols**-0.5)  # a product is as large as its activations
         packed = bcy.quantize(values, block_format)
         self.format = bcy.GgufBlockFormat(block_format)
         self.ncols = ncols
         self.tile = np.asarray(packed.data).view(np.uint8).reshape(TILE_ROWS, -1)
         self.exact = np.asarray(bcy.dequantize(packed, "float32")).astype(np.float64)
 
+    def nbytes(self, nrows: int) -> int:
+        return nrows * self.tile.shape[1]
+
     def rows(self, nrows: int, copy: int) -> np.ndarray:
         """Return which row of the tile each row of a copy is."""
         return (np.arange(nrows) + 7 * copy) % TILE_ROWS
 
+    def checked(self, nrows: int, copy: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the 64 rows of a copy that are checked: their numbers, and their weights."""
+        picked = np.linspace(0, nrows - 1, 64).astype(int)
+        return picked, self.exact[self.rows(nrows, copy)[picked]]
+
     def error(self, output: np.ndarray, activations: np.ndarray, copy: int) -> float:
         """Relative L2 distance of 64 rows of an output [M, nrows] from the float64 product."""
-        nrows = output.shape[1]
-        columns = np.linspace(0, nrows - 1, 64).astype(int)
-        expected = activations.astype(np.float64) @ self.exact[self.rows(nrows, copy)[columns]].T
-        difference = output[:, columns].astype(np.float64) - expected
-        return float(np.linalg.norm(difference) / np.linalg.norm(expected))
+        picked, exact = self.checked(output.shape[1], copy)
+        return distance(output[:, picked], activations.astype(np.float64) @ exact.T)
 
-    def descriptor(self, nrows: int, m: int, element: str) -> bcy.GgufMmvqMultiMDescriptor:
-        return bcy.GgufMmvqMultiMDescriptor(
+    def descriptor(self, kind: type, nrows: int, m: int, element: str) -> Any:
+        """Return the descriptor of a product, of class `kind`."""
+        return kind(
             nrows=nrows,
             ncols=self.ncols,
             m=m,
@@ -84,9 +106,9 @@ class Weights:
             output=element,
         )
 
-    def arguments(self, nrows: int, m: int, element: str, **addresses: int) -> native.MatmulArgs:
+    def arguments(self, nrows: int, m: int, element: str, **more: int) -> native.MatmulArgs:
         return native.MatmulArgs(
-            **addresses,
+            **more,
             nrows=nrows,
             ncols=self.ncols,
             m=m,
@@ -98,21 +120,33 @@ class Weights:
         )
 
 
+def distance(output: np.ndarray, exact: np.ndarray) -> float:
+    """Relative L2 distance of an output from what it should be."""
+    return float(np.linalg.norm(output.astype(np.float64) - exact) / np.linalg.norm(exact))
+
+
 def copies_for(nbytes: int, rotate: int) -> int:
     """Return how many buffers of `nbytes` make up `rotate` bytes: two at least."""
     return max(2, -(-rotate // nbytes))
 
 
 def cell(
-    device: str, kind: str, weights: Weights, nrows: int, m: int, times: Times, error: float
+    device: str,
+    kind: str,
+    weights: Weights,
+    nrows: int,
+    m: int,
+    times: Times,
+    error: float,
+    written: int = 0,
 ) -> dict[str, Any]:
     """Return one cell of the document; stop where the output was wrong."""
-    nbytes = nrows * weights.tile.shape[1]
     if not error < ERROR_LIMIT:
         raise SystemExit(
             f"{weights.format.name} {nrows}x{weights.ncols} M={m} {kind}: "
             f"relative error {error:.3g}, expected below {ERROR_LIMIT}"
         )
+    nbytes = weights.nbytes(nrows) + written
     return {
         "device": device,
         "kind": kind,
@@ -164,7 +198,8 @@ class GpuTimer:
         return Times(median / nodes, lowest / nodes)
 
     def calls(self, calls: list[Callable[[], Any]], **how: Any) -> Times:
-        """Time one of `calls`, captured in the order given."""
+        """Time one of `calls`, captured in the order given, in as many rounds as make a graph."""
+        calls = calls * rounds_of(calls)
         with self.stream:
             calls[0]()  # loads the kernel, which a capture must not
             self.stream.synchronize()
@@ -173,6 +208,11 @@ class GpuTimer:
                 call()
             graph = self.stream.end_capture()
         return self.replays(lambda: graph.launch(self.stream), len(calls), **how)
+
+
+def rounds_of(calls: list[Any]) -> int:
+    """Return how often to go through `calls` for one graph."""
+    return -(-GRAPH_CALLS // len(calls))
 
 
 class Ceilings:
@@ -184,72 +224,109 @@ class Ceilings:
         self.cupy, self.timer, self.rotate = cupy, timer, rotate
         source = (Path(__file__).parent / "kernels.cu").read_text()
         self.module = cupy.RawModule(code=source, options=("-std=c++17",))
+        self.driver = native.Driver()
         self.sink = cupy.zeros(1, dtype=cupy.uint32)
-        self.known: dict[int, tuple[float, str]] = {}
+        self.buffers: dict[str, Any] = {}
+        self.known: dict[tuple[Any, ...], tuple[float, str]] = {}
 
-    def reader(self, each: int, threads: int, address: int, nbytes: int) -> Callable[[], Any]:
-        kernel = self.module.get_function(f"read_{each}")
-        count = nbytes // 16
-        blocks = -(-count // (each * threads))
-        arguments = (np.uintp(address), np.int64(count), self.sink)
-        return lambda: kernel((blocks,), (threads,), arguments)
+    def launches(
+        self, name: str, blocks: int, threads: int, overlap: bool, *arguments: Any
+    ) -> Callable[[], Any]:
+        function, stream = self.module.get_function(name).kernel.ptr, self.timer.stream.ptr
+        launch = self.driver.launch
+        return lambda: launch(function, blocks, threads, arguments, stream, overlap)
 
-    def memory(self, nbytes: int):
-        """Return bytes that no compression makes smaller."""
-        words = self.cupy.arange(-(-nbytes // 4), dtype=self.cupy.uint32)
-        words *= np.uint32(2654435761)
-        return words.view(self.cupy.uint8)
+    def buffer(self, name: str, nbytes: int, copies: int) -> list[int]:
+        """Return where `copies` buffers begin, of bytes that no compression makes smaller."""
+        step = -(-nbytes // 256) * 256
+        if name not in self.buffers or self.buffers[name].nbytes < copies * step:
+            self.buffers.pop(name, None)
+            words = self.cupy.arange(copies * step // 4, dtype=self.cupy.uint32)
+            words *= np.uint32(2654435761)
+            self.buffers[name] = words
+            self.cupy.cuda.Device().synchronize()
+        start = self.buffers[name].data.ptr
+        return list(range(start, start + copies * step, step))
 
-    def read(self, nbytes: int) -> tuple[float, str]:
+    def fastest(
+        self, key: tuple[Any, ...], variants: Callable[[int, int], list[Callable[[], Any]]]
+    ) -> tuple[float, str]:
+        """Return seconds and name of the fastest variant: vectors a thread, threads a block."""
+        if key not in self.known:
+            most = 4 if key[0] == "copy" else 8
+            shapes = [(n, threads) for n in (1, 2, 4, 8) if n <= most for threads in (256, 512)]
+            rough = {
+                shape: self.timer.calls(variants(*shape), samples=3, minimum=5e-4)
+                for shape in shapes
+            }
+            each, threads = min(rough, key=rough.__getitem__)
+            name = f"{each} x 16 B a thread, blocks of {threads}"
+            self.known[key] = self.timer.calls(variants(each, threads)).median, name
+        return self.known[key]
+
+    def read(self, nbytes: int, overlap: bool) -> tuple[float, str]:
         """Seconds of the fastest kernel that only reads so many bytes, others each time; its name.
 
         Parameters
         ----------
         nbytes : int
             Bytes of one weight.
+        overlap : bool
+            Whether the next kernel may start while this one reads.
         """
-        if nbytes not in self.known:
-            copies = copies_for(nbytes, self.rotate)
-            step = -(-nbytes // 256) * 256
-            memory = self.memory(copies * step)
-            self.cupy.cuda.Device().synchronize()
+        starts = self.buffer("source", nbytes, copies_for(nbytes, self.rotate))
+        count = -(-nbytes // 16)
+        sink = ctypes.c_void_p(self.sink.data.ptr)
 
-            def calls(each: int, threads: int) -> list[Callable[[], Any]]:
-                starts = range(memory.data.ptr, memory.data.ptr + copies * step, step)
-                return [self.reader(each, threads, start, nbytes) for start in starts]
+        def variants(each: int, threads: int) -> list[Callable[[], Any]]:
+            where = f"read_{each}", -(-count // (each * threads)), threads, overlap
+            return [
+                self.launches(*where, ctypes.c_void_p(start), ctypes.c_int64(count), sink)
+                for start in starts
+            ]
 
-            rough = {
-                (each, threads): self.timer.calls(calls(each, threads), samples=3, minimum=5e-4)
-                for each in (1, 2, 4, 8)
-                for threads in (256, 512)
-            }
-            best = min(rough, key=rough.__getitem__)
-            name = f"{best[0]} x 16 B a thread, blocks of {best[1]}"
-            self.known[nbytes] = self.timer.calls(calls(*best)).median, name
-        return self.known[nbytes]
+        return self.fastest(("read", nbytes, overlap), variants)
 
-    def summary(self) -> dict[str, float]:
+    def copy(self, nbytes: int, written: int) -> tuple[float, str]:
+        """Seconds of the fastest kernel that reads `nbytes` and writes `written`, no fewer."""
+        sources = self.buffer("source", nbytes, copies_for(nbytes, self.rotate))
+        targets = self.buffer("target", written, copies_for(written, self.rotate))
+        counts = -(-nbytes // 16), -(-written // 16)
+
+        def variants(each: int, threads: int) -> list[Callable[[], Any]]:
+            blocks = -(-counts[1] // (each * threads))
+            share = -(-counts[0] // blocks)
+            return [
+                self.launches(
+                    f"copy_{each}",
+                    blocks,
+                    threads,
+                    False,
+                    ctypes.c_void_p(source),
+                    ctypes.c_int64(counts[0]),
+                    ctypes.c_int64(share),
+                    ctypes.c_void_p(targets[i % len(targets)]),
+                    ctypes.c_int64(counts[1]),
+                )
+                for i, source in enumerate(sources)
+            ]
+
+        return self.fastest(("copy", nbytes, written), variants)
+
+    def summary(self) -> dict[str, Any]:
         """Return the figures of large transfers and of an empty kernel."""
-        free = self.cupy.cuda.runtime.memGetInfo()[0]
-        nbytes = min(4 << 30, free // 4 & ~0xFFF)
-        source, target = self.memory(nbytes), self.memory(nbytes)
-        self.cupy.cuda.Device().synchronize()
-        count = nbytes // 16
-        copy = self.module.get_function("copy")
-        empty = self.module.get_function("empty")
-        grid, block = (-(-count // 512),), (512,)
-        copied = self.timer.calls([lambda: copy(grid, block, (source, np.int64(count), target))])
-        read = min(
-            self.timer.calls([self.reader(each, threads, source.data.ptr, nbytes)])
-            for each in (2, 4)
-            for threads in (256, 512)
-        )
-        nothing = self.timer.calls([lambda: empty((1,), (32,), ())] * 256)
+        nbytes = min(LARGE, self.cupy.cuda.runtime.memGetInfo()[0] // 8 & ~0xFFF)
+        empty = {
+            overlap: self.timer.calls([self.launches("empty", 1, 32, overlap)] * 256).median
+            for overlap in (False, True)
+        }
         return {
             "bytes": nbytes,
-            "read_gb_s": round(nbytes / read.median / 1e9, 1),
-            "copy_gb_s": round(2 * nbytes / copied.median / 1e9, 1),
-            "empty_node_us": round(nothing.median * 1e6, 3),
+            "read_gb_s": round(nbytes / self.read(nbytes, False)[0] / 1e9, 1),
+            "read_overlap_gb_s": round(nbytes / self.read(nbytes, True)[0] / 1e9, 1),
+            "copy_gb_s": round(2 * nbytes / self.copy(nbytes, nbytes)[0] / 1e9, 1),
+            "empty_us": round(empty[False] * 1e6, 3),
+            "empty_overlap_us": round(empty[True] * 1e6, 3),
         }
 
 
@@ -263,6 +340,7 @@ def dense_seconds(
         return {}
     copies = copies_for(2 * nrows * ncols, rotate)
     weights = [torch.randn(nrows, ncols, device="cuda", dtype=torch.float16) for _ in range(copies)]
+    walk = weights * rounds_of(weights)
     stream = torch.cuda.ExternalStream(timer.stream.ptr)
 
     def one(m: int) -> float:
@@ -274,192 +352,312 @@ def dense_seconds(
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for weight in weights:
+            for weight in walk:
                 torch.matmul(x, weight.T, out=y)
 
         def launch() -> None:
             with torch.cuda.stream(stream):
                 graph.replay()
 
-        return timer.replays(launch, copies).median
+        return timer.replays(launch, len(walk)).median
 
     result = {m: one(m) for m in ms}
     weights.clear()
+    walk.clear()
     torch.cuda.empty_cache()
     return result
 
 
-def gpu_times(
-    timer: GpuTimer, functions: native.Native, weights: Weights, nrows: int, m: int, packed: list
-) -> Iterator[tuple[str, Times, float]]:
-    """Yield kind, times and error of the call, then of the product on what the call staged."""
-    import cupy
+class GpuBench:
+    """Times what there is to time of a weight on the GPU.
 
-    rng = np.random.default_rng(m)
-    host = rng.standard_normal((m, weights.ncols), dtype=np.float32).astype(np.float16)
-    x, y = cupy.asarray(host), cupy.empty((m, nrows), dtype=cupy.float16)
-    plan = bcy.GgufMmvqMultiMPlan.select("cuda:0", weights.descriptor(nrows, m, "float16"))
-    workspace = cupy.empty(plan.workspace_size, dtype=cupy.uint8)
-    stream = bcy.Stream.from_handle(timer.stream.ptr, device=0, owner=timer.stream)
-    arguments = [
-        weights.arguments(
-            nrows,
-            m,
-            "float16",
-            weight=w.data.ptr,
-            x=x.data.ptr,
-            y=y.data.ptr,
-            workspace=workspace.data.ptr,
+    Parameters
+    ----------
+    result : dict
+        The document, whose settings it follows and whose machine and ceilings it fills in.
+    options : argparse.Namespace
+        Kinds, shapes and M.
+    """
+
+    def __init__(self, result: dict[str, Any], options: argparse.Namespace) -> None:
+        try:
+            import cupy
+        except ImportError:
+            raise SystemExit(
+                "The GPU benchmark needs CuPy: pip install 'cupy-cuda13x[ctk]'"
+            ) from None
+        from baracuda_cy import _cuda
+
+        settings = result["settings"]
+        self.cupy, self.options, self.rotate = cupy, options, settings["rotate_bytes"]
+        self.timer = GpuTimer(settings["samples"], settings["sample_ms"] * 1e-3)
+        self.stream = bcy.Stream.from_handle(
+            self.timer.stream.ptr, device=0, owner=self.timer.stream
         )
-        for w in packed
-    ]
+        self.functions = native.Native("cuda")
+        self.ceilings = Ceilings(self.timer, self.rotate)
+        self.dense: dict[tuple[int, int], dict[int, float]] = {}  # seconds by shape and M
+        self.floats: bcy.DeviceBuffer | None = None  # what dequantizing writes
+        result["machine"]["gpu"] = (result["machine"]["gpu"] or {"name": _cuda.device_name(0)}) | {
+            "architectures": list(_cuda.architectures()),
+            "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(),
+            "cuda_driver": cupy.cuda.runtime.driverGetVersion(),
+            "multiprocessors": cupy.cuda.Device(0).attributes["MultiProcessorCount"],
+        }
+        result["ceilings"] = self.ceilings.summary()
 
-    def call(w) -> Callable[[], Any]:
-        return lambda: plan.run(w, x, y, workspace=workspace, stream=stream)
+    def cells(self, weights: Weights, nrows: int) -> Iterator[dict[str, Any]]:
+        """Yield the cells of one format and shape."""
+        tile = self.cupy.asarray(weights.tile)
+        packed = [
+            tile[self.cupy.asarray(weights.rows(nrows, i))].ravel()
+            for i in range(copies_for(weights.nbytes(nrows), self.rotate))
+        ]
+        self.cupy.cuda.Device().synchronize()
+        kinds, ms = self.options.kinds, self.options.m
+        shape = nrows, weights.ncols
+        if "call" in kinds and shape not in self.dense:
+            self.dense[shape] = dense_seconds(self.timer, *shape, ms, self.rotate)
+        for m in ms:
+            yield from self.products(weights, nrows, m, packed)
+        if "chain" in kinds and nrows == weights.ncols:
+            for m in ms:
+                if m in CHAIN_M:
+                    yield self.chain(weights, m, packed)
+        if "dequantize" in kinds:
+            for element in ("float16", "bfloat16"):
+                yield self.dequantize(weights, nrows, element, packed)
+        del tile, packed
+        self.cupy.get_default_memory_pool().free_all_blocks()
 
-    def product(a: native.MatmulArgs) -> Callable[[], Any]:
-        return lambda: functions.matmul(native.address(a), timer.stream.ptr)
+    def activations(self, weights: Weights, m: int) -> np.ndarray:
+        rng = np.random.default_rng(m)
+        return rng.standard_normal((m, weights.ncols), np.float32).astype(np.float16)
 
-    for kind, calls in (
-        ("call", [call(w) for w in packed]),
-        ("product", [product(a) for a in arguments]),
-    ):
-        y.fill(0)
-        cupy.cuda.Device().synchronize()
-        times = timer.calls(calls)
-        yield kind, times, weights.error(y.get(), host, len(packed) - 1)
+    def beside_read(
+        self, one: dict[str, Any], weights: Weights, times: Times, overlap: bool
+    ) -> dict[str, Any]:
+        """Add to a cell how it compares with a kernel that only reads the weight."""
+        read, reader = self.ceilings.read(weights.nbytes(one["nrows"]), overlap)
+        return one | {
+            "overlap": overlap,
+            "read_us": round(read * 1e6, 3),
+            "read_kernel": reader,
+            "percent_of_read": round(100 * read / times.median, 1),
+        }
+
+    def products(
+        self, weights: Weights, nrows: int, m: int, packed: list
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the cells of products and calls for one M."""
+        host = self.activations(weights, m)
+        x, y = self.cupy.asarray(host), self.cupy.empty((m, nrows), dtype=self.cupy.float16)
+        dense = self.dense.get((nrows, weights.ncols), {}).get(m)
+        for kind, overlap, calls in self.timed(weights, nrows, m, packed, x, y):
+            y.fill(0)
+            self.cupy.cuda.Device().synchronize()
+            times = self.timer.calls(calls)
+            error = weights.error(y.get(), host, len(packed) - 1)
+            one = cell("cuda", kind, weights, nrows, m, times, error)
+            one = self.beside_read(one, weights, times, overlap)
+            if kind == "call" and dense:
+                one["dense_us"] = round(dense * 1e6, 3)
+                one["dense_ratio"] = round(dense / times.median, 3)
+            yield one
+
+    def timed(
+        self, weights: Weights, nrows: int, m: int, packed: list, x: Any, y: Any
+    ) -> Iterator[tuple[str, bool, list[Callable[[], Any]]]]:
+        """Yield kind, overlap and calls, each on another copy of the weight."""
+        kinds = self.options.kinds
+        nbytes = self.functions.workspace_size(int(weights.format), weights.ncols, m)
+        workspace = self.cupy.empty(nbytes, dtype=self.cupy.uint8)
+        if "product" in kinds:
+            places = {"y": y.data.ptr, "workspace": workspace.data.ptr}
+            staged = weights.arguments(nrows, m, "float16", x=x.data.ptr, **places)
+            self.cupy.cuda.Device().synchronize()
+            self.functions.stage(native.address(staged), self.timer.stream.ptr)
+            for overlap in (True, False):
+                arguments = [
+                    weights.arguments(
+                        nrows, m, "float16", weight=w.data.ptr, overlap=overlap, **places
+                    )
+                    for w in packed
+                ]
+                yield "product", overlap, [self.product(a) for a in arguments]
+        if "call" in kinds:
+            for overlap in (True, False):
+                plan = self.plan(weights, nrows, m, overlap)
+                yield "call", overlap, [self.call(plan, w, x, y, workspace) for w in packed]
+        if "float" in kinds and m == 1:
+            plan = bcy.GgufMmvqPlan.select(
+                "cuda:0",
+                weights.descriptor(bcy.GgufMmvqDescriptor, nrows, m, "float16"),
+                bcy.PlanPreference(overlap=True),
+            )
+            yield "float", True, [self.call(plan, w, x, y, None) for w in packed]
+
+    def plan(self, weights: Weights, nrows: int, m: int, overlap: bool) -> bcy.GgufMmvqMultiMPlan:
+        return bcy.GgufMmvqMultiMPlan.select(
+            "cuda:0",
+            weights.descriptor(bcy.GgufMmvqMultiMDescriptor, nrows, m, "float16"),
+            bcy.PlanPreference(overlap=overlap),
+        )
+
+    def product(self, arguments: native.MatmulArgs) -> Callable[[], Any]:
+        return lambda: self.functions.matmul(native.address(arguments), self.timer.stream.ptr)
+
+    def call(self, plan: Any, w: Any, x: Any, y: Any, workspace: Any) -> Callable[[], Any]:
+        return lambda: plan.run(w, x, y, workspace=workspace, stream=self.stream)
+
+    def chain(self, weights: Weights, m: int, packed: list) -> dict[str, Any]:
+        """Return the cell of calls of which each takes the output of the one before it."""
+        n = weights.ncols
+        plan = self.plan(weights, n, m, True)
+        workspace = self.cupy.empty(plan.workspace_size, dtype=self.cupy.uint8)
+        x = self.cupy.asarray(self.activations(weights, m))
+        outputs = [self.cupy.empty((m, n), dtype=self.cupy.float16) for _ in range(2)]
+        self.cupy.cuda.Device().synchronize()
+        calls = []
+        for i in range(CHAIN * -(-len(packed) // CHAIN)):
+            source = outputs[(i - 1) % 2] if i % CHAIN else x
+            w = packed[i % len(packed)]
+            calls.append(self.call(plan, w, source, outputs[i % 2], workspace))
+        times = self.timer.calls(calls)
+        before, last = (outputs[i % 2].get() for i in (len(calls) - 2, len(calls) - 1))
+        error = weights.error(last, before, (len(calls) - 1) % len(packed))
+        one = cell("cuda", "chain", weights, n, m, times, error)
+        return self.beside_read(one, weights, times, True)
+
+    def dequantize(
+        self, weights: Weights, nrows: int, element: str, packed: list
+    ) -> dict[str, Any]:
+        """Return the cell of unpacking the weight."""
+        shape = nrows, weights.ncols
+        written = 2 * nrows * weights.ncols
+        copies = copies_for(written, self.rotate)
+        if self.floats is None or self.floats.nbytes < copies * written:
+            self.floats = None
+            self.floats = bcy.DeviceBuffer(copies * written, stream=self.stream)
+        outputs = [
+            bcy.DeviceArray(shape, element, self.floats, offset=i * written) for i in range(copies)
+        ]
+        plan = bcy.GgufDequantizePlan.select(
+            "cuda:0",
+            bcy.GgufDequantizeDescriptor(
+                nrows=nrows, ncols=weights.ncols, block_format=weights.format, output=element
+            ),
+        )
+
+        def call(i: int) -> Callable[[], Any]:
+            return lambda: plan.run(packed[i], outputs[i % copies], stream=self.stream)
+
+        times = self.timer.calls([call(i) for i in range(len(packed))])
+        picked, exact = weights.checked(nrows, len(packed) - 1)
+        last = (len(packed) - 1) % copies
+        # As the halves that CuPy knows.
+        bits = self.cupy.asarray(
+            bcy.DeviceArray(shape, "float16", self.floats, offset=last * written)
+        )
+        output = floats(bits[self.cupy.asarray(picked)].get().view(np.uint16), element)
+        error = distance(output, exact)
+        one = cell("cuda", "dequantize", weights, nrows, 0, times, error, written)
+        copy, copier = self.ceilings.copy(weights.nbytes(nrows), written)
+        return one | {
+            "output": element,
+            "copy_us": round(copy * 1e6, 3),
+            "copy_kernel": copier,
+            "percent_of_copy": round(100 * copy / times.median, 1),
+        }
 
 
-def bench_gpu(result: dict[str, Any], options: argparse.Namespace) -> None:
-    try:
-        import cupy
-    except ImportError:
-        raise SystemExit("The GPU benchmark needs CuPy: pip install 'cupy-cuda13x[ctk]'") from None
-
-    from baracuda_cy import _cuda
-
-    settings = result["settings"]
-    rotate = settings["rotate_bytes"]
-    timer = GpuTimer(settings["samples"], settings["sample_ms"] * 1e-3)
-    ceilings = Ceilings(timer, rotate)
-    functions = native.Native("cuda")
-    pool = cupy.get_default_memory_pool()
-
-    result["machine"]["gpu"] = (result["machine"]["gpu"] or {"name": _cuda.device_name(0)}) | {
-        "architectures": list(_cuda.architectures()),
-        "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(),
-        "cuda_driver": cupy.cuda.runtime.driverGetVersion(),
-        "multiprocessors": cupy.cuda.Device(0).attributes["MultiProcessorCount"],
-    }
-    result["ceilings"] = ceilings.summary()
-    pool.free_all_blocks()
-
-    progress = harness.Progress(len(options.shapes) * len(options.formats))
-    for shape in options.shapes:
-        nrows, ncols = map(int, shape.split("x"))
-        dense = dense_seconds(timer, nrows, ncols, options.m, rotate)
-        for block_format in options.formats:
-            weights = Weights(block_format, ncols)
-            nbytes = nrows * weights.tile.shape[1]
-            read, reader = ceilings.read(nbytes)
-            pool.free_all_blocks()
-            tile = cupy.asarray(weights.tile)
-            packed = [
-                tile[cupy.asarray(weights.rows(nrows, i))].ravel()
-                for i in range(copies_for(nbytes, rotate))
-            ]
-            for m in options.m:
-                for kind, times, error in gpu_times(timer, functions, weights, nrows, m, packed):
-                    one = cell("cuda", kind, weights, nrows, m, times, error)
-                    one["read_us"] = round(read * 1e6, 3)
-                    one["read_kernel"] = reader
-                    one["percent_of_read"] = round(100 * read / times.median, 1)
-                    if dense:
-                        one["dense_us"] = round(dense[m] * 1e6, 3)
-                        one["dense_ratio"] = round(dense[m] / times.median, 3)
-                    result["cells"].append(one)
-            packed.clear()
-            pool.free_all_blocks()
-            progress.step(f"{shape} {block_format}")
+def floats(bits: np.ndarray, element: str) -> np.ndarray:
+    """Return the values of two-byte floats."""
+    if element == "float16":
+        return bits.view(np.float16)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 # ---- CPU -----------------------------------------------------------------------------------------
 
 
-def cpu_times(
-    settings: dict[str, Any],
-    functions: native.Native,
-    weights: Weights,
-    nrows: int,
-    m: int,
-    threads: int,
-    packed: list[np.ndarray],
-) -> Iterator[tuple[str, Times, float]]:
-    """Yield kind, times and error of the call, then of the product on what the call staged."""
-    x = np.random.default_rng(m).standard_normal((m, weights.ncols), dtype=np.float32)
-    y = np.zeros((m, nrows), dtype=np.float32)
-    plan = bcy.GgufMmvqMultiMPlan.select(
-        "cpu", weights.descriptor(nrows, m, "float32"), bcy.PlanPreference(threads=threads)
-    )
-    workspace = bcy.Workspace(plan.workspace_size, device="cpu")
-    arguments = [
-        weights.arguments(
-            nrows,
-            m,
-            "float32",
-            weight=w.ctypes.data,
-            x=x.ctypes.data,
-            y=y.ctypes.data,
-            workspace=workspace.ptr,
+class CpuBench:
+    """Times products and calls of a weight on the CPU.
+
+    Parameters
+    ----------
+    result : dict
+        The document, whose settings it follows and whose machine it fills in.
+    options : argparse.Namespace
+        Kinds, threads and M.
+    """
+
+    def __init__(self, result: dict[str, Any], options: argparse.Namespace) -> None:
+        from baracuda_cy import _cpu
+
+        self.options, self.settings = options, result["settings"]
+        self.functions = native.Native("cpu")
+        result["machine"]["isa"] = _cpu.isa()
+
+    def cells(self, weights: Weights, nrows: int) -> Iterator[dict[str, Any]]:
+        """Yield the cells of one format and shape."""
+        copies = copies_for(weights.nbytes(nrows), self.settings["rotate_bytes"])
+        packed = [weights.tile[weights.rows(nrows, i)].ravel() for i in range(copies)]
+        for m in self.options.m:
+            for threads in self.options.threads:
+                for kind, times, error in self.products(weights, nrows, m, threads, packed):
+                    yield cell("cpu", kind, weights, nrows, m, times, error) | {"threads": threads}
+
+    def products(
+        self, weights: Weights, nrows: int, m: int, threads: int, packed: list[np.ndarray]
+    ) -> Iterator[tuple[str, Times, float]]:
+        """Yield kind, times and error of the call, and of the product on what was staged."""
+        x = np.random.default_rng(m).standard_normal((m, weights.ncols), dtype=np.float32)
+        y = np.zeros((m, nrows), dtype=np.float32)
+        plan = bcy.GgufMmvqMultiMPlan.select(
+            "cpu",
+            weights.descriptor(bcy.GgufMmvqMultiMDescriptor, nrows, m, "float32"),
+            bcy.PlanPreference(threads=threads),
         )
-        for w in packed
-    ]
+        workspace = bcy.Workspace(plan.workspace_size, device="cpu")
+        arguments = [
+            weights.arguments(
+                nrows,
+                m,
+                "float32",
+                weight=w.ctypes.data,
+                x=x.ctypes.data,
+                y=y.ctypes.data,
+                workspace=workspace.ptr,
+            )
+            for w in packed
+        ]
+        self.functions.stage(native.address(arguments[0]), threads)
 
-    def call(i: int) -> None:
-        plan.run(packed[i], x, y, workspace=workspace)
+        def call(i: int) -> None:
+            plan.run(packed[i], x, y, workspace=workspace)
 
-    def product(i: int) -> None:
-        functions.matmul(native.address(arguments[i]), threads)
+        def product(i: int) -> None:
+            self.functions.matmul(native.address(arguments[i]), threads)
 
-    for kind, run in (("call", call), ("product", product)):
-        y.fill(0)
-        at = 0
+        for kind, run in (("call", call), ("product", product)):
+            if kind not in self.options.kinds:
+                continue
+            y.fill(0)
+            at = 0
 
-        def sample(repeats: int, run=run) -> float:
-            nonlocal at
-            start = time.perf_counter()
-            for i in range(at, at + repeats):
-                run(i % len(packed))
-            spent = time.perf_counter() - start
-            at += repeats
-            return spent
+            def sample(repeats: int, run=run) -> float:
+                nonlocal at
+                start = time.perf_counter()
+                for i in range(at, at + repeats):
+                    run(i % len(packed))
+                spent = time.perf_counter() - start
+                at += repeats
+                return spent
 
-        minimum = settings["sample_ms"] * 1e-3
-        median, lowest, _ = harness.times_of(sample, samples=settings["samples"], minimum=minimum)
-        yield kind, Times(median, lowest), weights.error(y, x, (at - 1) % len(packed))
-
-
-def bench_cpu(result: dict[str, Any], options: argparse.Namespace) -> None:
-    from baracuda_cy import _cpu
-
-    settings = result["settings"]
-    functions = native.Native("cpu")
-    result["machine"]["isa"] = _cpu.isa()
-    progress = harness.Progress(len(options.shapes) * len(options.formats))
-    for shape in options.shapes:
-        nrows, ncols = map(int, shape.split("x"))
-        for block_format in options.formats:
-            weights = Weights(block_format, ncols)
-            copies = copies_for(nrows * weights.tile.shape[1], settings["rotate_bytes"])
-            packed = [weights.tile[weights.rows(nrows, i)].ravel() for i in range(copies)]
-            for m in options.m:
-                for threads in options.threads:
-                    for kind, times, error in cpu_times(
-                        settings, functions, weights, nrows, m, threads, packed
-                    ):
-                        one = cell("cpu", kind, weights, nrows, m, times, error)
-                        result["cells"].append(one | {"threads": threads})
-            progress.step(f"{shape} {block_format}")
+            samples, minimum = self.settings["samples"], self.settings["sample_ms"] * 1e-3
+            median, lowest, _ = harness.times_of(sample, samples=samples, minimum=minimum)
+            yield kind, Times(median, lowest), weights.error(y, x, (at - 1) % len(packed))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -469,6 +667,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--formats", nargs="+", default=every, choices=every, metavar="FORMAT")
     parser.add_argument("--shapes", nargs="+", metavar="NROWSxNCOLS")
     parser.add_argument("--m", nargs="+", type=int)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS["cuda"], metavar="KIND")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="CPU backend")
     parser.add_argument("--rotate", type=int, metavar="MB", help="of weight copies to walk over")
     options = parser.parse_args(arguments)
@@ -477,17 +676,26 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     cuda = device == "cuda"
     options.shapes = options.shapes or list(SHAPES if cuda else SHAPES[:1])
     options.m = options.m or ([1, 2, 4, 8, 16, 32] if cuda else [1, 8])
+    options.kinds = options.kinds or KINDS[device]
+    if unknown := set(options.kinds) - set(KINDS[device]):
+        parser.error(f"--kinds on {device}: expected some of {KINDS[device]}, got {unknown}")
     settings = {
-        "samples": 5 if options.quick else 21,
+        "samples": 5 if options.quick else 11,
         "sample_ms": 1.0 if options.quick else 4.0,
         "rotate_bytes": (options.rotate or (256 if cuda else 200)) * 10**6,
         "element": "float16" if cuda else "float32",
         "quick": options.quick,
     }
     result = harness.document("gguf", settings, harness.machine(options.commit))
-    (bench_gpu if cuda else bench_cpu)(result, options)
-    if options.output:
-        harness.save(result, options.output)
+    bench = (GpuBench if cuda else CpuBench)(result, options)
+    progress = harness.Progress(len(options.formats) * len(options.shapes))
+    for block_format in options.formats:
+        for shape in options.shapes:
+            nrows, ncols = map(int, shape.split("x"))
+            result["cells"] += bench.cells(Weights(block_format, ncols), nrows)
+            progress.step(f"{block_format} {shape}")
+        if options.output:
+            harness.save(result, options.output)
     print(render.tables(harness.check(result)))
     return result
 

@@ -26,14 +26,14 @@ SCHEMA = "baracuda-cy/benchmark/1"
 CELL = {
     "gguf": {
         "device": str,
-        "kind": str,  # "product": activations already staged; "call": float activations in and out
+        "kind": str,  # what is timed; bench_gguf.py says what there is
         "format": str,
         "nrows": int,
         "ncols": int,
-        "m": int,
+        "m": int,  # tokens; 0 where the weight is only unpacked
         "us": float,  # the median of the samples
         "us_lowest": float,
-        "gb_s": float,  # packed weight bytes over time
+        "gb_s": float,  # packed weight bytes, and dense ones that are written, over time
         "error": float,  # relative L2 against float64, over the rows that were checked
     },
     "call": {"device": str, "array": str, "call": str, "us": float, "us_lowest": float},
@@ -98,8 +98,12 @@ def save(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     cells = ",\n".join("    " + json.dumps(cell) for cell in result["cells"])
     body = json.dumps(head, indent=2)[:-2] + f',\n  "cells": [\n{cells}\n  ]\n}}\n'
     json.loads(body)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(body)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Whoever is stopped while writing leaves the document that was there.
+    fresh = path.with_name(path.name + ".part")
+    fresh.write_text(body)
+    fresh.replace(path)
 
 
 def output_of(*command: str) -> str | None:
@@ -185,6 +189,7 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.start = total, 0, time.monotonic()
+        self.shown = self.start
 
     def step(self, text: str) -> None:
         self.done += 1
@@ -193,7 +198,8 @@ class Progress:
         line = f"[{self.done}/{self.total}] {text}  ({left:.0f} s left)"
         if sys.stderr.isatty():
             print(f"\r{line:<100}", end="\n" if self.done == self.total else "", file=sys.stderr)
-        elif self.done % 25 == 0 or self.done == self.total:
+        elif time.monotonic() - self.shown > 5 or self.done == self.total:
+            self.shown = time.monotonic()
             print(line, file=sys.stderr, flush=True)
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C functions behind the plans, callable from Python on plain addresses.
+"""The C functions behind the plans, callable from Python on plain addresses, and kernels to compare
+them with, launched as they are.
 
-A benchmark needs them to time the product without its staging, and to know what a launch costs
+A benchmark needs the first to time the product without its staging, and to know what a launch costs
 with no Python objects around it. Cython publishes what its modules share as capsules; ctypes makes
-functions of them.
+functions of them. It needs the second because CuPy launches no kernel that may overlap.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 ELEMENT = {"float32": 1, "float16": 2, "bfloat16": 3}
@@ -47,10 +49,14 @@ def exported(module: Any, name: str, prototype: Any) -> Any:
 class Native:
     """Staging and product of one backend; a failing call raises what the package raises.
 
+    `stage` and `matmul` take the arguments' address and a stream, or a number of threads.
+    `workspace_size` takes a format, K and M, and returns the bytes that `stage` writes. On CUDA
+    `matmul` stages too, unless x is NULL: then it multiplies what the workspace holds.
+
     Parameters
     ----------
     device : {"cuda", "cpu"}
-        The backend. Its functions take the arguments' address and a stream, or a number of threads.
+        The backend.
     """
 
     def __init__(self, device: str) -> None:
@@ -63,10 +69,80 @@ class Native:
             from baracuda_cy import _cpu as module
 
             prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+        size = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
         self.stage = exported(module, "gguf_stage", prototype)
         self.matmul = exported(module, "gguf_matmul", prototype)
+        self.workspace_size = exported(module, "gguf_workspace_size", size)
 
 
 def address(arguments: MatmulArgs) -> int:
     """Return where the arguments are; they must outlive the call."""
     return ctypes.addressof(arguments)
+
+
+class LaunchAttribute(ctypes.Structure):
+    """`CUlaunchAttribute` of cuda.h."""
+
+    _fields_ = [("id", ctypes.c_int), ("value", ctypes.c_uint64 * 8)]
+
+
+class LaunchConfig(ctypes.Structure):
+    """`CUlaunchConfig` of cuda.h."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed.
+OVERLAP = LaunchAttribute(6, (1,))
+
+
+class Driver:
+    """The CUDA driver, for launches that may overlap with the kernel ahead of them."""
+
+    def __init__(self) -> None:
+        self.launch_kernel = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+        self.launch_kernel.argtypes = [ctypes.c_void_p] * 4
+        self.launch_kernel.restype = ctypes.c_int
+
+    def launch(
+        self,
+        function: int,
+        blocks: int,
+        threads: int,
+        arguments: Sequence[Any],
+        stream: int,
+        overlap: bool,
+    ) -> None:
+        """Launch a kernel.
+
+        Parameters
+        ----------
+        function : int
+            The kernel's ``CUfunction``.
+        blocks, threads : int
+            The grid, and a block of it.
+        arguments : sequence of ctypes values
+            The kernel's arguments, each of its exact type.
+        stream : int
+            Handle of a stream.
+        overlap : bool
+            Whether the kernel may start before the one ahead of it is done.
+        """
+        config = LaunchConfig(
+            grid=(blocks, 1, 1),
+            block=(threads, 1, 1),
+            stream=stream,
+            attributes=ctypes.pointer(OVERLAP),
+            attribute_count=int(overlap),
+        )
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        status = self.launch_kernel(ctypes.addressof(config), function, pointers, None)
+        if status:
+            raise RuntimeError(f"cuLaunchKernelEx: CUDA error {status}")

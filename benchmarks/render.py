@@ -2,25 +2,31 @@
 """Turn benchmark documents into Markdown tables and a plot.
 
     python benchmarks/render.py benchmarks/results/*.json
-    python benchmarks/render.py benchmarks/results/h100.json --plot h100.svg
+    python benchmarks/render.py benchmarks/results/h100.json --plot docs/h100.svg
     python benchmarks/render.py --update README.md docs/benchmarks.md
 
 `--update` rewrites what stands between ``<!-- benchmark: results/h100.json -->`` and
-``<!-- end benchmark -->``, so that every figure in a page comes out of a measured document.
+``<!-- end benchmark -->``, so that every figure in a page comes out of a measured document; with
+``results/h100.json summary`` it is the document in short.
 """
 
 import argparse
+import itertools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
+import targets
 
 HERE = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- benchmark: (\S+) -->\n).*?(<!-- end benchmark -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- benchmark: (\S+)( summary)? -->\n).*?(<!-- end benchmark -->)", re.DOTALL
+)
 
 Key = tuple[Any, ...]
 
@@ -90,67 +96,161 @@ def machine_line(result: dict[str, Any]) -> str:
 def ceilings_line(result: dict[str, Any]) -> str:
     c = result["ceilings"]
     return (
-        f"In the same process: {c['read_gb_s']:.0f} GB/s read, {c['copy_gb_s']:.0f} GB/s copied "
-        f"(read + written), {c['empty_node_us']:.2f} µs for an empty kernel of a graph.\n"
+        f"In the same process: {c['read_gb_s']:.0f} GB/s read ({c['read_overlap_gb_s']:.0f} where "
+        f"kernels overlap), {c['copy_gb_s']:.0f} GB/s copied (read + written), "
+        f"{c['empty_us']:.2f} µs for an empty kernel of a graph "
+        f"({c['empty_overlap_us']:.2f} where kernels overlap).\n"
     )
 
 
-def product_text(cell: dict[str, Any]) -> str:
-    return f"{cell['us']:.1f} ({cell['gb_s']:.0f}, {cell['percent_of_read']:.0f} %)"
+def us_text(us: float) -> str:
+    return f"{us:.2f}" if us < 10 else f"{us:.1f}"
 
 
-def call_text(cell: dict[str, Any]) -> str:
-    ratio = f" ({cell['dense_ratio']:.2f}x)" if "dense_ratio" in cell else ""
-    return f"{cell['us']:.1f}{ratio}"
+def column_shape(column: Key) -> str:
+    return ", ".join(map(str, column))
 
 
-def of_gpu(result: dict[str, Any]) -> Iterator[str]:
-    """Yield the tables of a GPU's products and calls, shape by shape."""
-    cells = [c for c in result["cells"] if c["device"] == "cuda"]
-    for shape in distinct((c["nrows"], c["ncols"]) for c in cells):
-        here = [c for c in cells if (c["nrows"], c["ncols"]) == shape]
-        name = "{} x {}".format(*shape)
-        calls = {(c["format"], c["m"]): c for c in here if c["kind"] == "call"}
-        products = {(c["format"], c["m"]): c for c in here if c["kind"] == "product"}
-        if products:
+def pairs_of(cells: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
+    """Return cells by format and M, the overlapping one before the other."""
+    pairs: dict[Key, list[dict[str, Any]]] = {}
+    for c in sorted(cells, key=lambda c: not c["overlap"]):
+        pairs.setdefault((c["format"], c["m"]), []).append(c)
+    return pairs
+
+
+def product_text(pair: list[dict[str, Any]]) -> str:
+    us = " / ".join(us_text(c["us"]) for c in pair)
+    percent = " / ".join(f"{c['percent_of_read']:.0f}" for c in pair)
+    return f"{us} ({percent} %)"
+
+
+def call_text(pair: list[dict[str, Any]]) -> str:
+    ratio = f" ({pair[0]['dense_ratio']:.2f}x)" if "dense_ratio" in pair[0] else ""
+    return " / ".join(us_text(c["us"]) for c in pair) + ratio
+
+
+def of_shape(result: dict[str, Any], cells: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the tables of a GPU's products and calls of one shape."""
+    name = targets.shape_name(cells[0])
+    products = pairs_of([c for c in cells if c["kind"] == "product"])
+    calls = pairs_of([c for c in cells if c["kind"] == "call"])
+    if products:
+        yield table(
+            f"{name}, product of staged activations, overlapping / not: µs (% of only reading)",
+            {key: product_text(pair) for key, pair in products.items()},
+            "format",
+            column_m,
+        )
+    if calls:
+        texts = {key: call_text(pair) for key, pair in calls.items()}
+        for (_, m), pair in calls.items():
+            if "dense_us" in pair[0]:
+                texts["torch float16", m] = us_text(pair[0]["dense_us"])
+        dense = any("dense_us" in pair[0] for pair in calls.values())
+        unit = "µs (times as fast as torch float16)" if dense else "µs"
+        yield table(
+            f"{name}, whole call, float16 in and out, overlapping / not: {unit}",
+            texts,
+            "format",
+            column_m,
+        )
+    for peer in peers(result):
+        compared = targets.ratios((pair[0] for pair in calls.values()), peer)
+        texts = {
+            (c["format"], c["m"]): f"{us_text(c['us'] / ratio)} ({ratio:.2f})"
+            for c, ratio in compared
+        }
+        if texts:
             yield table(
-                f"{name}, product of staged activations: µs (GB/s of weights, % of only reading)",
-                {key: product_text(c) for key, c in products.items()},
-                "format",
-                column_m,
-            )
-        if calls:
-            texts = {key: call_text(c) for key, c in calls.items()}
-            for (_, m), c in calls.items():
-                if "dense_us" in c:
-                    texts["torch float16", m] = f"{c['dense_us']:.1f}"
-            dense = any("dense_us" in c for c in calls.values())
-            unit = "µs (times as fast as torch float16)" if dense else "µs"
-            yield table(
-                f"{name}, whole call, float16 in and out: {unit}",
+                f"{name}, {peer['peer']} {peer['version']}, recorded on {peer['machine']}: "
+                "µs (the time of the call above over it)",
                 texts,
                 "format",
                 column_m,
             )
-        for peer in peers(result):
-            theirs = {
-                (c["format"], c["m"]): c["us"]
-                for c in peer["cells"]
-                if (c["nrows"], c["ncols"]) == shape
-            }
-            texts = {
-                key: f"{theirs[key]:.1f} ({theirs[key] / c['us']:.2f})"
-                for key, c in calls.items()
-                if key in theirs
-            }
-            if texts:
-                yield table(
-                    f"{name}, {peer['peer']} {peer['version']}, recorded on {peer['machine']}: "
-                    "µs (over the time of the call above)",
-                    texts,
-                    "format",
-                    column_m,
-                )
+
+
+def of_gpu(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the tables of a GPU: shape by shape, then what has a table for all shapes."""
+    cells = [c for c in result["cells"] if c["device"] == "cuda"]
+    multiplied = [c for c in cells if c["kind"] in ("product", "call")]
+    for shape in distinct(map(targets.shape_name, multiplied)):
+        yield from of_shape(result, [c for c in multiplied if targets.shape_name(c) == shape])
+    yield from of_comparisons(result)
+    for kind, title, key, text in (
+        (
+            "float",
+            "One token, activations not staged, overlapping: µs (% of only reading)",
+            lambda c: (c["format"], targets.shape_name(c)),
+            lambda c: f"{us_text(c['us'])} ({c['percent_of_read']:.0f} %)",
+        ),
+        (
+            "chain",
+            "Overlapping calls in a row, each on the output of the one before it: "
+            "µs each (% of only reading)",
+            lambda c: (c["format"], targets.shape_name(c), f"M = {c['m']}"),
+            lambda c: f"{us_text(c['us'])} ({c['percent_of_read']:.0f} %)",
+        ),
+        (
+            "dequantize",
+            "Unpacking the weight: µs (% of a copy that reads and writes as much)",
+            lambda c: (c["format"], targets.shape_name(c), c["output"]),
+            lambda c: f"{us_text(c['us'])} ({c['percent_of_copy']:.0f} %)",
+        ),
+    ):
+        texts = {key(c): text(c) for c in cells if c["kind"] == kind}
+        if texts:
+            yield table(title, texts, "format", column_shape)
+    if targets.GPU in (result["machine"]["gpu"] or {}).get("name", ""):
+        yield from of_targets(list(targets.checks(result, peers(result))))
+
+
+def of_comparisons(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the table of overlapping calls beside what others take, over all formats and shapes."""
+    calls = [c for c in result["cells"] if c["kind"] == "call" and c.get("overlap")]
+    dense = [(c, 1 / c["dense_ratio"]) for c in calls if "dense_ratio" in c]
+    others = [(f"{p['peer']} as recorded", targets.ratios(calls, p)) for p in peers(result)]
+    texts = {}
+    for name, compared in (*others, ("float16 torch.matmul", dense)):
+        for m in distinct(c["m"] for c, _ in compared):
+            here = [(ratio, c) for c, ratio in compared if c["m"] == m]
+            worst, cell = max(here, key=lambda one: one[0])
+            mean = statistics.geometric_mean(ratio for ratio, _ in here)
+            texts[f"{name}: geometric mean", m] = f"{mean:.2f}"
+            where = f"{cell['format']}, {targets.shape_name(cell)}"
+            texts[f"{name}: highest", m] = f"{worst:.2f} ({where})"
+    if texts:
+        title = "Time of a whole overlapping call over that of others, all formats and shapes"
+        yield table(title, texts, "over", column_m)
+
+
+def of_targets(checks: list[targets.Check]) -> Iterator[str]:
+    """Yield the table of the targets, then the cells that miss them."""
+
+    def verdict(check: targets.Check) -> str:
+        return f"misses by {check.short:.3g}" if check.short > 0 else "meets"
+
+    texts, missed = {}, []
+    for target in distinct(check.target for check in checks):
+        here = [check for check in checks if check.target == target]
+        rows = {check.row for check in here if check.short > 0}
+        misses = {
+            (c.row, c.column): f"{c.measured:.3g} (misses {c.wanted:g} by {c.short:.2g})"
+            if c.short > 0
+            else ""
+            for c in here
+            if c.row in rows
+        }
+        worst = max(here, key=lambda check: check.short)
+        texts[target, "cells"] = str(len(here))
+        texts[target, "meet it"] = str(sum(check.short <= 0 for check in here))
+        texts[target, "furthest from it"] = f"{worst.row}, {worst.column}: {verdict(worst)}"
+        if misses:
+            missed.append(table(f"Below target: {target}", misses, "format", column_shape))
+    if texts:
+        yield table("Targets", texts, "target", column_shape)
+    yield from missed
 
 
 def of_cpu(result: dict[str, Any]) -> Iterator[str]:
@@ -191,6 +291,25 @@ def of_calls(result: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def summary(result: dict[str, Any]) -> str:
+    """Return a GPU's document in short: percent of only reading, and what others take."""
+    spans: dict[Key, list[dict[str, Any]]] = {}
+    for c in result["cells"]:
+        if c["kind"] == "product" and c.get("overlap"):
+            label = f"{c['format']}, {targets.bits(c):g} bits"
+            spans.setdefault((label, c["m"]), []).append(c)
+    texts = {}
+    for key, cells in spans.items():
+        percents = [c["percent_of_read"] for c in cells]
+        texts[key] = f"{min(percents):.0f} to {max(percents):.0f}"
+    title = (
+        "Product of staged activations: % of the speed of only reading, "
+        f"lowest to highest of {len(distinct(map(targets.shape_name, result['cells'])))} shapes"
+    )
+    parts = [machine_line(result), table(title, texts, "format", column_m), *of_comparisons(result)]
+    return "\n".join(parts)
+
+
 def tables(result: dict[str, Any]) -> str:
     """Return a document as Markdown: the machine, then its tables."""
     parts = [machine_line(result)]
@@ -205,39 +324,78 @@ def tables(result: dict[str, Any]) -> str:
 
 def update(page: str, base: Path = HERE) -> str:
     """Return a page with its benchmark blocks rendered from the documents they name."""
-    return BLOCK.sub(lambda m: f"{m[1]}\n{tables(harness.load(base / m[2]))}\n{m[3]}", page)
+
+    def block(m: re.Match[str]) -> str:
+        text = (summary if m[3] else tables)(harness.load(base / m[2]))
+        return f"{m[1]}\n{text}\n{m[4]}"
+
+    return BLOCK.sub(block, page)
+
+
+def percents(result: dict[str, Any]) -> dict[str, dict[Key, float]]:
+    """Return, by what was timed, percent of only reading by shape, format and M.
+
+    Kernels overlap. A recorded peer is held against the same kernel that only reads.
+    """
+    found: dict[str, dict[Key, float]] = {}
+    read: dict[Key, float] = {}
+    for name, kind in (("product of staged activations", "product"), ("whole call", "call")):
+        cells = [c for c in result["cells"] if c["kind"] == kind and c.get("overlap")]
+        keyed = {(targets.shape_name(c), c["format"], c["m"]): c for c in cells}
+        found[name] = {key: c["percent_of_read"] for key, c in keyed.items()}
+        read |= {key: c["read_us"] for key, c in keyed.items()}
+    for peer in peers(result):
+        keyed = {(targets.shape_name(c), c["format"], c["m"]): c["us"] for c in peer["cells"]}
+        name = f"{peer['peer']} as recorded, whole call"
+        found[name] = {key: 100 * read[key] / us for key, us in keyed.items() if key in read}
+    return {name: cells for name, cells in found.items() if cells}
 
 
 def plot(result: dict[str, Any], path: str) -> None:
-    """Draw how many times as fast as float16 torch.matmul calls are over M, a panel a shape."""
+    """Draw percent of only reading by format and M: a column a shape, a row what was timed."""
     import matplotlib as mpl
 
     mpl.use("svg" if path.endswith(".svg") else "agg")
     from matplotlib import pyplot as plt
 
-    cells = [c for c in result["cells"] if c["kind"] == "call" and "dense_ratio" in c]
-    if not cells:
-        raise SystemExit("nothing to draw: the document has no torch.matmul beside its calls")
-    shapes = distinct((c["nrows"], c["ncols"]) for c in cells)
-    size = (3.4 * len(shapes), 3.4)
-    figure, axes = plt.subplots(
-        1, len(shapes), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        for name in distinct(c["format"] for c in cells):
-            curve = [
-                (c["m"], c["dense_ratio"])
-                for c in cells
-                if (c["nrows"], c["ncols"], c["format"]) == (*shape, name)
-            ]
-            axis.plot(*zip(*curve, strict=True), marker=".", label=name)
-        axis.axhline(1, color="0.6", linewidth=1)
-        axis.set_xscale("log", base=2)
-        axis.set(title="{} x {}".format(*shape), xlabel="M (tokens)")
-    axes[0, 0].set_ylabel("times as fast as float16 torch.matmul")
-    axes[0, -1].legend(fontsize="x-small", ncols=2)
-    figure.savefig(path)
-    plt.close(figure)
+    found = percents(result)
+    if not found:
+        raise SystemExit("nothing to draw: the document has no overlapping products or calls")
+    keys = distinct(key for cells in found.values() for key in cells)
+    shapes, formats, ms = (distinct(key[i] for key in keys) for i in range(3))
+    style = {
+        "font.size": 7,
+        "font.sans-serif": ["DejaVu Sans"],
+        "svg.fonttype": "none",
+        "svg.hashsalt": "benchmark",
+    }
+    with mpl.rc_context(style):
+        size = 1 + 2.4 * len(shapes), 0.6 + (0.5 + 0.16 * len(formats)) * len(found)
+        figure, axes = plt.subplots(
+            len(found), len(shapes), figsize=size, squeeze=False, layout="constrained",
+            sharex=True, sharey=True,
+        )  # fmt: skip
+        for row, (name, cells) in zip(axes, found.items(), strict=True):
+            for axis, shape in zip(row, shapes, strict=True):
+                values = [[cells.get((shape, f, m), float("nan")) for m in ms] for f in formats]
+                axis.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+                for y, x in itertools.product(range(len(formats)), range(len(ms))):
+                    value = values[y][x]
+                    if value == value:
+                        color = "white" if value < 60 else "black"
+                        axis.text(x, y, f"{value:.0f}", color=color, ha="center", va="center")
+                axis.set_xticks(range(len(ms)), ms)
+                axis.set_yticks(range(len(formats)), formats)
+                axis.tick_params(length=0)
+            row[0].set_ylabel(name)
+        for axis, shape in zip(axes[0], shapes, strict=True):
+            axis.set_title(shape)
+        for axis in axes[-1]:
+            axis.set_xlabel("M (tokens)")
+        gpu = (result["machine"]["gpu"] or {}).get("name", "")
+        figure.suptitle(f"% of the speed of a kernel that only reads the weight, {gpu}")
+        figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
+        plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:

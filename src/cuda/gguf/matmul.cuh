@@ -24,7 +24,6 @@ class StagedTile {
   static constexpr int kTokens = Tokens;
   static constexpr int kRows = RowTiles * kTileRows;
   static constexpr int kBlocks = Blocks;
-  static constexpr int kArrivals = 1;
 
   // Stages the units of this warp, where the product does so itself.
   static constexpr int kStagedAtOnce = 4;
@@ -358,7 +357,8 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   const auto by_rows = [&](auto* tile) { return streamed(tile, rows_for(tile)); };
   if (args.m > 16) return by_rows(wide(thirty_two));
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side.
-  const bool boxed = device.arch >= 900 && args.nrows >= 3 * 32 * int64_t{device.processors};
+  const bool boxed = device.arch >= 900 && args.nrows >= 3 * 32 * int64_t{device.processors} &&
+                     args.nrows <= INT32_MAX;  // places in boxes are 32 bits
   if (args.m > 8) {
     // Where 32 rows of scales of halves leave no registers for the places in boxes.
     constexpr bool kHalves = Format::kScaleElements == 16 && !scales_fit_codes<Format>;

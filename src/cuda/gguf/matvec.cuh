@@ -24,9 +24,6 @@ class FloatTile {
   static constexpr int kTokens = Tokens;
   static constexpr int kRows = RowTiles * kTileRows;
   static constexpr int kBlocks = Tokens == 1 ? 2 : 1;
-  // Of many tokens all arrive: racecheck does not see that a warp has met where the compiler finds
-  // it converged anyway.
-  static constexpr int kArrivals = Tokens == 1 ? 1 : 32;
 
   static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args&, const FloatInputs&,
                                                  uint8_t*) {}

@@ -14,7 +14,6 @@
 //   Format, Inputs                        weights, activations
 //   kRows, kTokens                        of a tile; rows are a multiple of 16
 //   kBlocks                               thread blocks whose registers fit a multiprocessor
-//   kArrivals                             lanes that say that their warp has read a stage: one, or
 //   all Tile(args, inputs, first_token, first_unit, memory)
 //                                         for the units first_unit, first_unit + 8, ..., if there
 //                                         are any
@@ -129,7 +128,6 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
   auto* const meetings = reinterpret_cast<Sums*>(emptied + kMaxStages);
   uint8_t* const ring = shared + Shared<Tile>::kBytes;
   const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
   const int groups = int(args.ncols / kGroup);
   const int units = (groups + kUnitGroups - 1) / kUnitGroups;
   const int rounds = (units + kPartials - 1) / kPartials;
@@ -137,7 +135,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
   if (threadIdx.x == kConsumers) {
     for (int i = 0; i < stages; ++i) {
       barrier_init(&filled[i], kCopyArrivals);
-      barrier_init(&emptied[i], kPartials * Tile::kArrivals);
+      barrier_init(&emptied[i], kConsumers);
     }
     barrier_init_fence();
   }
@@ -184,8 +182,8 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
         const int next = round + 1 < own_rounds ? round + 1 : 0;
         tile.add_unit(lanes.rows(ring + stage * Ring::kStageBytes), round, left, next);
       }
-      __syncwarp();
-      if (lane < Tile::kArrivals) barrier_arrive(&emptied[stage]);
+      // Every lane for itself: that costs no more than to meet in the warp first.
+      barrier_arrive(&emptied[stage]);
       if (++stage == stages) {
         stage = 0;
         phase ^= 1;
