@@ -237,9 +237,7 @@ def test_page_is_rendered_in_place(tmp_path):
 @pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
 def test_pages_show_the_recorded_documents(page):
     text = (ROOT / page).read_text()
-    for _, name, *_ in render.BLOCK.findall(text):
-        if not (BENCHMARKS / name).exists():
-            pytest.skip(f"{name} is not recorded")
+    assert render.BLOCK.search(text)
     assert render.update(text) == text
 
 
