@@ -14,6 +14,11 @@ from baracuda_cy import _cuda
 DRIVER = r"""
 #include <string.h>
 static int succeed(void) { return 0; }
+static int cuGetExportTable(const void** table, const void* id) {
+  (void)id;
+  *table = 0;
+  return 500;  /* not found */
+}
 int cuDriverGetVersion(int* version) { *version = 12000; return 0; }
 int cuInit(unsigned flags) { (void)flags; return 0; }
 int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned long long flags,
@@ -23,6 +28,7 @@ int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned
   *function = (void*)succeed;
   if (!strcmp(name, "cuDriverGetVersion")) *function = (void*)cuDriverGetVersion;
   if (!strcmp(name, "cuInit")) *function = (void*)cuInit;
+  if (!strcmp(name, "cuGetExportTable")) *function = (void*)cuGetExportTable;
   if (!strcmp(name, "cuGetProcAddress")) *function = (void*)cuGetProcAddress_v2;
   return 0;
 }

@@ -94,6 +94,10 @@ class ArchSku(Named):
         cls._value2member_map_[value] = member
         return member
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[ArchSku], tuple[int]]:
+        # By value: early releases of Python 3.11 pickle by name, and find no such member.
+        return ArchSku, (int(self),)
+
     def __repr__(self) -> str:
         return super().__repr__() if self.name in ArchSku.__members__ else f"ArchSku({int(self)})"
 
