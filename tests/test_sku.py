@@ -128,6 +128,7 @@ def test_fields_of_another_kind(fields, name):
         ({"threads": -1}, "threads"),
         ({"threads": 1.5}, "threads"),
         ({"threads": 2**40}, "threads"),
+        ({"overlap": 1}, "overlap"),
     ],
 )
 def test_preference_of_another_kind(fields, name):

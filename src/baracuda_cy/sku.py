@@ -122,7 +122,9 @@ def _integer(value: Any, argument: str) -> int:
 
 def _flag(value: Any, argument: str) -> bool:
     if value is not True and value is not False:
-        raise InvalidProblem(f"{argument}: expected True or False, got {value!r}")
+        raise InvalidProblem(
+            f"{argument}: expected True or False, got {value!r}; pass bool({argument})"
+        )
     return value
 
 
@@ -176,11 +178,7 @@ class PlanPreference(_Value):
     overlap: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.overlap, bool):
-            raise InvalidProblem(
-                f"overlap: expected True or False, got {self.overlap!r}; "
-                "leave it out for the default"
-            )
+        _flag(self.overlap, "overlap")
         if self.activations not in (None, "staged", "float"):
             raise InvalidProblem(
                 f'activations: expected "staged", "float" or None, got {self.activations!r}; '
