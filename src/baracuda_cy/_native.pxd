@@ -53,6 +53,66 @@ cdef extern from "baracuda/api.h" nogil:
         int32_t format
         int32_t x_type
 
+    enum:
+        BCY_NF4
+        BCY_FP4
+        BCY_BITSANDBYTES
+        BCY_ROW_PAIR
+
+    ctypedef struct bcy_nf4_weight:
+        const void* codes
+        const void* absmax
+        const float* nested_absmax
+        const float* nested_code
+        int64_t nrows
+        int64_t ncols
+        int32_t block_size
+        int32_t nested_block
+        float nested_offset
+        int32_t codebook
+        int32_t layout
+
+    ctypedef struct bcy_nf4_matmul_args:
+        bcy_nf4_weight weight
+        const void* x
+        void* y
+        const void* bias
+        int64_t m
+        int64_t x_stride
+        int64_t y_stride
+        int32_t x_type
+        int32_t y_type
+        int32_t device
+        int32_t overlap
+        int32_t exact
+
+    ctypedef struct bcy_nf4_dequantize_args:
+        bcy_nf4_weight weight
+        void* y
+        int64_t y_stride
+        int32_t y_type
+        int32_t device
+
+    ctypedef struct bcy_nf4_quantize_args:
+        const void* x
+        void* codes
+        float* absmax
+        int64_t count
+        int32_t block_size
+        int32_t codebook
+        int32_t x_type
+        int32_t device
+
+    ctypedef struct bcy_nf4_nest_args:
+        const float* absmax
+        void* codes
+        float* nested_absmax
+        const float* nested_code
+        int64_t count
+        int32_t nested_block
+        float offset
+        int32_t device
+
     int64_t bcy_gguf_block_elements(int32_t format)
     int64_t bcy_gguf_block_bytes(int32_t format)
     int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m)
@@ -69,6 +129,15 @@ cdef extern from "baracuda/api.h" nogil:
     int bcy_cpu_gguf_stage(const bcy_gguf_matmul_args* args, int threads)
     int bcy_cpu_gguf_matmul(const bcy_gguf_matmul_args* args, int threads)
     int bcy_cpu_gguf_quantize(const bcy_gguf_quantize_args* args, int threads)
+    int bcy_cuda_nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args, int32_t* answer)
+    int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args* args, void* stream)
+    int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream)
+    int bcy_cuda_nf4_quantize(const bcy_nf4_quantize_args* args, void* stream)
+    int bcy_cuda_nf4_nest(const bcy_nf4_nest_args* args, void* stream)
+    int bcy_cpu_nf4_matmul(const bcy_nf4_matmul_args* args, int threads)
+    int bcy_cpu_nf4_dequantize(const bcy_nf4_dequantize_args* args, int threads)
+    int bcy_cpu_nf4_quantize(const bcy_nf4_quantize_args* args, int threads)
+    int bcy_cpu_nf4_nest(const bcy_nf4_nest_args* args, int threads)
     int bcy_cpu_default_threads()
     const char* bcy_cpu_isa()
 

@@ -63,4 +63,12 @@ int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args*, void*) { return BCY_ERROR_
 int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args*, void*) { return BCY_ERROR_NO_CUDA; }
 int bcy_cuda_gguf_matmul(const bcy_gguf_matmul_args*, void*) { return BCY_ERROR_NO_CUDA; }
 
+int bcy_cuda_nf4_uses_tensor_cores(const bcy_nf4_matmul_args*, int32_t*) {
+  return BCY_ERROR_NO_CUDA;
+}
+int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args*, void*) { return BCY_ERROR_NO_CUDA; }
+int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args*, void*) { return BCY_ERROR_NO_CUDA; }
+int bcy_cuda_nf4_quantize(const bcy_nf4_quantize_args*, void*) { return BCY_ERROR_NO_CUDA; }
+int bcy_cuda_nf4_nest(const bcy_nf4_nest_args*, void*) { return BCY_ERROR_NO_CUDA; }
+
 }  // extern "C"
