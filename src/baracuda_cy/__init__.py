@@ -27,11 +27,15 @@ from baracuda_cy.ops import dequantize, linear, quantize
 from baracuda_cy.sku import (
     ArchSku,
     BackendKind,
+    Codebook,
     GgufDequantizeDescriptor,
     GgufMmvqDescriptor,
     GgufMmvqMultiMDescriptor,
     KernelSku,
     MathPrecision,
+    Nf4Descriptor,
+    Nf4Layout,
+    Nf4MmvqMultiMDescriptor,
     OpCategory,
     PlanPreference,
     PrecisionGuarantee,
@@ -43,7 +47,7 @@ from baracuda_cy.stream import (
     Event,
     Stream,
 )
-from baracuda_cy.tensor import GgufTensor
+from baracuda_cy.tensor import GgufTensor, NestedAbsmax, Nf4Tensor
 
 __version__ = "0.1.0"
 
@@ -53,6 +57,7 @@ __all__ = [
     "ArchSku",
     "BackendKind",
     "BaracudaError",
+    "Codebook",
     "CudaError",
     "DeviceArray",
     "DeviceBuffer",
@@ -71,6 +76,11 @@ __all__ = [
     "InvalidProblem",
     "KernelSku",
     "MathPrecision",
+    "NestedAbsmax",
+    "Nf4Descriptor",
+    "Nf4Layout",
+    "Nf4MmvqMultiMDescriptor",
+    "Nf4Tensor",
     "NotAnArray",
     "OpCategory",
     "OutOfMemory",

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any, final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from baracuda_cy.formats import GgufBlockFormat
 from baracuda_cy.plan import Plan
 from baracuda_cy.sku import (
@@ -73,4 +76,5 @@ def unpack(
 def pack(
     array: Any, block_format: GgufBlockFormat, threads: int
 ) -> tuple[Any, tuple[int, ...]]: ...
-def move(data: Any, nbytes: int, device: Any, stream: Any) -> Any: ...
+def fetch(data: Any, stream: Any = None) -> NDArray[np.uint8]: ...
+def move(data: Any, nbytes: int | None, device: Any, stream: Any) -> Any: ...

@@ -6,9 +6,9 @@
 cimport cython
 from cpython.ref cimport PyObject
 from cpython.type cimport PyType_IsSubtype
-from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from baracuda_cy cimport _cpu, _cuda
 from baracuda_cy._native cimport (
@@ -47,6 +47,7 @@ from baracuda_cy.plan cimport (
     Plan,
     checked,
     collapse_rows,
+    elements_of,
     find_stream,
     invalid,
     resolve_device,
@@ -891,11 +892,44 @@ def pack(array, block_format, threads):
     return data, shape
 
 
-def move(data, int64_t nbytes, device, stream):
-    """The first `nbytes` of packed `data` on `device`: `data` itself where it is there already."""
+def fetch(data, stream=None):
+    """A copy of the bytes of a contiguous array, wherever it is, as a NumPy array of uint8."""
+    cdef ArrayView view
+    cdef PyObject* arrays[SLOTS]
+    cdef int32_t device_type = HOST, device_id = 0
+    cdef int64_t nbytes
+    cdef void* handle = NULL
+    cdef char* to
+    import numpy as np
+
+    memset(&view, 0, sizeof(view))
+    memset(arrays, 0, sizeof(arrays))
+    arrays[WEIGHT] = <PyObject*>data
+    device_of(data, &device_type, &device_id)
+    # The copy runs in the order of the stream that the bytes are on, and is waited for.
+    find_stream(device_type, device_id, arrays, stream, &handle)
+    try:
+        acquire_view(data, &view, handle, device_type == CUDA, "data")
+        nbytes = elements_of(&view) * element_bytes(view.element)
+        result = np.empty(nbytes, np.uint8)
+        to = <char*><uintptr_t>result.ctypes.data
+        if nbytes and device_type == HOST:
+            memcpy(to, view.data, nbytes)
+        elif nbytes:
+            with nogil:
+                _cuda.copy(device_id, to, view.data, nbytes, handle)
+                _cuda.stream_synchronize(device_id, handle)
+    finally:
+        release_view(&view)
+    return result
+
+
+def move(data, nbytes, device, stream):
+    """The first `nbytes`, or all, of `data` on `device`: itself where it is there already."""
     cdef ArrayView source, target
     cdef int32_t device_type = HOST, device_id = 0
     cdef int32_t source_type = HOST, source_id = 0
+    cdef int64_t size
     cdef PyObject* arrays[SLOTS]
     cdef void* handle = NULL
     import numpy as np
@@ -905,26 +939,27 @@ def move(data, int64_t nbytes, device, stream):
     if device_type == source_type and (device_type == HOST or device_id == source_id):
         return data
     if source_type == HOST:
-        flat = data if isinstance(data, np.ndarray) else np.from_dlpack(data)
-        return DeviceBuffer.from_host(
-            flat.reshape(-1).view(np.uint8)[:nbytes], stream=stream, device=device_id
-        )
+        if nbytes is not None:
+            flat = data if isinstance(data, np.ndarray) else np.from_dlpack(data)
+            data = flat.reshape(-1).view(np.uint8)[:nbytes]
+        return DeviceBuffer.from_host(data, stream=stream, device=device_id)
+    if device_type == HOST:
+        return fetch(data, stream)[:nbytes]
     memset(&source, 0, sizeof(source))
     memset(&target, 0, sizeof(target))
     memset(arrays, 0, sizeof(arrays))
     arrays[WEIGHT] = <PyObject*>data
-    if device_type == HOST:
-        result = np.empty(nbytes, np.uint8)
-    else:
-        result = DeviceBuffer(nbytes, device=device_id)
-    # The copy runs in the order of the stream that the bytes are on, and is waited for.
     find_stream(CUDA, source_id, arrays, stream, &handle)
     try:
         acquire_view(data, &source, handle, True, "data")
+        size = elements_of(&source) * element_bytes(source.element)
+        if nbytes is not None:
+            size = min(size, nbytes)
+        result = DeviceBuffer(size, device=device_id)
         acquire_view(result, &target, handle, True, "result")
-        if nbytes:
+        if size:
             with nogil:
-                _cuda.copy(source_id, target.data, source.data, nbytes, handle)
+                _cuda.copy(source_id, target.data, source.data, size, handle)
                 _cuda.stream_synchronize(source_id, handle)
     finally:
         release_view(&source)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
+from baracuda_cy.formats import ElementKind
 from baracuda_cy.sku import KernelSku, PlanPreference, PrecisionGuarantee
 
 NAME_TABLE: tuple[tuple[str, ...], ...]
@@ -20,3 +21,6 @@ class Plan:
     def precision_guarantee(self) -> PrecisionGuarantee: ...
 
 def inspect_packed(data: Any, needed: int, alignment: int) -> str: ...
+def inspect_values(
+    data: Any, name: str, element: ElementKind | None, count: int | None
+) -> tuple[str, int]: ...

@@ -45,6 +45,9 @@ cdef extern from *:
 
 
 cdef enum:
+    F32 = 1
+    F16 = 2
+    BF16 = 3
     U8 = 4
     I8 = 5
 
@@ -188,6 +191,11 @@ cdef int64_t checked(object value, str argument) except -1:
     if value > LARGEST:
         raise invalid(argument, "at most 2**63 - 1", str(value), "split the problem")
     return value
+
+
+cdef bint stores_bytes(int element) noexcept nogil:
+    """Whether packed codes may come as an array of this type."""
+    return element in (U8, I8, F32, F16, BF16)
 
 
 cdef int64_t elements_of(const ArrayView* view) noexcept nogil:
@@ -545,5 +553,50 @@ def inspect_packed(object data, int64_t needed, int64_t alignment):
                 "copy it into an array of its own",
             )
         return device_name(view.device_type, view.device_id)
+    finally:
+        release_view(&view)
+
+
+def inspect_values(object data, str name, object element, object count):
+    """Check that `data` holds `count` values of type `element`; return its device and how many.
+
+    Without an element it is bytes that are counted, of any type that they may be stored as; without
+    a count there may be any number.
+    """
+    cdef ArrayView view
+    cdef int64_t size
+    memset(&view, 0, sizeof(view))
+    check_no_grad(data, name)
+    acquire_view(data, &view, NULL, False, name)
+    try:
+        if element is None and not stores_bytes(view.element):
+            raise invalid(
+                name, "uint8, or bytes stored as float32, float16 or bfloat16", describe(data),
+                "view the codes as bytes, as in .view(uint8)",
+            )
+        if element is not None and view.element != element:
+            raise invalid(name, element.dtype, describe(data), "convert it")
+        if not contiguous(&view):
+            raise invalid(
+                name, "contiguous memory", describe(data),
+                "copy it, as in .contiguous() or .copy()",
+            )
+        size = elements_of(&view)
+        unit = "elements"
+        if element is None:
+            size *= element_bytes(view.element)
+            unit = "bytes"
+        if count is not None and size != count:
+            raise invalid(
+                name, f"exactly {count} {unit}", f"{size} in {describe(data)}",
+                "correct shape and block size, or pass all of the weight and no more",
+            )
+        if size and element is not None and <uintptr_t>view.data % element_bytes(view.element):
+            raise invalid(
+                name, f"an address that is a multiple of {element_bytes(view.element)}",
+                f"{<uintptr_t>view.data:#x} for {describe(data)}",
+                "copy it into an array of its own",
+            )
+        return device_name(view.device_type, view.device_id), size
     finally:
         release_view(&view)
