@@ -16,7 +16,7 @@
 
 #include <cuda.h>
 
-#include "async.cuh"
+#include "cuda/common/async.cuh"
 #include "baracuda/order.cuh"
 
 namespace bcy {
@@ -59,6 +59,7 @@ int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int 
 // exchanged by the row's number.
 template <int Alignment, int Rows>
 struct BoxBytes {
+  static constexpr int kAlignment = Alignment;
   const uint8_t* base;  // of this row in the first box
   uint32_t exchange;    // 16 * (row % 8)
   int lane;             // a multiple of Alignment

@@ -3,8 +3,8 @@
 // that nothing links to it.
 #include <cuda_runtime.h>
 
-#include "launch.cuh"
-#include "ring.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ring.cuh"
 
 namespace bcy {
 namespace {
