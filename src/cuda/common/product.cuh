@@ -26,12 +26,13 @@
 //   prefetch(args, inputs, first_row, round)
 //                                         by the warp that fetches a round's weights: asks for what
 //                                         else of them comes from memory
-//   prepare(args, inputs, memory)         once a thread block, by the consumers: fills shared memory
+//   prepare(args, inputs, memory)         once a thread block, by the consumers: fills shared
+//   memory
 //                                         of its own and waits for the previous kernel
 #pragma once
 
-#include "cuda/common/async.cuh"
 #include "baracuda/order.cuh"
+#include "cuda/common/async.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ring.cuh"
 

@@ -6,8 +6,8 @@
 #include "baracuda/order.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pack.cuh"
-#include "operations.h"
 #include "cuda/common/ring.cuh"
+#include "operations.h"
 
 namespace bcy {
 

@@ -6,8 +6,8 @@
 #include <type_traits>
 
 #include "cuda/common/mma.cuh"
-#include "operations.h"
 #include "cuda/common/product.cuh"
+#include "operations.h"
 #include "staged.cuh"
 
 namespace bcy {
@@ -50,8 +50,8 @@ class StagedTile {
 
   // Tokens past the end repeat the last one, tiles past the end the last one; their sums are not
   // stored.
-  __device__ __forceinline__ StagedTile(const bcy_gguf_matmul_args& args, const Staged& staged, int64_t,
-                                        int64_t first_token, int first_unit,
+  __device__ __forceinline__ StagedTile(const bcy_gguf_matmul_args& args, const Staged& staged,
+                                        int64_t, int64_t first_token, int first_unit,
                                         const uint8_t* memory) {
     const int r = threadIdx.x % 32 / 4;
     const int t = threadIdx.x % 4;

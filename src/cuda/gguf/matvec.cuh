@@ -5,8 +5,8 @@
 #include <type_traits>
 
 #include "cuda/common/activations.cuh"
-#include "operations.h"
 #include "cuda/common/product.cuh"
+#include "operations.h"
 
 namespace bcy {
 
@@ -33,8 +33,9 @@ class FloatTile {
   }
 
   // Tokens past the end repeat the last one; their sums are not stored.
-  __device__ __forceinline__ FloatTile(const bcy_gguf_matmul_args& args, const FloatInputs&, int64_t,
-                                       int64_t first_token, int first_unit, const uint8_t*) {
+  __device__ __forceinline__ FloatTile(const bcy_gguf_matmul_args& args, const FloatInputs&,
+                                       int64_t, int64_t first_token, int first_unit,
+                                       const uint8_t*) {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
       x_[token] = static_cast<const Storage*>(args.x) +

@@ -13,8 +13,8 @@
 // K is filled up to whole units with zeros, and so are tokens where M is above eight.
 #pragma once
 
-#include "cuda/common/activations.cuh"
 #include "baracuda/order.cuh"
+#include "cuda/common/activations.cuh"
 
 namespace bcy {
 

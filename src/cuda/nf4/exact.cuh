@@ -9,8 +9,8 @@
 namespace bcy {
 
 // Rows of whole words: a lane holds rows r, r + 8, ... and elements 8 t .. 8 t + 7 of each group,
-// each a partial sum of its own. AtOnce: four elements of x from a multiple of four on can be loaded
-// at once.
+// each a partial sum of its own. AtOnce: four elements of x from a multiple of four on can be
+// loaded at once.
 template <class X, int Tokens, bool AtOnce>
 class Nf4ExactTile {
  public:
@@ -29,16 +29,15 @@ class Nf4ExactTile {
   static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args&,
                                                  const Nf4Inputs& inputs, uint8_t* memory) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    fill_table(memory, inputs.codes, pair_of_words);
+    fill_table<kConsumers>(memory, inputs.codes, pair_of_words);
     consumers_sync<kConsumers>();
     wait_for_previous_kernel();
 #endif
   }
 
   // Tokens past the end repeat the last one; their sums are not stored.
-  __device__ __forceinline__ Nf4ExactTile(const bcy_gguf_matmul_args& args,
-                                          const Nf4Inputs& inputs, int64_t first_row,
-                                          int64_t first_token, int first_unit,
+  __device__ __forceinline__ Nf4ExactTile(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs,
+                                          int64_t first_row, int64_t first_token, int first_unit,
                                           const uint8_t* memory)
       : inputs_(&inputs), table_(memory), scales_(args, inputs, first_row, first_unit) {
 #pragma unroll

@@ -55,15 +55,16 @@ __device__ __forceinline__ uint2 pair_of_halves(uint32_t first, uint32_t second)
   return {__byte_perm(first, second, 0x5410), __byte_perm(first, second, 0x7632)};
 }
 
-// By all of kConsumers threads, one for each byte.
-static_assert(kConsumers == 256);
-template <class Pair>
+// By the first Threads threads of a block, a multiple of 256.
+template <int Threads, class Pair>
 __device__ __forceinline__ void fill_table(uint8_t* table, const CodeWords& codes, Pair pair) {
-  const uint2 entry = pair(codes.words[threadIdx.x >> 4 & 15], codes.words[threadIdx.x & 15]);
+  const int byte = threadIdx.x % 256;
+  constexpr int kEach = kTableCopies * 256 / Threads;
+  const uint2 entry = pair(codes.words[byte / 16], codes.words[byte % 16]);
 #pragma unroll
-  for (int i = 0; i < kTableCopies; ++i) {
-    const int copy = (i + threadIdx.x) % kTableCopies;
-    *reinterpret_cast<uint2*>(table + threadIdx.x * kTableStride + copy * sizeof(uint2)) = entry;
+  for (int i = 0; i < kEach; ++i) {
+    const int copy = (threadIdx.x / 256 * kEach + i + threadIdx.x) % kTableCopies;
+    *reinterpret_cast<uint2*>(table + byte * kTableStride + copy * sizeof(uint2)) = entry;
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operations of 4-bit weights. The products with each type of activations are compiled in a file
-// of their own, instances/<type>.cu.
+// The operations of 4-bit weights. The products with each type of activations are compiled in a
+// file of their own, instances/<type>.cu.
 #pragma once
 
 #include "cuda/common/launch.cuh"

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "exact.cuh"
-#include "matmul.cuh"
+#include "matmul_sm90.cuh"
 #include "operations.h"
 
 namespace bcy {
@@ -65,16 +65,29 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
   if constexpr (!std::is_same_v<X, F32>) {
     const CodeWords codes = split_words<X>(codebook);
     if (args.weight.block_size < 64) {
-      return streamed(static_cast<Nf4Tile<X, 8, 1, 2, 32, false>*>(nullptr), any_rows, 32, codes);
+      return streamed(static_cast<Nf4Tile<X, 8, 32, false>*>(nullptr), any_rows, 32, codes);
     }
     if (!boundaries || !loads_at_once(rows, 8)) {
-      return streamed(static_cast<Nf4Tile<X, 8, 1, 2, 64, false>*>(nullptr), any_rows, 64, codes);
+      return streamed(static_cast<Nf4Tile<X, 8, 64, false>*>(nullptr), any_rows, 64, codes);
     }
     const auto regular = [&](auto* tile) { return streamed(tile, rows_of_16, 64, codes); };
-    if (args.m > 16) return regular(static_cast<Nf4Tile<X, 32, 1, 1, 64, true>*>(nullptr));
-    if (args.m > 8) return regular(static_cast<Nf4Tile<X, 16, 1, 1, 64, true>*>(nullptr));
-    if (args.m > 1) return regular(static_cast<Nf4Tile<X, 8, 1, 2, 64, true>*>(nullptr));
-    return regular(static_cast<Nf4TokenTile<X, 1, 2, true>*>(nullptr));
+    if (args.m == 1) return regular(static_cast<Nf4TokenTile<X>*>(nullptr));
+    if (device.arch >= 900) {
+      const Nf4Inputs inputs = {scales, log2_of(args.weight.block_size / 64), codes};
+      bool launched = false;
+      int status = BCY_OK;
+      if (args.m <= 8) {
+        status = launch_nf4_sm90<X, 8, 1>(rows, inputs, device, stream, launched);
+      } else if (args.m <= 16) {
+        status = launch_nf4_sm90<X, 16, 2>(rows, inputs, device, stream, launched);
+      } else {
+        status = launch_nf4_sm90<X, 32, 8>(rows, inputs, device, stream, launched);
+      }
+      if (launched || status != BCY_OK) return status;
+    }
+    if (args.m > 16) return regular(static_cast<Nf4Tile<X, 32, 64, true>*>(nullptr));
+    if (args.m > 8) return regular(static_cast<Nf4Tile<X, 16, 64, true>*>(nullptr));
+    return regular(static_cast<Nf4Tile<X, 8, 64, true>*>(nullptr));
   }
   return BCY_ERROR_UNSUPPORTED_TYPE;
 }

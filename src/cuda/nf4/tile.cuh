@@ -51,6 +51,16 @@ class UnitScales {
   // The same in lanes t = chunk % 4 alone.
   __device__ __forceinline__ float own(int i, int chunk) const { return scales_[i][chunk / 4]; }
 
+  // Asks for the scales of one unit.
+  static __device__ __forceinline__ void prefetch_unit(const bcy_gguf_matmul_args& args,
+                                                       const Nf4Inputs& inputs, int64_t first_row,
+                                                       int unit) {
+    const int64_t row = first_row + threadIdx.x % Rows;
+    if (row >= args.nrows || threadIdx.x % 32 >= Rows) return;
+    const int64_t at = row * (args.ncols / Chunk) + unit * kChunks;
+    inputs.scales.prefetch(at >> inputs.shift, (at >> inputs.shift) + 1, 0, 1);
+  }
+
   // Asks for the scales of a round of the eight warps.
   static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args& args,
                                                   const Nf4Inputs& inputs, int64_t first_row,
@@ -63,8 +73,8 @@ class UnitScales {
     const int64_t begin = int64_t{round} * (kPartials * kChunks);
     const int64_t end = min(begin + kPartials * kChunks, in_row);
     inputs.scales.prefetch((row * in_row + begin) >> inputs.shift,
-                           ((row * in_row + end - 1) >> inputs.shift) + 1,
-                           threadIdx.x % 32 / Rows, kLanes);
+                           ((row * in_row + end - 1) >> inputs.shift) + 1, threadIdx.x % 32 / Rows,
+                           kLanes);
   }
 
  private:

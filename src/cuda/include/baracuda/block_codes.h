@@ -40,8 +40,8 @@ BCY_INLINE uint8_t code_of(const Codebook& codebook, float scaled) {
 }
 
 // The 8-bit code of an absmax less the offset, times the inverse of the largest magnitude of its
-// block. A table of 65536 steps over [-1, 1] gives it, so that the step is what is compared with the
-// middles of neighbouring values, not the value. NaN takes code 0.
+// block. A table of 65536 steps over [-1, 1] gives it, so that the step is what is compared with
+// the middles of neighbouring values, not the value. NaN takes code 0.
 BCY_INLINE uint8_t nested_code_of(const float* middles, float scaled) {
   constexpr float kLastStep = 65535.0f;
   if (is_nan(scaled)) return 0;
