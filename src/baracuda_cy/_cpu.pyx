@@ -13,6 +13,10 @@ from baracuda_cy._native cimport (
     bcy_cpu_gguf_stage,
     bcy_cpu_gguf_workspace_size,
     bcy_cpu_isa,
+    bcy_cpu_nf4_dequantize,
+    bcy_cpu_nf4_matmul,
+    bcy_cpu_nf4_nest,
+    bcy_cpu_nf4_quantize,
     bcy_gguf_block_bytes,
     bcy_gguf_block_elements,
 )
@@ -45,6 +49,26 @@ cdef int gguf_matmul(const bcy_gguf_matmul_args* args, int threads) except -1 no
 cdef int gguf_quantize(const bcy_gguf_quantize_args* args, int threads) except -1 nogil:
     cdef int status = bcy_cpu_gguf_quantize(args, threads)
     return fail(status, b"quantizing on the CPU") if status else 0
+
+
+cdef int nf4_matmul(const bcy_nf4_matmul_args* args, int threads) except -1 nogil:
+    cdef int status = bcy_cpu_nf4_matmul(args, threads)
+    return fail(status, b"multiplying on the CPU") if status else 0
+
+
+cdef int nf4_dequantize(const bcy_nf4_dequantize_args* args, int threads) except -1 nogil:
+    cdef int status = bcy_cpu_nf4_dequantize(args, threads)
+    return fail(status, b"dequantizing on the CPU") if status else 0
+
+
+cdef int nf4_quantize(const bcy_nf4_quantize_args* args, int threads) except -1 nogil:
+    cdef int status = bcy_cpu_nf4_quantize(args, threads)
+    return fail(status, b"quantizing on the CPU") if status else 0
+
+
+cdef int nf4_nest(const bcy_nf4_nest_args* args, int threads) except -1 nogil:
+    cdef int status = bcy_cpu_nf4_nest(args, threads)
+    return fail(status, b"quantizing absmax values on the CPU") if status else 0
 
 
 cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
+from baracuda_cy.formats import ElementKind
 from baracuda_cy.sku import KernelSku, PlanPreference, PrecisionGuarantee
 
 NAME_TABLE: tuple[tuple[str, ...], ...]
@@ -20,3 +21,7 @@ class Plan:
     def precision_guarantee(self) -> PrecisionGuarantee: ...
 
 def inspect_packed(data: Any, needed: int, alignment: int) -> str: ...
+def inspect_codes(data: Any, nbytes: int) -> str: ...
+def inspect_scales(
+    array: Any, name: str, element: ElementKind, count: int | None = None
+) -> tuple[str, int]: ...

@@ -19,11 +19,15 @@ from baracuda_cy.formats import ElementKind, GgufBlockFormat, Named, choose
 __all__ = [
     "ArchSku",
     "BackendKind",
+    "Codebook",
     "GgufDequantizeDescriptor",
     "GgufMmvqDescriptor",
     "GgufMmvqMultiMDescriptor",
     "KernelSku",
     "MathPrecision",
+    "Nf4Descriptor",
+    "Nf4Layout",
+    "Nf4MmvqMultiMDescriptor",
     "OpCategory",
     "PlanPreference",
     "PrecisionGuarantee",
@@ -44,6 +48,24 @@ class QuantizeKind(Named):
     GGUF_DEQUANTIZE = 26
     GGUF_MMVQ = 27
     NF4_MMVQ = 28
+
+
+class Codebook(Named):
+    """The 16 values that 4-bit codes stand for."""
+
+    NF4 = 0
+    """Quantiles of the normal distribution (QLoRA)."""
+    FP4 = 1
+    """A float of one sign bit, two of exponent and one of mantissa."""
+
+
+class Nf4Layout(Named):
+    """How two 4-bit codes share a byte of a packed [N, K] matrix."""
+
+    BITSANDBYTES = 0
+    """The matrix as one row: elements 2 j (high nibble) and 2 j + 1 (low nibble) in byte j."""
+    ROW_PAIR = 1
+    """Rows 2 i (low nibble) and 2 i + 1 (high nibble) of column k in byte i * K + k."""
 
 
 class MathPrecision(Named):
@@ -110,7 +132,7 @@ def _set(instance: Any, name: str, value: Any) -> None:
     object.__setattr__(instance, name, value)
 
 
-def _integer(value: Any, argument: str) -> int:
+def as_integer(value: Any, argument: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
@@ -120,7 +142,7 @@ def _integer(value: Any, argument: str) -> int:
         ) from None
 
 
-def _flag(value: Any, argument: str) -> bool:
+def as_flag(value: Any, argument: str) -> bool:
     if value is not True and value is not False:
         raise InvalidProblem(
             f"{argument}: expected True or False, got {value!r}; pass bool({argument})"
@@ -160,32 +182,39 @@ class PlanPreference(_Value):
         read activations or write anything, but fetch weights before that: set it where nothing
         still queued in the stream writes the weights, as is so for weights that were loaded once.
         The bits of a result do not depend on it. By default only the kernels of one call overlap.
+    bit_stable_across_hardware : bool
+        Whether to ask for the kernel that has the same bits on every GPU and on the CPU where it is
+        not the fastest one: NF4 and FP4 products on CUDA, which otherwise may multiply on tensor
+        cores. All others have them anyway.
 
     Raises
     ------
     InvalidProblem
-        Another path, threads below 1 or above 1024, or an overlap that is no bool.
+        Another path, threads below 1 or above 1024, or a flag that is no bool.
 
     Examples
     --------
     >>> from baracuda_cy import PlanPreference
     >>> PlanPreference(activations="float")
-    PlanPreference(activations='float', threads=None, overlap=False)
+    PlanPreference(activations='float', threads=None, overlap=False, \
+bit_stable_across_hardware=False)
     """
 
     activations: str | None = None
     threads: int | None = None
     overlap: bool = False
+    bit_stable_across_hardware: bool = False
 
     def __post_init__(self) -> None:
-        _flag(self.overlap, "overlap")
+        as_flag(self.overlap, "overlap")
+        as_flag(self.bit_stable_across_hardware, "bit_stable_across_hardware")
         if self.activations not in (None, "staged", "float"):
             raise InvalidProblem(
                 f'activations: expected "staged", "float" or None, got {self.activations!r}; '
                 "leave it out for the default"
             )
         if self.threads is not None:
-            _set(self, "threads", _integer(self.threads, "threads"))
+            _set(self, "threads", as_integer(self.threads, "threads"))
             if not 1 <= self.threads <= MOST_THREADS:
                 raise InvalidProblem(
                     f"threads: expected 1 to {MOST_THREADS}, got {self.threads}; "
@@ -248,7 +277,7 @@ class PrecisionGuarantee(_Value):
             "batch_invariant",
             "bit_stable_across_hardware",
         ):
-            _flag(getattr(self, name), name)
+            as_flag(getattr(self, name), name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,8 +301,10 @@ class KernelSku(_Value):
     activations : {"staged", "float"}, optional
         Whether activations are quantized to int8 groups first or multiplied as they are; None where
         there are none.
-    layout, epilogue : str, optional
-        None: the kernels have one layout, and a bias is an argument of `run`.
+    layout : str, optional
+        How the codes of an NF4 or FP4 weight lie: ``"bitsandbytes"`` or ``"row_pair"``.
+    epilogue : str, optional
+        ``"bias"`` where the descriptor asks for one; GGUF plans take one in any call.
     arch : ArchSku
         Machine that the kernel runs on.
     isa : str, optional
@@ -354,8 +385,12 @@ class KernelSku(_Value):
 def _normalize(descriptor: Any, default_output: str | None = None) -> None:
     for name in ("nrows", "ncols", "m", "w_start_byte_offset"):
         if hasattr(descriptor, name):
-            _set(descriptor, name, _integer(getattr(descriptor, name), name))
+            _set(descriptor, name, as_integer(getattr(descriptor, name), name))
     _set(descriptor, "block_format", GgufBlockFormat.of(descriptor.block_format))
+    _set_types(descriptor, default_output)
+
+
+def _set_types(descriptor: Any, default_output: str | None) -> None:
     if hasattr(descriptor, "activation"):
         _set(descriptor, "activation", ElementKind.of(descriptor.activation, "activation"))
     output = descriptor.output
@@ -525,3 +560,154 @@ class GgufDequantizeDescriptor(_Value):
 
     def __post_init__(self) -> None:
         _normalize(self, "float32")
+
+
+def nf4_sizes(n: int, k: int, block_size: int, layout: Nf4Layout) -> tuple[int, int]:
+    """Return the bytes of the codes and the number of blocks of an [n, k] weight.
+
+    Raises
+    ------
+    InvalidProblem
+        Sizes that are negative, too large or not to be expressed in the layout.
+    """
+    for name, size in (("n", n), ("k", k)):
+        if not 0 <= size < 2**63:
+            raise InvalidProblem(
+                f"{name}: expected 0 to 2**63 - 1, got {size}; give the size in elements"
+            )
+    if n * k >= 2**61:
+        raise InvalidProblem(
+            f"n: expected a matrix whose bytes an int64 counts, got {n} rows of {k} columns; "
+            "split the problem"
+        )
+    if layout is Nf4Layout.BITSANDBYTES:
+        if not 32 <= block_size <= 4096 or block_size & (block_size - 1):
+            raise InvalidProblem(
+                "block_size: expected a power of two from 32 to 4096 in the bitsandbytes layout, "
+                f"got {block_size}; quantize with one of them, or use the row_pair layout"
+            )
+    else:
+        if not 1 <= block_size < 2**31:
+            raise InvalidProblem(
+                f"block_size: expected 1 to 2**31 - 1, got {block_size}; give it in elements"
+            )
+        if n % 2:
+            raise InvalidProblem(
+                f"n: expected an even number of rows in the row_pair layout, got {n}; "
+                "add a row of zeros, or use the bitsandbytes layout"
+            )
+        if k % block_size:
+            raise InvalidProblem(
+                f"k: expected a multiple of {block_size} (block_size) in the row_pair layout, "
+                f"got {k}; use smaller blocks, or the bitsandbytes layout"
+            )
+    return (n * k + 1) // 2, -(-n * k // block_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nf4Descriptor(_Value):
+    """A weight in NF4 or FP4: the problem of `Nf4MmvqPlan` and `Nf4DequantizePlan`.
+
+    Parameters
+    ----------
+    n, k : int
+        Shape of the weight: N output features, K input features.
+    block_size : int
+        Elements that share an absmax: of the matrix as one row, so that blocks may run across the
+        ends of its rows.
+    codebook : Codebook
+        What the codes stand for: NF4 (default) or FP4.
+    layout : Nf4Layout
+        How the codes lie: as in bitsandbytes (default), block sizes being powers of two from 32 to
+        4096; or in pairs of rows, N being even and K a multiple of the block size.
+    nested : bool
+        Whether absmax is quantized itself, to 8 bits: bitsandbytes' double quantization.
+    bias : bool
+        Whether a product adds a bias.
+    activation : ElementKind
+        Type of the activations of a product: float16 (default), bfloat16 or float32.
+    output : ElementKind, optional
+        Type of the output: of a product the activation's (default) or float32, of a
+        `Nf4DequantizePlan` any of the three.
+
+    Raises
+    ------
+    InvalidProblem
+        A field of another type. Sizes are judged by ``select``.
+
+    Examples
+    --------
+    >>> from baracuda_cy import Nf4Descriptor
+    >>> Nf4Descriptor(n=8, k=256, codebook="fp4", activation="bfloat16").output
+    ElementKind.BF16
+    """
+
+    n: int = 0
+    k: int = 0
+    block_size: int = 64
+    codebook: Codebook = Codebook.NF4
+    layout: Nf4Layout = Nf4Layout.BITSANDBYTES
+    nested: bool = False
+    bias: bool = False
+    activation: ElementKind = ElementKind.F16
+    output: ElementKind = None  # type: ignore[assignment]
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            n: int = 0,
+            k: int = 0,
+            block_size: int = 64,
+            codebook: Codebook | str | int = Codebook.NF4,
+            layout: Nf4Layout | str | int = Nf4Layout.BITSANDBYTES,
+            nested: bool = False,
+            bias: bool = False,
+            activation: Any = ElementKind.F16,
+            output: Any = None,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        for name in ("n", "k", "block_size"):
+            _set(self, name, as_integer(getattr(self, name), name))
+        _set(self, "codebook", choose(Codebook, self.codebook, "codebook"))
+        _set(self, "layout", choose(Nf4Layout, self.layout, "layout"))
+        for name in ("nested", "bias"):
+            as_flag(getattr(self, name), name)
+        _set_types(self, None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nf4MmvqMultiMDescriptor(_Value):
+    """A weight in NF4 or FP4 times any number of tokens: the problem of `Nf4MmvqMultiMPlan`.
+
+    Parameters
+    ----------
+    base : Nf4Descriptor
+        The weight, and the types of activations and output.
+    m : int
+        Number of activation vectors.
+
+    Raises
+    ------
+    InvalidProblem
+        A field of another type. Sizes are judged by ``select``.
+
+    Examples
+    --------
+    >>> from baracuda_cy import Nf4Descriptor, Nf4MmvqMultiMDescriptor
+    >>> Nf4MmvqMultiMDescriptor(base=Nf4Descriptor(n=8, k=256), m=4).base.block_size
+    64
+    """
+
+    base: Nf4Descriptor = Nf4Descriptor()
+    m: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, Nf4Descriptor):
+            raise InvalidProblem(
+                f"base: expected an Nf4Descriptor, got {type(self.base).__name__}; "
+                "pass Nf4Descriptor(n=..., k=..., ...)"
+            )
+        _set(self, "m", as_integer(self.m, "m"))

@@ -2,52 +2,22 @@
 // The C interface of the CPU backend's GGUF operations: picks the instruction set, splits the work.
 #include "baracuda/api.h"
 
-#include <stdlib.h>
-#include <string.h>
-
 #include <algorithm>
 
 #include "cpu/gguf/layout.h"
+#include "cpu/isa.h"
 #include "cpu/pool.h"
 
 namespace bcy::cpu {
 namespace {
 
-struct Isa {
-  const char* name;
-  const Kernels* (*kernels)(int32_t format);
-};
-
-constexpr Isa kBaseline = {"baseline", baseline_kernels};
+const Kernels* kernels_of(int32_t format) {
 #ifdef __x86_64__
-constexpr Isa kAvx2 = {"avx2", avx2_kernels};
-constexpr Isa kAvx512 = {"avx512_vnni", avx512_kernels};
-#endif
-
-// The best that the processor has. BARACUDA_CPU_ISA (baseline, avx2 or avx512) can only lower it.
-Isa choose_isa() {
-#ifdef __x86_64__
-  const char* const asked = getenv("BARACUDA_CPU_ISA");
-  const bool at_most_avx2 = asked && strcmp(asked, "avx2") == 0;
-  const bool at_most_baseline = asked && strcmp(asked, "baseline") == 0;
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  if (!avx2 || at_most_baseline) return kBaseline;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni");
-  return avx512 && !at_most_avx2 ? kAvx512 : kAvx2;
+  return choose(baseline_kernels, avx2_kernels, avx512_kernels)(format);
 #else
-  return kBaseline;
+  return baseline_kernels(format);
 #endif
 }
-
-const Isa& isa() {
-  static const Isa chosen = choose_isa();
-  return chosen;
-}
-
-bool is_element(int32_t type) { return type == BCY_F32 || type == BCY_F16 || type == BCY_BF16; }
 
 // Rows whose weights take `bytes`, in whole tiles of every kernel.
 int64_t rows_of(int64_t bytes, int64_t bytes_per_row) {
@@ -77,7 +47,7 @@ int check_sizes(int32_t format, int64_t nrows, int64_t ncols, int64_t m) {
 
 int multiply(const bcy_gguf_matmul_args& args, int threads,
              void (*Kernels::*product)(const bcy_gguf_matmul_args&, int64_t, int64_t)) {
-  const Kernels* const kernels = isa().kernels(args.format);
+  const Kernels* const kernels = kernels_of(args.format);
   if (!kernels) return BCY_ERROR_UNKNOWN_FORMAT;
   if (!is_element(args.x_type) || !is_element(args.y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
   if (const int status = check_sizes(args.format, args.nrows, args.ncols, args.m)) return status;
@@ -136,7 +106,7 @@ int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) {
 }
 
 int bcy_cpu_gguf_stage(const bcy_gguf_matmul_args* args, int threads) {
-  const Kernels* const kernels = isa().kernels(args->format);
+  const Kernels* const kernels = kernels_of(args->format);
   if (!kernels) return BCY_ERROR_UNKNOWN_FORMAT;
   if (!is_element(args->x_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
   if (const int status = check_sizes(args->format, args->nrows, args->ncols, args->m)) {
@@ -156,7 +126,7 @@ int bcy_cpu_gguf_matvec(const bcy_gguf_matmul_args* args, int threads) {
 }
 
 int bcy_cpu_gguf_dequantize(const bcy_gguf_dequantize_args* args, int threads) {
-  const Kernels* const kernels = isa().kernels(args->format);
+  const Kernels* const kernels = kernels_of(args->format);
   if (!kernels) return BCY_ERROR_UNKNOWN_FORMAT;
   if (!is_element(args->y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
   if (const int status = check_sizes(args->format, args->nrows, args->ncols, 1)) return status;
@@ -165,5 +135,3 @@ int bcy_cpu_gguf_dequantize(const bcy_gguf_dequantize_args* args, int threads) {
 }
 
 int bcy_cpu_default_threads(void) { return default_threads(); }
-
-const char* bcy_cpu_isa(void) { return isa().name; }

@@ -23,6 +23,7 @@
 #include "baracuda/api.h"
 #include "baracuda/formats.h"
 #include "baracuda/order.cuh"
+#include "cpu/elements.h"
 
 namespace bcy::cpu {
 
@@ -95,28 +96,6 @@ BCY_INLINE int64_t token_bytes(int64_t ncols) {
 template <class Format>
 BCY_INLINE int64_t row_bytes(int64_t ncols) {
   return ncols / Format::kElements * Format::kBytes;
-}
-
-// Calls function with the F32, F16 or BF16 that type names.
-template <class Function>
-BCY_INLINE void with_element(int32_t type, Function function) {
-  switch (type) {
-    case BCY_F32:
-      return function(F32{});
-    case BCY_F16:
-      return function(F16{});
-    case BCY_BF16:
-      return function(BF16{});
-  }
-}
-
-// One output: bias, the only rounding, one NaN for all.
-template <class Element>
-BCY_INLINE void store_output(const bcy_gguf_matmul_args& args, int64_t token, int64_t row,
-                             float sum) {
-  using Storage = typename Element::Storage;
-  if (args.bias) sum = add(sum, Element::load(static_cast<const Storage*>(args.bias) + row));
-  static_cast<Storage*>(args.y)[token * args.y_stride + row] = Element::round(sum);
 }
 
 // What one instruction set has for one format: each does the rows (stage: tokens) [begin, end).

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface of the CPU backend's NF4 and FP4 operations: checks, splits the work.
+#include "baracuda/api.h"
+
+#include <algorithm>
+
+#include "baracuda/codebooks.h"
+#include "cpu/elements.h"
+#include "cpu/isa.h"
+#include "cpu/nf4/kernels.h"
+#include "cpu/pool.h"
+
+namespace bcy::cpu::nf4 {
+namespace {
+
+const Kernels& kernels() {
+#ifdef __x86_64__
+  return *choose(baseline_kernels, avx2_kernels, avx512_kernels)();
+#else
+  return *baseline_kernels();
+#endif
+}
+
+int check(const bcy_nf4_weight& weight) {
+  int64_t count;
+  if (!codebook_of(weight.codebook)) return BCY_ERROR_UNKNOWN_FORMAT;
+  const bool nested = weight.nested_absmax;
+  const bool row_pair = weight.layout == BCY_ROW_PAIR;
+  const bool valid = weight.nrows >= 0 && weight.ncols >= 0 && weight.block_size > 0 &&
+                     (!nested || (weight.nested_block > 0 && weight.nested_code)) &&
+                     (row_pair || weight.layout == BCY_BITSANDBYTES) &&
+                     !(row_pair && weight.nrows % 2) &&
+                     !__builtin_mul_overflow(weight.nrows, weight.ncols, &count);
+  return valid ? BCY_OK : BCY_ERROR_INVALID_ARGUMENT;
+}
+
+// Splits the rows of a matrix over threads. `per_row` measures the work in multiplications.
+template <class Kernel>
+int for_rows(const bcy_nf4_weight& weight, int64_t per_row, int threads, Kernel kernel) {
+  // What is worth a hand-over to another thread; and what stays in a core's own cache while all
+  // tokens pass.
+  constexpr int64_t kWork = 256 << 10, kCached = 128 << 10;
+  const auto rows_of = [](int64_t amount, int64_t per_row) {
+    return (amount / std::max<int64_t>(per_row, 1) / kRowTile + 1) * kRowTile;
+  };
+  const int64_t block = rows_of(2 * kCached, weight.ncols);
+  const int64_t grain = std::min(rows_of(kWork, per_row), block);
+  return parallel_for(weight.nrows, grain, threads, [=](int64_t begin, int64_t end) {
+    for (; begin < end; begin += block) kernel(begin, std::min(begin + block, end));
+  });
+}
+
+int64_t blocks_of(int64_t count, int64_t size) { return count / size + (count % size != 0); }
+
+// bitsandbytes' rule for 8 bits: a table of 65536 steps over [-1, 1] gives the code, so the step is
+// what is compared with the middles of neighbours, not the value. NaN takes code 0 and no part in
+// the maximum; a block without any magnitude is all code 0.
+void nest_block(const bcy_nf4_nest_args& args, const float* middles, int64_t block) {
+  constexpr float kLastStep = 65535.0f;
+  const int64_t begin = block * args.nested_block;
+  const int64_t end = begin + std::min<int64_t>(args.nested_block, args.count - begin);
+  auto* const codes = static_cast<uint8_t*>(args.codes);
+  float largest = 0.0f;
+  for (int64_t i = begin; i < end; ++i) {
+    const float magnitude = as_float(as_bits(add(args.absmax[i], -args.offset)) & 0x7fffffffu);
+    if (magnitude > largest) largest = magnitude;
+  }
+  args.nested_absmax[block] = largest;
+  const float inverse = div(1.0f, largest);
+  for (int64_t i = begin; i < end; ++i) {
+    const float scaled = mul(add(args.absmax[i], -args.offset), inverse);
+    if (largest == 0.0f || is_nan(scaled)) {
+      codes[i] = 0;
+      continue;
+    }
+    const float clamped = scaled < -1.0f ? -1.0f : scaled > 1.0f ? 1.0f : scaled;
+    const int step = int(fma(mul(add(clamped, 1.0f), 0.5f), kLastStep, 0.5f));
+    const float value = add(div(mul(float(step), 2.0f), kLastStep), -1.0f);
+    codes[i] = uint8_t(std::lower_bound(middles, middles + 255, value) - middles);
+  }
+}
+
+}  // namespace
+}  // namespace bcy::cpu::nf4
+
+using namespace bcy::cpu;
+using namespace bcy::cpu::nf4;
+
+int bcy_cpu_nf4_matmul(const bcy_nf4_matmul_args* args, int threads) {
+  if (const int status = check(args->weight)) return status;
+  if (!is_element(args->x_type) || (args->y_type != args->x_type && args->y_type != BCY_F32)) {
+    return BCY_ERROR_UNSUPPORTED_TYPE;
+  }
+  if (args->m < 0) return BCY_ERROR_INVALID_ARGUMENT;
+  if (args->m == 0) return BCY_OK;
+  return for_rows(args->weight, args->weight.ncols * args->m, threads,
+                  [=](int64_t begin, int64_t end) { kernels().matmul(*args, begin, end); });
+}
+
+int bcy_cpu_nf4_dequantize(const bcy_nf4_dequantize_args* args, int threads) {
+  if (const int status = check(args->weight)) return status;
+  if (!is_element(args->y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
+  return for_rows(args->weight, args->weight.ncols, threads,
+                  [=](int64_t begin, int64_t end) { kernels().dequantize(*args, begin, end); });
+}
+
+int bcy_cpu_nf4_quantize(const bcy_nf4_quantize_args* args, int threads) {
+  if (!bcy::codebook_of(args->codebook)) return BCY_ERROR_UNKNOWN_FORMAT;
+  if (!is_element(args->x_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
+  // Odd blocks would share bytes.
+  if (args->count < 0 || args->block_size <= 0 || args->block_size % 2 != 0) {
+    return BCY_ERROR_INVALID_ARGUMENT;
+  }
+  constexpr int64_t kElements = 16 << 10;  // worth a hand-over to another thread
+  return parallel_for(blocks_of(args->count, args->block_size), kElements / args->block_size + 1,
+                      threads,
+                      [=](int64_t begin, int64_t end) { kernels().quantize(*args, begin, end); });
+}
+
+int bcy_cpu_nf4_nest(const bcy_nf4_nest_args* args, int threads) {
+  if (args->count < 0 || args->nested_block <= 0) return BCY_ERROR_INVALID_ARGUMENT;
+  float middles[255];
+  for (int i = 0; i < 255; ++i) {
+    middles[i] = bcy::mul(bcy::add(args->nested_code[i], args->nested_code[i + 1]), 0.5f);
+  }
+  constexpr int64_t kElements = 4 << 10;
+  return parallel_for(blocks_of(args->count, args->nested_block),
+                      kElements / args->nested_block + 1, threads,
+                      [=, &middles](int64_t begin, int64_t end) {
+                        for (; begin < end; ++begin) nest_block(*args, middles, begin);
+                      });
+}

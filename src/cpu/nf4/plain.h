@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operations in plain C++: what they are by definition, for any layout, block size and K.
+//
+// Included by sources for several instruction sets, so all is forced inline or in an unnamed
+// namespace, as numeric.h explains.
+#pragma once
+
+#include "baracuda/codebooks.h"
+#include "baracuda/order.cuh"
+#include "cpu/elements.h"
+#include "cpu/nf4/kernels.h"
+
+namespace bcy::cpu::nf4 {
+namespace {
+
+constexpr int kTokenTile = 8;  // tokens that share a dequantized weight
+
+BCY_INLINE float absmax_at(const bcy_nf4_weight& weight, int64_t block) {
+  if (!weight.nested_absmax) return static_cast<const float*>(weight.absmax)[block];
+  const float value = weight.nested_code[static_cast<const uint8_t*>(weight.absmax)[block]];
+  return add(mul(value, weight.nested_absmax[block / weight.nested_block]), weight.nested_offset);
+}
+
+BCY_INLINE int code_at(const bcy_nf4_weight& weight, int64_t row, int64_t k) {
+  const auto* const codes = static_cast<const uint8_t*>(weight.codes);
+  if (weight.layout == BCY_ROW_PAIR) {
+    return codes[row / 2 * weight.ncols + k] >> (row % 2 ? 4 : 0) & 15;
+  }
+  const int64_t i = row * weight.ncols + k;
+  return codes[i / 2] >> (i % 2 ? 0 : 4) & 15;
+}
+
+// Elements [k, k + count) of a row.
+BCY_INLINE void dequantize_plainly(const bcy_nf4_weight& weight, int64_t row, int64_t k, int count,
+                                   float* values) {
+  const float* const codebook = codebook_of(weight.codebook)->values;
+  for (int i = 0; i < count; ++i) values[i] = codebook[code_at(weight, row, k + i)];
+  const int64_t first = row * weight.ncols + k;
+  int64_t block = first / weight.block_size;
+  int64_t left = weight.block_size - first % weight.block_size;
+  for (int i = 0; i < count; ++block, left = weight.block_size) {
+    const float absmax = absmax_at(weight, block);
+    const int end = left < count - i ? i + int(left) : count;
+    for (; i < end; ++i) values[i] = mul(values[i], absmax);
+  }
+}
+
+struct Plain {
+  template <class Element>
+  static void multiply_row(const bcy_nf4_matmul_args& args, int64_t row, int64_t first,
+                           int tokens) {
+    const int64_t ncols = args.weight.ncols;
+    float sums[kTokenTile][kPartials][kGroup] = {};
+    for (int64_t k = 0; k < ncols; k += kGroup) {
+      float values[kGroup];
+      const int count = int(ncols - k < kGroup ? ncols - k : kGroup);
+      dequantize_plainly(args.weight, row, k, count, values);
+      for (int t = 0; t < tokens; ++t) {
+        const auto* const x =
+            static_cast<const typename Element::Storage*>(args.x) + (first + t) * args.x_stride + k;
+        float* const partial = sums[t][k / kUnit % kPartials];
+        for (int e = 0; e < count; ++e) {
+          partial[e] = fma(values[e], Element::load(x + e), partial[e]);
+        }
+      }
+    }
+    for (int t = 0; t < tokens; ++t) {
+      auto& s = sums[t];
+      for (auto& partial : s) {
+        for (int width = kGroup / 2; width > 0; width /= 2) {
+          for (int e = 0; e < width; ++e) partial[e] = add(partial[e], partial[e + width]);
+        }
+      }
+      const float sum =
+          meet(s[0][0], s[1][0], s[2][0], s[3][0], s[4][0], s[5][0], s[6][0], s[7][0]);
+      with_element(args.y_type, [&](auto element) {
+        store_output<decltype(element)>(args, first + t, row, sum);
+      });
+    }
+  }
+
+  static void matmul(const bcy_nf4_matmul_args& args, int64_t begin, int64_t end) {
+    with_element(args.x_type, [&](auto element) {
+      for (int64_t first = 0; first < args.m; first += kTokenTile) {
+        const int tokens = int(args.m - first < kTokenTile ? args.m - first : kTokenTile);
+        for (int64_t row = begin; row < end; ++row) {
+          multiply_row<decltype(element)>(args, row, first, tokens);
+        }
+      }
+    });
+  }
+
+  static void dequantize(const bcy_nf4_dequantize_args& args, int64_t begin, int64_t end) {
+    with_element(args.y_type, [&](auto element) {
+      using Element = decltype(element);
+      for (int64_t row = begin; row < end; ++row) {
+        auto* const y = static_cast<typename Element::Storage*>(args.y) + row * args.y_stride;
+        const int64_t ncols = args.weight.ncols;
+        for (int64_t k = 0; k < ncols; k += kUnit) {
+          float values[kUnit];
+          const int count = int(ncols - k < kUnit ? ncols - k : kUnit);
+          dequantize_plainly(args.weight, row, k, count, values);
+          for (int i = 0; i < count; ++i) y[k + i] = Element::round(values[i]);
+        }
+      }
+    });
+  }
+
+  // bitsandbytes' rules. A full block is multiplied by the inverse of its absmax; the last one, if
+  // it is short, is divided and stores at least the smallest absmax. A NaN makes the whole block
+  // NaN, and NaN, like the infinity that becomes one, takes the highest code: what is not at or
+  // below any threshold.
+  static void quantize(const bcy_nf4_quantize_args& args, int64_t begin, int64_t end) {
+    constexpr float kSmallest = 1e-38f;
+    const Codebook& codebook = *codebook_of(args.codebook);
+    with_element(args.x_type, [&](auto element) {
+      using Element = decltype(element);
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * args.block_size;
+        const bool full = args.count - first >= args.block_size;
+        const int64_t count = full ? args.block_size : args.count - first;
+        const auto* const x = static_cast<const typename Element::Storage*>(args.x) + first;
+        uint32_t largest = 0;  // as bits, whose order is that of magnitudes, NaN above infinity
+        for (int64_t i = 0; i < count; ++i) {
+          const uint32_t magnitude = as_bits(Element::load(x + i)) & 0x7fffffffu;
+          if (magnitude > largest) largest = magnitude;
+        }
+        float absmax = canonical(as_float(largest));
+        const float at_least = absmax < kSmallest ? kSmallest : absmax;
+        if (!full) absmax = at_least;
+        args.absmax[block] = absmax;
+        const float inverse = div(1.0f, at_least);
+        const auto code = [&](int64_t i) {
+          if (i == count) return codebook.codes[7];
+          const float value = Element::load(x + i);
+          float scaled = full ? mul(value, inverse) : div(value, at_least);
+          if (scaled < -1.0f) scaled = -1.0f;
+          if (scaled > 1.0f) scaled = 1.0f;
+          int above = 0;
+          for (const float threshold : codebook.thresholds) above += !(scaled <= threshold);
+          return codebook.codes[above];
+        };
+        auto* const codes = static_cast<uint8_t*>(args.codes) + first / 2;
+        for (int64_t i = 0; i < count; i += 2) {
+          codes[i / 2] = uint8_t(code(i) << 4 | code(i + 1));
+        }
+      }
+    });
+  }
+
+  static constexpr Kernels kKernels = {matmul, dequantize, quantize};
+};
+
+}  // namespace
+}  // namespace bcy::cpu::nf4
