@@ -19,6 +19,11 @@ from baracuda_cy.errors import (
     Unsupported,
     WorkspaceTooSmall,
 )
+from baracuda_cy.files.bitsandbytes import (
+    BitsandbytesFile,
+    open_bitsandbytes,
+    save_bitsandbytes,
+)
 from baracuda_cy.files.gguf import GgufFile, open_gguf
 from baracuda_cy.formats import ElementKind, GgufBlockFormat
 from baracuda_cy.gguf import GgufDequantizePlan, GgufMmvqMultiMPlan, GgufMmvqPlan
@@ -57,6 +62,7 @@ __all__ = [
     "ArchSku",
     "BackendKind",
     "BaracudaError",
+    "BitsandbytesFile",
     "Codebook",
     "CudaError",
     "DeviceArray",
@@ -96,6 +102,8 @@ __all__ = [
     "__version__",
     "dequantize",
     "linear",
+    "open_bitsandbytes",
     "open_gguf",
     "quantize",
+    "save_bitsandbytes",
 ]
