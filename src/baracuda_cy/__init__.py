@@ -8,6 +8,7 @@
 (8, 256)
 """
 
+from baracuda_cy.codebooks import NF4_CODEBOOK, nf4_pack_weight, nf4_quantize_value
 from baracuda_cy.errors import (
     BaracudaError,
     CudaError,
@@ -28,6 +29,7 @@ from baracuda_cy.files.gguf import GgufFile, open_gguf
 from baracuda_cy.formats import ElementKind, GgufBlockFormat
 from baracuda_cy.gguf import GgufDequantizePlan, GgufMmvqMultiMPlan, GgufMmvqPlan
 from baracuda_cy.memory import DeviceArray, DeviceBuffer, PinnedBuffer, Workspace
+from baracuda_cy.nf4 import Nf4DequantizePlan, Nf4MmvqMultiMPlan, Nf4MmvqPlan
 from baracuda_cy.ops import dequantize, linear, quantize
 from baracuda_cy.sku import (
     ArchSku,
@@ -58,6 +60,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LEGACY_DEFAULT_STREAM",
+    "NF4_CODEBOOK",
     "PER_THREAD_DEFAULT_STREAM",
     "ArchSku",
     "BackendKind",
@@ -83,9 +86,12 @@ __all__ = [
     "KernelSku",
     "MathPrecision",
     "NestedAbsmax",
+    "Nf4DequantizePlan",
     "Nf4Descriptor",
     "Nf4Layout",
     "Nf4MmvqMultiMDescriptor",
+    "Nf4MmvqMultiMPlan",
+    "Nf4MmvqPlan",
     "Nf4Tensor",
     "NotAnArray",
     "OpCategory",
@@ -102,6 +108,8 @@ __all__ = [
     "__version__",
     "dequantize",
     "linear",
+    "nf4_pack_weight",
+    "nf4_quantize_value",
     "open_bitsandbytes",
     "open_gguf",
     "quantize",

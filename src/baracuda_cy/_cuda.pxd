@@ -3,7 +3,14 @@
 # only to do so; those marked noexcept return the status, for destructors and polling.
 from libc.stdint cimport int32_t, int64_t
 
-from baracuda_cy._native cimport bcy_gguf_dequantize_args, bcy_gguf_matmul_args
+from baracuda_cy._native cimport (
+    bcy_gguf_dequantize_args,
+    bcy_gguf_matmul_args,
+    bcy_nf4_dequantize_args,
+    bcy_nf4_matmul_args,
+    bcy_nf4_nest_args,
+    bcy_nf4_quantize_args,
+)
 
 # `what` says what was being done, as in "launching the product": it becomes part of the message.
 cdef int check(int status, str what) except -1
@@ -17,6 +24,13 @@ cdef int gguf_needs_no_workspace(
     int32_t device, int32_t format, int64_t ncols, int64_t m
 ) except -1 nogil
 cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil
+
+# 1 where the product's bits are its own, 0 where they are those of the CPU backend.
+cdef int nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args) except -1 nogil
+cdef int nf4_matmul(const bcy_nf4_matmul_args* args, void* stream) except -1 nogil
+cdef int nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream) except -1 nogil
+cdef int nf4_quantize(const bcy_nf4_quantize_args* args, void* stream) except -1 nogil
+cdef int nf4_nest(const bcy_nf4_nest_args* args, void* stream) except -1 nogil
 
 # Raise Unsupported, with the reason and the remedy, unless there is such a device, or this build's
 # kernels run on it.

@@ -43,6 +43,11 @@ from baracuda_cy._native cimport (
     bcy_cuda_memcpy,
     bcy_cuda_memory_info,
     bcy_cuda_memset,
+    bcy_cuda_nf4_dequantize,
+    bcy_cuda_nf4_matmul,
+    bcy_cuda_nf4_nest,
+    bcy_cuda_nf4_quantize,
+    bcy_cuda_nf4_uses_tensor_cores,
     bcy_cuda_pointer_device,
     bcy_cuda_set_device,
     bcy_cuda_stream_create,
@@ -244,6 +249,34 @@ cdef int gguf_needs_no_workspace(
 
 cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil:
     return bcy_cuda_gguf_workspace_size(format, ncols, m)
+
+
+cdef int nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args) except -1 nogil:
+    cdef int32_t answer = 0
+    cdef int status = bcy_cuda_nf4_uses_tensor_cores(args, &answer)
+    if status:
+        fail(status, b"looking at a CUDA device")
+    return answer
+
+
+cdef int nf4_matmul(const bcy_nf4_matmul_args* args, void* stream) except -1 nogil:
+    cdef int status = bcy_cuda_nf4_matmul(args, stream)
+    return fail(status, b"multiplying 4-bit codes on CUDA") if status else 0
+
+
+cdef int nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream) except -1 nogil:
+    cdef int status = bcy_cuda_nf4_dequantize(args, stream)
+    return fail(status, b"dequantizing 4-bit codes on CUDA") if status else 0
+
+
+cdef int nf4_quantize(const bcy_nf4_quantize_args* args, void* stream) except -1 nogil:
+    cdef int status = bcy_cuda_nf4_quantize(args, stream)
+    return fail(status, b"quantizing to 4-bit codes on CUDA") if status else 0
+
+
+cdef int nf4_nest(const bcy_nf4_nest_args* args, void* stream) except -1 nogil:
+    cdef int status = bcy_cuda_nf4_nest(args, stream)
+    return fail(status, b"quantizing absmax on CUDA") if status else 0
 
 
 # ---- devices -------------------------------------------------------------------------------------

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any, final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from baracuda_cy.formats import GgufBlockFormat
 from baracuda_cy.plan import Plan
 from baracuda_cy.sku import (
     GgufDequantizeDescriptor,
@@ -12,7 +8,6 @@ from baracuda_cy.sku import (
     GgufMmvqMultiMDescriptor,
     PlanPreference,
 )
-from baracuda_cy.tensor import GgufTensor
 
 class GgufProductPlan(Plan):
     def run(
@@ -67,14 +62,3 @@ def select_product(
     output: int,
     preference: PlanPreference | None,
 ) -> GgufMmvqPlan | GgufMmvqMultiMPlan: ...
-def multiply(
-    x: Any, w: GgufTensor, bias: Any, out: Any, stream: Any, preference: PlanPreference | None
-) -> Any: ...
-def unpack(
-    w: GgufTensor, dtype: Any, out: Any, stream: Any, preference: PlanPreference | None
-) -> Any: ...
-def pack(
-    array: Any, block_format: GgufBlockFormat, threads: int
-) -> tuple[Any, tuple[int, ...]]: ...
-def fetch(data: Any, stream: Any = None) -> NDArray[np.uint8]: ...
-def move(data: Any, nbytes: int | None, device: Any, stream: Any) -> Any: ...

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from baracuda_cy import gguf
+from baracuda_cy import _ops
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.formats import GgufBlockFormat
-from baracuda_cy.sku import PlanPreference
-from baracuda_cy.tensor import GgufTensor
+from baracuda_cy.sku import Codebook, Nf4Layout, PlanPreference, as_flag, as_integer, nf4_sizes
+from baracuda_cy.tensor import GgufTensor, NestedAbsmax, Nf4Tensor
 
 if TYPE_CHECKING:
     from baracuda_cy.stream import Stream
@@ -18,9 +18,9 @@ __all__ = ["dequantize", "linear", "quantize"]
 
 
 def _check_packed(w: Any) -> None:
-    if not isinstance(w, GgufTensor):
+    if not isinstance(w, GgufTensor | Nf4Tensor):
         raise InvalidProblem(
-            f"w: expected a GgufTensor, got {type(w).__name__}; "
+            f"w: expected a GgufTensor or an Nf4Tensor, got {type(w).__name__}; "
             'make one: GgufTensor(data, "Q4_K", shape=(nrows, ncols)), or quantize(array, "Q4_K")'
         )
 
@@ -35,7 +35,7 @@ def _check_preference(preference: Any) -> None:
 
 def linear(
     x: Any,
-    w: GgufTensor,
+    w: GgufTensor | Nf4Tensor,
     *,
     bias: Any = None,
     out: Any = None,
@@ -44,15 +44,16 @@ def linear(
 ) -> Any:
     """Multiply activations by a packed weight: ``x @ dequantize(w).T + bias``.
 
-    The activations are staged to int8 at every size of the batch, so that the bits of a token never
-    depend on what else is in it. Output and scratch are the only memory it allocates, from the
-    framework that `x` is from.
+    With a GGUF weight the activations are staged to int8, with one in NF4 or FP4 they are
+    multiplied as they are: at every size of the batch, so that the bits of a token never depend on
+    what else is in it. Output and scratch are the only memory it allocates, from the framework that
+    `x` is from.
 
     Parameters
     ----------
     x : array
         Activations [..., K], float32, float16 or bfloat16, of any framework.
-    w : GgufTensor
+    w : GgufTensor or Nf4Tensor
         Weight of N rows and K columns, on the device of `x`.
     bias : array, optional
         [N], of the output's dtype.
@@ -62,7 +63,8 @@ def linear(
         Where to run on CUDA. By default the current stream of the framework of `x`, else the legacy
         default stream.
     preference : PlanPreference, optional
-        ``activations="float"`` multiplies the activations as they are; ``threads`` is for the CPU.
+        ``activations="float"`` multiplies the activations as they are with a GGUF weight too;
+        ``bit_stable_across_hardware`` is for NF4 and FP4 on CUDA, ``threads`` for the CPU.
 
     Returns
     -------
@@ -84,11 +86,11 @@ def linear(
     """
     _check_packed(w)
     _check_preference(preference)
-    return gguf.multiply(x, w, bias, out, stream, preference)
+    return _ops.multiply(x, w, bias, out, stream, preference)
 
 
 def dequantize(
-    w: GgufTensor,
+    w: GgufTensor | Nf4Tensor,
     dtype: Any = None,
     out: Any = None,
     stream: Stream | Any = None,
@@ -99,7 +101,7 @@ def dequantize(
 
     Parameters
     ----------
-    w : GgufTensor
+    w : GgufTensor or Nf4Tensor
         The packed weight.
     dtype : ElementKind or dtype, optional
         float32, float16 or bfloat16; by default that of `out`, else float32.
@@ -130,39 +132,78 @@ def dequantize(
     """
     _check_packed(w)
     _check_preference(preference)
-    return gguf.unpack(w, dtype, out, stream, preference)
+    return _ops.unpack(w, dtype, out, stream, preference)
+
+
+@overload
+def quantize(
+    array: Any,
+    format: Literal["nf4", "fp4", "NF4", "FP4"] | Codebook,
+    *,
+    block_size: int = 64,
+    nested: bool = False,
+    threads: int | None = None,
+) -> Nf4Tensor: ...
+
+
+@overload
+def quantize(
+    array: Any,
+    format: GgufBlockFormat | str | int,
+    *,
+    block_size: int = 64,
+    nested: bool = False,
+    threads: int | None = None,
+) -> GgufTensor: ...
 
 
 def quantize(
-    array: Any, format: GgufBlockFormat | str | int, *, threads: int | None = None
-) -> GgufTensor:
-    """Pack an array into a GGUF block format, on the CPU.
+    array: Any,
+    format: Codebook | GgufBlockFormat | str | int,
+    *,
+    block_size: int = 64,
+    nested: bool = False,
+    threads: int | None = None,
+) -> GgufTensor | Nf4Tensor:
+    """Pack an array: into NF4 or FP4 where it is, into a GGUF block format on the CPU.
 
-    Scales and minima are float16 in every format but Q8_K and MXFP4. Blocks of values so large that
-    one of them would exceed 65504 (none does below that) come back as infinity or NaN from the
-    formats that have ggml's bytes, as they do from ggml's, and cut off from the others; scale such
-    weights down first.
+    NF4 and FP4 have the bytes and the absmax that bitsandbytes has on the CPU, on every device.
+
+    Scales and minima of GGUF are float16 in every format but Q8_K and MXFP4. Blocks of values so
+    large that one of them would exceed 65504 (none does below that) come back as infinity or NaN
+    from the formats that have ggml's bytes, as they do from ggml's, and cut off from the others;
+    scale such weights down first.
 
     Parameters
     ----------
     array : array
-        float32, float16 or bfloat16 on the host, [..., K]: K a multiple of the block size, rows
-        contiguous.
-    format : GgufBlockFormat or str
-        What to pack into.
+        float32, float16 or bfloat16, [..., K]. For GGUF on the host, K a multiple of the block size
+        and rows contiguous. For NF4 and FP4 of any shape, contiguous, on the host or on CUDA.
+    format : Codebook, GgufBlockFormat or str
+        What to pack into: ``"nf4"``, ``"fp4"`` or a GGUF format such as ``"Q4_K"``.
+    block_size : int
+        NF4 and FP4: elements that share a scale, a power of two from 32 to 4096. They are counted
+        through the whole array, across the ends of its rows.
+    nested : bool
+        NF4 and FP4: whether to quantize the scales themselves to 8 bits. Their mean is taken on the
+        host: on CUDA that waits for the device.
     threads : int, optional
-        Threads to use; by default as `PlanPreference` has it. The bytes do not depend on it.
+        Threads to use on the CPU; by default as `PlanPreference` has it. The bytes do not depend on
+        it.
 
     Returns
     -------
-    GgufTensor
-        Of the shape of `array`, over a NumPy array.
+    GgufTensor or Nf4Tensor
+        Of the shape of `array`: over NumPy arrays; for NF4 and FP4 on CUDA over arrays of the kind
+        that `array` is, on its device and in the order of its framework's current stream.
 
     Raises
     ------
     InvalidProblem
-        An array of another dtype, on a device, with NaN or infinity in it, or with columns that are
-        no multiple of the block size.
+        An array of another dtype, not contiguous, with NaN or infinity in it (looked for on the
+        host only: on CUDA a block with one is packed as it may be), for GGUF one on a device or
+        with columns that are no multiple of the block size; a block size out of range; or options
+        of NF4 and FP4 for GGUF.
 
     Examples
     --------
@@ -170,8 +211,30 @@ def quantize(
     >>> import baracuda_cy as bcy
     >>> bcy.quantize(np.eye(32, dtype=np.float32), "Q4_0")
     GgufTensor(Q4_0, shape=(32, 32), 576 bytes on cpu)
+    >>> bcy.quantize(np.eye(32, dtype=np.float32), "nf4")
+    Nf4Tensor(NF4, shape=(32, 32), block_size=64, bitsandbytes layout, 576 bytes on cpu)
     """
-    block_format = GgufBlockFormat.of(format, "format")
+    as_flag(nested, "nested")
+    block_size = as_integer(block_size, "block_size")
     workers = PlanPreference(threads=threads).threads or 0
-    data, shape = gguf.pack(array, block_format, workers)
+    codebook = _codebook(format)
+    if codebook is not None:
+        nf4_sizes(0, 0, block_size, Nf4Layout.BITSANDBYTES)
+        data, absmax, tables, shape = _ops.encode(array, codebook, block_size, nested, workers)
+        outer = None if tables is None else NestedAbsmax(*tables)
+        return Nf4Tensor(data, absmax, shape, block_size, codebook, nested=outer)
+    block_format = GgufBlockFormat.of(format, "format")
+    for name, asked in (("nested", nested), ("block_size", block_size != 64)):
+        if asked:
+            raise InvalidProblem(
+                f"{name}: expected no such option for {block_format.name}, which has its own "
+                f"blocks, got one; leave it out, or quantize to NF4 or FP4"
+            )
+    data, shape = _ops.pack(array, block_format, workers)
     return GgufTensor(data, block_format, shape)
+
+
+def _codebook(format: Any) -> Codebook | None:
+    if isinstance(format, Codebook):
+        return format
+    return Codebook.__members__.get(format.upper()) if isinstance(format, str) else None

@@ -4,9 +4,6 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 
 from baracuda_cy.dlpack cimport ArrayView
 
-cdef enum:
-    SLOTS = 5
-
 # The arguments of a call, each with a slot of its own.
 cdef enum:
     WEIGHT = 0
@@ -14,43 +11,61 @@ cdef enum:
     OUTPUT = 2
     BIAS = 3
     WORKSPACE = 4
+    COMMON_SLOTS = 5
+    ABSMAX = 5
+    NESTED_ABSMAX = 6
+    NESTED_CODE = 7
+    SLOTS = 8
 
 cdef enum:
     HOST = 1
     CUDA = 2
 
+# Element types that plans compute with, numbered as in ElementKind.
+cdef enum:
+    F32 = 1
+    F16 = 2
+    BF16 = 3
+    U8 = 4
+    I8 = 5
+
 cdef enum Role:
     ABSENT    # not an argument of this plan
-    PACKED    # contiguous bytes of any rank, `cols` of them or more
     MATRIX    # rows x cols, rows may be padded; one row may be given as a vector
     VECTOR    # cols elements
-    SCRATCH   # contiguous writable bytes, `cols` of them or more
+    # The others are contiguous, of any rank.
+    PACKED    # `cols` bytes or more
+    SCRATCH   # `cols` writable bytes or more
+    CODES     # exactly `cols` bytes, of any type that bitsandbytes stores them as
+    SCALES    # exactly `cols` elements
+    NESTED    # exactly one element for every `nested_block` of `cols`
 
 # What an argument must be, fixed when the plan is selected.
 cdef struct Operand:
     Role role
-    int32_t element       # ElementKind; PACKED and SCRATCH look at bytes only
+    int32_t element       # ElementKind; PACKED, SCRATCH and CODES look at bytes only
     bint written
     int64_t rows
     int64_t cols
     int64_t offset        # bytes before the first one used
     int64_t alignment     # of the first byte used
 
-# One call: what its arguments turned out to be.
-cdef struct Call:
-    ArrayView views[SLOTS]
-    char* data[SLOTS]         # first byte used
-    uint64_t span[SLOTS]      # bytes from there to the last one used
-    int64_t stride[SLOTS]     # MATRIX: elements from row to row
-    void* stream
-
-
 # What messages call the arguments.
 cdef enum Names:
     OF_PLANS
     OF_OPERATIONS
 
-cdef str name_of(Names names, int slot)
+# One call, zeroed before it is filled: its arguments, and what they turned out to be.
+cdef struct Call:
+    PyObject* arrays[SLOTS]   # borrowed; NULL where an argument was not given
+    ArrayView views[SLOTS]
+    char* data[SLOTS]         # first byte used
+    uint64_t span[SLOTS]      # bytes from there to the last one used
+    int64_t stride[SLOTS]     # MATRIX: elements from row to row
+    int32_t nested_block
+    float nested_offset
+    Names names
+    void* stream
 
 
 cdef class Plan:
@@ -59,27 +74,40 @@ cdef class Plan:
     cdef readonly object sku
     cdef readonly int64_t workspace_size
     cdef Operand operands[SLOTS]
+    cdef int slots            # of them, those that a call may fill
     cdef int32_t device_type
     cdef int32_t device_id
     cdef int threads
     cdef bint idle            # there is nothing to compute
 
+    # The steps of `select`: what does not depend on the operation, the operands of a product, the
+    # kernel's description.
     cdef int bind(self, object device, object descriptor, object preference) except -1
+    cdef int bind_product(
+        self, object m, object nrows, object ncols, object activation, object output) except -1
+    cdef object describe_kernel(
+        self, object op, object element, object output, object activations,
+        object block_format=*, object layout=*, object epilogue=*, object math=*)
     cdef str problem(self)
     cdef str machine(self)
+    # Notes the arrays of a weight that this plan is for, borrowed: the weight is immutable.
+    cdef int lend(self, Call* call, object weight) except -1
     # Starts the work of a call that was found valid.
     cdef int launch(self, Call* call) except -1 nogil
-    # Arrays are borrowed, NULL where an argument was not given.
-    cdef int run_arrays(self, PyObject** arrays, object stream, bint start) except -1
+    cdef int run_arrays(self, Call* call, object stream, bint start) except -1
     # The steps of it, for callers that acquire and release the views themselves.
-    cdef int check(self, Call* call, PyObject** arrays, Names names) except -1
-    cdef int start(self, Call* call, PyObject** arrays) except -1
-    cdef object explain(
-        self, Call* call, PyObject** arrays, Names names, int slot, int fault, int other)
+    cdef int acquire(self, Call* call, int slot) except -1
+    cdef int check(self, Call* call) except -1
+    cdef int start(self, Call* call) except -1
+    cdef object explain(self, Call* call, int slot, int fault, int other)
 
 
+cdef str name_of(Names names, int slot)
 cdef str message(str argument, str expected, str given, str remedy)
 cdef object invalid(str argument, str expected, str given, str remedy)
+cdef int release_views(Call* call, int slots) noexcept
+# Keeps what was queued alive until it is done, where the arrays' owners do not order that.
+cdef int hold_foreign(Call* call, int slots, int device) except -1
 # The CUDA stream of a call: the one asked for, else the one that an array's framework works on,
 # else the legacy default.
 cdef int find_stream(
@@ -90,3 +118,8 @@ cdef bint collapse_rows(ArrayView* view) noexcept nogil
 cdef int64_t elements_of(const ArrayView* view) noexcept nogil
 cdef bint contiguous(const ArrayView* view) noexcept nogil
 cdef int64_t checked(object value, str argument) except -1
+cdef int check_floating(object element, str argument) except -1
+cdef int check_descriptor(object descriptor, object expected, str fields) except -1
+cdef int set_matrix(
+    Operand* operand, object rows, object cols, object element, bint written, str argument
+) except -1

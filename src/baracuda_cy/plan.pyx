@@ -25,10 +25,19 @@ from baracuda_cy.dlpack cimport (
 )
 from baracuda_cy.stream cimport cuda_ordinal, stream_of
 
-from baracuda_cy.errors import InvalidProblem, ReadOnlyArray, Unsupported, WorkspaceTooSmall
-from baracuda_cy.sku import PlanPreference
-
+from baracuda_cy import _cpu as _cpu_module
 from baracuda_cy import _cuda as _cuda_module
+from baracuda_cy.errors import InvalidProblem, ReadOnlyArray, Unsupported, WorkspaceTooSmall
+from baracuda_cy.formats import ElementKind
+from baracuda_cy.sku import (
+    ArchSku,
+    BackendKind,
+    KernelSku,
+    MathPrecision,
+    OpCategory,
+    PlanPreference,
+    PrecisionGuarantee,
+)
 
 
 cdef extern from *:
@@ -44,13 +53,6 @@ cdef extern from *:
     bint sum_overflows "bcy_sum_overflows"(int64_t a, int64_t b, int64_t* r) noexcept nogil
 
 
-cdef enum:
-    F32 = 1
-    F16 = 2
-    BF16 = 3
-    U8 = 4
-    I8 = 5
-
 cdef enum Fault:
     SOUND
     WRONG_DEVICE
@@ -59,6 +61,7 @@ cdef enum Fault:
     WRONG_STRIDE
     NOT_CONTIGUOUS
     TOO_SHORT
+    WRONG_LENGTH
     NO_MEMORY
     MISALIGNED
     READ_ONLY
@@ -68,8 +71,9 @@ cdef int64_t LARGEST = 0x7fffffffffffffff
 
 # NAMES borrows from it, so that no call looks into a tuple.
 NAME_TABLE = (
-    ("weight", "activations", "output", "bias", "workspace"),
-    ("w", "x", "out", "bias", "workspace"),
+    ("weight", "activations", "output", "bias", "workspace",
+     "absmax", "nested.absmax", "nested.code"),
+    ("w", "x", "out", "bias", "workspace", "w.absmax", "w.nested.absmax", "w.nested.code"),
 )
 cdef PyObject* NAMES[2][SLOTS]
 
@@ -193,6 +197,40 @@ cdef int64_t checked(object value, str argument) except -1:
     return value
 
 
+cdef int check_floating(object element, str argument) except -1:
+    if element not in (ElementKind.F32, ElementKind.F16, ElementKind.BF16):
+        raise invalid(argument, "float32, float16 or bfloat16", element.dtype, "convert the array")
+    return 0
+
+
+cdef int check_descriptor(object descriptor, object expected, str fields) except -1:
+    if not isinstance(descriptor, expected):
+        article = "an" if expected.__name__.startswith("N") else "a"
+        raise invalid(
+            "desc", f"{article} {expected.__name__}", type(descriptor).__name__,
+            f"pass {expected.__name__}({fields})",
+        )
+    return 0
+
+
+cdef int set_matrix(
+    Operand* operand, object rows, object cols, object element, bint written, str argument
+) except -1:
+    if rows * cols > LARGEST // 8:
+        raise invalid(
+            argument, "an array whose bytes an int64 counts", f"{rows} rows of {cols} columns",
+            "split the problem",
+        )
+    operand.role = MATRIX
+    operand.element = element
+    operand.written = written
+    operand.rows = rows
+    operand.cols = cols
+    operand.offset = 0
+    operand.alignment = element_bytes(element)
+    return 0
+
+
 cdef bint stores_bytes(int element) noexcept nogil:
     """Whether packed codes may come as an array of this type."""
     return element in (U8, I8, F32, F16, BF16)
@@ -222,29 +260,46 @@ cdef bint contiguous(const ArrayView* view) noexcept nogil:
     return True
 
 
+cdef bint fits(int element, const Operand* operand) noexcept nogil:
+    """Whether an argument may be an array of this type."""
+    if operand.role == PACKED:
+        return element == U8 or element == I8
+    if operand.role == CODES:
+        return stores_bytes(element)
+    if operand.role == SCRATCH:
+        return element != 0
+    return element == operand.element
+
+
+cdef int64_t length_of(const Call* call, const Operand* operand) noexcept nogil:
+    """Bytes or elements of a contiguous argument."""
+    if operand.role != NESTED:
+        return operand.cols
+    return operand.cols // call.nested_block + (operand.cols % call.nested_block != 0)
+
+
 cdef Fault find_fault(Call* call, int slot, const Operand* operand) noexcept nogil:
     """Compare one argument, its device apart, with what it must be; note where its bytes are."""
     cdef ArrayView* view = &call.views[slot]
     cdef int64_t item = element_bytes(view.element), size, rows, stride, step
     call.span[slot] = 0
-    if operand.role == PACKED or operand.role == SCRATCH:
-        if operand.role == PACKED and view.element != U8 and view.element != I8:
-            return WRONG_TYPE
-        if item == 0:
-            return WRONG_TYPE
+    if not fits(view.element, operand):
+        return WRONG_TYPE
+    if operand.role >= PACKED:
         if not contiguous(view):
             return NOT_CONTIGUOUS
         if product_overflows(elements_of(view), item, &size):
             size = LARGEST
         if operand.written and view.readonly:
             return READ_ONLY
-        if size - operand.offset < operand.cols:
-            return TOO_SHORT
         call.data[slot] = view.data + operand.offset
-        size = operand.cols
+        if operand.role == PACKED or operand.role == SCRATCH:
+            if size - operand.offset < operand.cols:
+                return TOO_SHORT
+            size = operand.cols
+        elif size != length_of(call, operand) * (1 if operand.role == CODES else item):
+            return WRONG_LENGTH
     else:
-        if view.element != operand.element:
-            return WRONG_TYPE
         rows, stride, step = operand.rows, operand.cols, 1
         if operand.role == MATRIX and view.ndim == 2:
             if view.shape[0] != rows or view.shape[1] != operand.cols:
@@ -286,6 +341,108 @@ cdef bint overlap(const Call* call, int a, int b) noexcept nogil:
     return (
         call.span[a] != 0 and call.span[b] != 0
         and first < second + call.span[b] and second < first + call.span[a]
+    )
+
+
+cdef object explain_fault(
+    Call* call, int slot, const Operand* operand, int fault, str name, str problem
+):
+    """The exception for an argument that is not what its operand says."""
+    cdef ArrayView* view = &call.views[slot]
+    cdef str given = describe(<object>call.arrays[slot])
+    cdef str device = device_name(view.device_type, view.device_id)
+    cdef str lend = f"lend Workspace(plan.workspace_size, device={device!r})"
+    cdef int64_t size = elements_of(view)
+    if fault == WRONG_TYPE:
+        if operand.role == PACKED:
+            return invalid(
+                name, "uint8", given, "view the packed blocks as bytes, as in .view(uint8)"
+            )
+        if operand.role == CODES:
+            return invalid(
+                name, "uint8, or bytes stored as float32, float16 or bfloat16", given,
+                "view the codes as bytes, as in .view(uint8)",
+            )
+        if operand.role == SCRATCH:
+            return invalid(name, "bytes", given, lend)
+        remedy = "convert it, or select a plan whose descriptor names its type"
+        if operand.role == SCALES or operand.role == NESTED:
+            remedy = "pass the array that belongs to the codes: uint8 only where it is nested"
+        return invalid(name, element_name(operand.element), given, remedy)
+    if fault == WRONG_SHAPE:
+        rows, cols = operand.rows, operand.cols
+        shape = f"shape [{cols}]" if operand.role == VECTOR else f"shape [{rows}, {cols}]"
+        if operand.role == MATRIX and rows == 1:
+            shape += f" or [{cols}]"
+        return invalid(
+            name, shape, given, "reshape it, or select a plan whose descriptor has its sizes"
+        )
+    if fault == WRONG_STRIDE or fault == NOT_CONTIGUOUS:
+        expected = "one contiguous run of bytes"
+        if operand.role == MATRIX:
+            expected = f"stride 1 along the last axis and rows at least {operand.cols} apart"
+        elif operand.role == VECTOR:
+            expected = "stride 1"
+        strides = ", ".join([str(view.strides[i]) for i in range(view.ndim)])
+        return invalid(
+            name, expected, f"strides ({strides}) in {given}",
+            "copy it, as in .contiguous() or .copy()",
+        )
+    if fault == TOO_SHORT:
+        size *= element_bytes(view.element)
+        if operand.role == SCRATCH:
+            return WorkspaceTooSmall(operand.cols, size)
+        return invalid(
+            name, f"at least {operand.offset + operand.cols} bytes{problem}",
+            f"{size} in {given}",
+            "pass the whole packed matrix, or correct shape, format or offset",
+        )
+    if fault == WRONG_LENGTH:
+        expected = f"exactly {length_of(call, operand)} elements"
+        if operand.role == NESTED:
+            expected += f", one to {call.nested_block} blocks"
+        if operand.role == CODES:
+            size *= element_bytes(view.element)
+            expected = f"exactly {operand.cols} bytes"
+        return invalid(
+            name, f"{expected}{problem}", f"{size} in {given}",
+            "pass all of the weight and no more, or correct its shape or block size",
+        )
+    if fault == NO_MEMORY:
+        return invalid(
+            name, "memory", f"a null pointer for {given}", "pass an array that is allocated"
+        )
+    if fault == MISALIGNED:
+        address = <uintptr_t>call.data[slot]
+        return invalid(
+            name, f"an address that is a multiple of {operand.alignment}",
+            f"{address:#x} for {given}",
+            lend if operand.role == SCRATCH else "copy it into an array of its own",
+        )
+    return ReadOnlyArray(
+        message(name, "a writable array", f"read-only {given}",
+                "pass one that may be written; JAX arrays are immutable")
+    )
+
+
+cdef int release_views(Call* call, int slots) noexcept:
+    cdef int slot
+    for slot in range(slots):
+        release_view(&call.views[slot])
+    return 0
+
+
+cdef int hold_foreign(Call* call, int slots, int device) except -1:
+    cdef bint foreign = False
+    cdef int slot
+    for slot in range(slots):
+        foreign |= call.views[slot].foreign_order
+    if not foreign:
+        return 0
+    return hold_until_done(
+        call.views, slots,
+        tuple([<object>call.arrays[slot] for slot in range(slots) if call.arrays[slot] != NULL]),
+        device, call.stream,
     )
 
 
@@ -360,45 +517,100 @@ cdef class Plan:
         resolve_device(device, &self.device_type, &self.device_id)
         self.descriptor = descriptor
         self.preference = preference
+        self.slots = COMMON_SLOTS
         self.threads = preference.threads or 0
+        return 0
+
+    cdef int bind_product(
+        self, object m, object nrows, object ncols, object activation, object output
+    ) except -1:
+        cdef Operand* operand = &self.operands[BIAS]
+        check_floating(activation, "activation")
+        check_floating(output, "output")
+        set_matrix(&self.operands[ACTIVATIONS], m, ncols, activation, False, "m")
+        set_matrix(&self.operands[OUTPUT], m, nrows, output, True, "m")
+        operand.role = VECTOR
+        operand.element = output
+        operand.rows = 1
+        operand.cols = nrows
+        operand.alignment = element_bytes(operand.element)
+        self.idle = m == 0 or nrows == 0
+        return 0
+
+    cdef object describe_kernel(
+        self, object op, object element, object output, object activations,
+        object block_format=None, object layout=None, object epilogue=None, object math=None,
+    ):
+        """The SKU of a kernel; `math` where its bits are its own and not those of the CPU."""
+        cdef bint host = self.device_type == HOST
+        arch = ArchSku.CPU
+        if not host:
+            major, minor = _cuda_module.compute_capability(self.device_id)
+            arch = ArchSku(10 * major + minor)
+        exact = MathPrecision.INT8 if activations == "staged" else MathPrecision.F32
+        return KernelSku(
+            category=OpCategory.QUANTIZATION,
+            op=op,
+            element=element,
+            aux_element=ElementKind.U8,
+            output_element=output,
+            block_format=block_format,
+            activations=activations,
+            layout=layout,
+            epilogue=epilogue,
+            arch=arch,
+            isa=_cpu_module.isa() if host else None,
+            backend=BackendKind.CPU if host else BackendKind.BESPOKE,
+            precision_guarantee=PrecisionGuarantee(
+                math_precision=exact if math is None else math,
+                accumulator=ElementKind.F32,
+                deterministic=True,
+                bit_stable_on_same_hardware=True,
+                batch_invariant=True,
+                bit_stable_across_hardware=math is None,
+            ),
+        )
+
+    cdef int lend(self, Call* call, object weight) except -1:
+        cdef object data = weight.data
+        call.arrays[WEIGHT] = <PyObject*>data
         return 0
 
     cdef int launch(self, Call* call) except -1 nogil:
         return 0
 
-    cdef int run_arrays(self, PyObject** arrays, object stream, bint start) except -1:
-        cdef Call call
+    cdef int acquire(self, Call* call, int slot) except -1:
+        cdef object array = <object>call.arrays[slot]
+        cdef str name = name_of(call.names, slot)
+        # Only floats can require a gradient.
+        if self.operands[slot].role in (MATRIX, VECTOR, SCALES, NESTED):
+            check_no_grad(array, name)
+        return acquire_view(
+            array, &call.views[slot], call.stream, self.device_type == CUDA, name
+        )
+
+    cdef int run_arrays(self, Call* call, object stream, bint start) except -1:
         cdef int slot
-        memset(&call, 0, sizeof(Call))
-        find_stream(self.device_type, self.device_id, arrays, stream, &call.stream)
+        find_stream(self.device_type, self.device_id, call.arrays, stream, &call.stream)
         try:
-            for slot in range(SLOTS):
-                if arrays[slot] != NULL:
-                    # Only floats can require a gradient.
-                    if self.operands[slot].role in (MATRIX, VECTOR):
-                        check_no_grad(<object>arrays[slot], name_of(OF_PLANS, slot))
-                    acquire_view(
-                        <object>arrays[slot], &call.views[slot], call.stream,
-                        self.device_type == CUDA, name_of(OF_PLANS, slot),
-                    )
-            self.check(&call, arrays, OF_PLANS)
+            for slot in range(self.slots):
+                if call.arrays[slot] != NULL:
+                    self.acquire(call, slot)
+            self.check(call)
             if start:
-                if self.workspace_size and arrays[WORKSPACE] == NULL:
+                if self.workspace_size and call.arrays[WORKSPACE] == NULL:
                     raise WorkspaceTooSmall(self.workspace_size, 0)
-                self.start(&call, arrays)
+                self.start(call)
         finally:
-            for slot in range(SLOTS):
-                release_view(&call.views[slot])
+            release_views(call, self.slots)
         return 0
 
-    cdef int check(self, Call* call, PyObject** arrays, Names names) except -1:
+    cdef int check(self, Call* call) except -1:
         cdef Fault fault
         cdef ArrayView* view
         cdef int slot, other
-        for slot in range(SLOTS):
-            if self.operands[slot].role == ABSENT:
-                continue
-            if arrays[slot] == NULL:
+        for slot in range(self.slots):
+            if self.operands[slot].role == ABSENT or call.arrays[slot] == NULL:
                 continue
             view = &call.views[slot]
             fault = WRONG_DEVICE
@@ -407,26 +619,18 @@ cdef class Plan:
             ):
                 fault = find_fault(call, slot, &self.operands[slot])
             if fault != SOUND:
-                raise self.explain(call, arrays, names, slot, fault, 0)
+                raise self.explain(call, slot, fault, 0)
         for slot in (OUTPUT, WORKSPACE):
-            if arrays[slot] != NULL:
-                for other in range(SLOTS):
+            if call.arrays[slot] != NULL:
+                for other in range(self.slots):
                     if other != slot and overlap(call, slot, other):
-                        raise self.explain(call, arrays, names, slot, OVERLAPPING, other)
+                        raise self.explain(call, slot, OVERLAPPING, other)
         return 0
 
-    cdef int start(self, Call* call, PyObject** arrays) except -1:
-        cdef bint foreign = False
-        cdef int slot
+    cdef int start(self, Call* call) except -1:
         if self.idle:
             return 0
         if self.device_type == HOST:
-            with nogil:
-                self.launch(call)
-            return 0
-        for slot in range(SLOTS):
-            foreign |= call.views[slot].foreign_order
-        if not foreign:
             with nogil:
                 self.launch(call)
             return 0
@@ -435,168 +639,68 @@ cdef class Plan:
                 self.launch(call)
         finally:
             # Also after a failure: a kernel that was launched before it still reads the arrays.
-            hold_until_done(
-                call.views, SLOTS,
-                tuple([<object>arrays[slot] for slot in range(SLOTS) if arrays[slot] != NULL]),
-                self.device_id, call.stream,
-            )
+            hold_foreign(call, self.slots, self.device_id)
         return 0
 
-    cdef object explain(
-        self, Call* call, PyObject** arrays, Names names, int slot, int fault, int other
-    ):
+    cdef object explain(self, Call* call, int slot, int fault, int other):
         """The exception for an argument that does not fit."""
-        cdef Operand* operand = &self.operands[slot]
-        cdef ArrayView* view = &call.views[slot]
-        cdef str name = name_of(names, slot)
-        cdef str given = describe(<object>arrays[slot])
-        cdef int64_t size
+        cdef str name = name_of(call.names, slot)
+        cdef str given = describe(<object>call.arrays[slot])
         if fault == WRONG_DEVICE:
-            there = device_name(view.device_type, view.device_id)
+            there = device_name(call.views[slot].device_type, call.views[slot].device_id)
             return invalid(
                 name, f"an array on {self.device}", given,
                 f"move it there, or select a plan for {there}",
             )
-        if fault == WRONG_TYPE:
-            if operand.role == PACKED:
-                return invalid(
-                    name, "uint8", given, "view the packed blocks as bytes, as in .view(uint8)"
-                )
-            if operand.role == SCRATCH:
-                return invalid(
-                    name, "bytes", given,
-                    f"lend Workspace(plan.workspace_size, device={self.device!r})",
-                )
+        if fault == OVERLAPPING:
             return invalid(
-                name, element_name(operand.element), given,
-                "convert it, or select a plan whose descriptor names its type",
+                name, f"memory apart from {name_of(call.names, other)}",
+                f"{given} overlapping {describe(<object>call.arrays[other])}",
+                "give it memory of its own",
             )
-        if fault == WRONG_SHAPE:
-            rows, cols = operand.rows, operand.cols
-            shape = f"shape [{cols}]" if operand.role == VECTOR else f"shape [{rows}, {cols}]"
-            if operand.role == MATRIX and rows == 1:
-                shape += f" or [{cols}]"
-            return invalid(
-                name, shape, given, "reshape it, or select a plan whose descriptor has its sizes"
-            )
-        if fault == WRONG_STRIDE or fault == NOT_CONTIGUOUS:
-            expected = "one contiguous run of bytes"
-            if operand.role == MATRIX:
-                expected = f"stride 1 along the last axis and rows at least {operand.cols} apart"
-            elif operand.role == VECTOR:
-                expected = "stride 1"
-            strides = ", ".join([str(view.strides[i]) for i in range(view.ndim)])
-            return invalid(
-                name, expected, f"strides ({strides}) in {given}",
-                "copy it, as in .contiguous() or .copy()",
-            )
-        if fault == TOO_SHORT:
-            size = elements_of(view) * element_bytes(view.element)
-            if operand.role == SCRATCH:
-                return WorkspaceTooSmall(operand.cols, size)
-            return invalid(
-                name, f"at least {operand.offset + operand.cols} bytes ({self.problem()})",
-                f"{size} in {given}",
-                "pass the whole packed matrix, or correct shape, format or offset",
-            )
-        if fault == NO_MEMORY:
-            return invalid(
-                name, "memory", f"a null pointer for {given}", "pass an array that is allocated"
-            )
-        if fault == MISALIGNED:
-            address = <uintptr_t>call.data[slot]
-            return invalid(
-                name, f"an address that is a multiple of {operand.alignment}",
-                f"{address:#x} for {given}",
-                f"lend Workspace(plan.workspace_size, device={self.device!r})"
-                if operand.role == SCRATCH else "copy it into an array of its own",
-            )
-        if fault == READ_ONLY:
-            return ReadOnlyArray(
-                message(name, "a writable array", f"read-only {given}",
-                        "pass one that may be written; JAX arrays are immutable")
-            )
-        return invalid(
-            name, f"memory apart from {name_of(names, other)}",
-            f"{given} overlapping {describe(<object>arrays[other])}",
-            "give it memory of its own",
+        return explain_fault(
+            call, slot, &self.operands[slot], fault, name, f" ({self.problem()})"
         )
 
 
-def inspect_packed(object data, int64_t needed, int64_t alignment):
-    """Check that `data` holds `needed` packed bytes; return the name of its device."""
-    cdef ArrayView view
-    cdef int64_t size
-    memset(&view, 0, sizeof(view))
-    acquire_view(data, &view, NULL, False, "data")
-    try:
-        if view.element != U8 and view.element != I8:
-            raise invalid(
-                "data", "uint8", describe(data),
-                "view the packed blocks as bytes, as in .view(uint8)",
-            )
-        if not contiguous(&view):
-            raise invalid(
-                "data", "one contiguous run of bytes", describe(data),
-                "copy it, as in .contiguous() or .copy()",
-            )
-        size = elements_of(&view)
-        if size < needed:
-            raise invalid(
-                "data", f"at least {needed} bytes", f"{size} in {describe(data)}",
-                "correct format and shape, or pass the whole packed matrix",
-            )
-        if needed and <uintptr_t>view.data % <uintptr_t>alignment:
-            raise invalid(
-                "data", f"an address that is a multiple of {alignment}",
-                f"{<uintptr_t>view.data:#x} for {describe(data)}",
-                "copy it into an array of its own",
-            )
-        return device_name(view.device_type, view.device_id)
-    finally:
-        release_view(&view)
-
-
-def inspect_values(object data, str name, object element, object count):
-    """Check that `data` holds `count` values of type `element`; return its device and how many.
-
-    Without an element it is bytes that are counted, of any type that they may be stored as; without
-    a count there may be any number.
-    """
-    cdef ArrayView view
-    cdef int64_t size
-    memset(&view, 0, sizeof(view))
+cdef tuple inspect(
+    object data, str name, Role role, int element, object count, int64_t alignment
+):
+    """Check one array as plans do; give the name of its device and its count."""
+    cdef Call call
+    cdef Operand operand
+    cdef Fault fault
+    memset(&call, 0, sizeof(Call))
+    memset(&operand, 0, sizeof(Operand))
     check_no_grad(data, name)
-    acquire_view(data, &view, NULL, False, name)
+    call.arrays[WEIGHT] = <PyObject*>data
+    acquire_view(data, &call.views[WEIGHT], NULL, False, name)
     try:
-        if element is None and not stores_bytes(view.element):
-            raise invalid(
-                name, "uint8, or bytes stored as float32, float16 or bfloat16", describe(data),
-                "view the codes as bytes, as in .view(uint8)",
-            )
-        if element is not None and view.element != element:
-            raise invalid(name, element.dtype, describe(data), "convert it")
-        if not contiguous(&view):
-            raise invalid(
-                name, "contiguous memory", describe(data),
-                "copy it, as in .contiguous() or .copy()",
-            )
-        size = elements_of(&view)
-        unit = "elements"
-        if element is None:
-            size *= element_bytes(view.element)
-            unit = "bytes"
-        if count is not None and size != count:
-            raise invalid(
-                name, f"exactly {count} {unit}", f"{size} in {describe(data)}",
-                "correct shape and block size, or pass all of the weight and no more",
-            )
-        if size and element is not None and <uintptr_t>view.data % element_bytes(view.element):
-            raise invalid(
-                name, f"an address that is a multiple of {element_bytes(view.element)}",
-                f"{<uintptr_t>view.data:#x} for {describe(data)}",
-                "copy it into an array of its own",
-            )
-        return device_name(view.device_type, view.device_id), size
+        operand.role = role
+        operand.element = element
+        operand.cols = elements_of(&call.views[WEIGHT]) if count is None else count
+        operand.alignment = alignment
+        fault = find_fault(&call, WEIGHT, &operand)
+        if fault != SOUND:
+            raise explain_fault(&call, WEIGHT, &operand, fault, name, "")
+        return (
+            device_name(call.views[WEIGHT].device_type, call.views[WEIGHT].device_id),
+            operand.cols,
+        )
     finally:
-        release_view(&view)
+        release_views(&call, 1)
+
+
+def inspect_packed(object data, int64_t needed, int64_t alignment):
+    """Check that `data` holds `needed` packed bytes or more; return the name of its device."""
+    return inspect(data, "data", PACKED, U8, needed, alignment)[0]
+
+
+def inspect_codes(object data, int64_t nbytes):
+    """Check that `data` holds exactly `nbytes` of codes; return the name of its device."""
+    return inspect(data, "data", CODES, U8, nbytes, 1)[0]
+
+
+def inspect_scales(object array, str name, object element, count=None):
+    """Check that `array` holds `count` values, or any; return its device's name and how many."""
+    return inspect(array, name, SCALES, element, count, element_bytes(element))

@@ -142,7 +142,7 @@ def as_integer(value: Any, argument: str) -> int:
         ) from None
 
 
-def _flag(value: Any, argument: str) -> bool:
+def as_flag(value: Any, argument: str) -> bool:
     if value is not True and value is not False:
         raise InvalidProblem(
             f"{argument}: expected True or False, got {value!r}; pass bool({argument})"
@@ -206,8 +206,8 @@ bit_stable_across_hardware=False)
     bit_stable_across_hardware: bool = False
 
     def __post_init__(self) -> None:
-        _flag(self.overlap, "overlap")
-        _flag(self.bit_stable_across_hardware, "bit_stable_across_hardware")
+        as_flag(self.overlap, "overlap")
+        as_flag(self.bit_stable_across_hardware, "bit_stable_across_hardware")
         if self.activations not in (None, "staged", "float"):
             raise InvalidProblem(
                 f'activations: expected "staged", "float" or None, got {self.activations!r}; '
@@ -277,7 +277,7 @@ class PrecisionGuarantee(_Value):
             "batch_invariant",
             "bit_stable_across_hardware",
         ):
-            _flag(getattr(self, name), name)
+            as_flag(getattr(self, name), name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -674,7 +674,7 @@ class Nf4Descriptor(_Value):
         _set(self, "codebook", choose(Codebook, self.codebook, "codebook"))
         _set(self, "layout", choose(Nf4Layout, self.layout, "layout"))
         for name in ("nested", "bias"):
-            _flag(getattr(self, name), name)
+            as_flag(getattr(self, name), name)
         _set_types(self, None)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from baracuda_cy.errors import InvalidProblem, Unsupported
 from baracuda_cy.formats import ElementKind, GgufBlockFormat, choose
-from baracuda_cy.plan import inspect_packed, inspect_values
+from baracuda_cy.plan import inspect_codes, inspect_packed, inspect_scales
 from baracuda_cy.sku import Codebook, Nf4Layout, as_integer, nf4_sizes
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class _Immutable:
         self.__setattr__(name, None)
 
 
-class _Weight(_Immutable):
+class PackedWeight(_Immutable):
     """What packed weights share: `data` are their bytes."""
 
     __slots__ = ()
@@ -68,7 +68,7 @@ class _Weight(_Immutable):
         return self.data.__dlpack_device__()  # type: ignore[no-any-return]
 
 
-class GgufTensor(_Weight):
+class GgufTensor(PackedWeight):
     """A weight packed in a GGUF block format, over bytes that stay where they are.
 
     Parameters
@@ -175,7 +175,7 @@ class GgufTensor(_Weight):
         OutOfMemory
             The device is full.
         """
-        from baracuda_cy.gguf import move
+        from baracuda_cy._ops import move
 
         data = move(self.data, self.nbytes, device, stream)
         return self if data is self.data else GgufTensor(data, self.format, self.shape)
@@ -305,8 +305,8 @@ class NestedAbsmax(_Immutable):
             raise InvalidProblem(
                 f"offset: expected a number, got {offset!r}; pass the mean of the absmax values"
             ) from None
-        device, _ = inspect_values(code, "code", ElementKind.F32, 256)
-        there, count = inspect_values(absmax, "absmax", ElementKind.F32, None)
+        device, _ = inspect_scales(code, "code", ElementKind.F32, 256)
+        there, count = inspect_scales(absmax, "absmax", ElementKind.F32)
         _check_device("absmax", there, device, "code")
         self._set(
             code=code,
@@ -349,7 +349,7 @@ class NestedAbsmax(_Immutable):
         return NestedAbsmax(code, absmax, self.offset, self.block_size)
 
 
-class Nf4Tensor(_Weight):
+class Nf4Tensor(PackedWeight):
     """A weight in NF4 or FP4, over bytes that stay where they are.
 
     ``weight[n, k] = codebook[code(n, k)] * absmax[(n * ncols + k) // block_size]``: blocks are of
@@ -456,9 +456,9 @@ class Nf4Tensor(_Weight):
                 "make one: NestedAbsmax(code, absmax, offset)"
             )
         data = _as_array(data)
-        device, _ = inspect_values(data, "data", None, nbytes)
+        device = inspect_codes(data, nbytes)
         kind = ElementKind.F32 if nested is None else ElementKind.U8
-        there, _ = inspect_values(absmax, "absmax", kind, blocks)
+        there, _ = inspect_scales(absmax, "absmax", kind, blocks)
         _check_device("absmax", there, device, "data")
         nbytes += blocks * kind.itemsize
         if nested is not None:
@@ -786,7 +786,7 @@ def _check_device(name: str, device: str, expected: str, other: str) -> None:
 
 def _fetch(array: Any, dtype: Any) -> NDArray[Any]:
     """Return the bytes of `array`, wherever it is, as a NumPy array of `dtype`."""
-    from baracuda_cy.gguf import fetch
+    from baracuda_cy._ops import fetch
 
     return fetch(array).view(dtype)
 
@@ -795,7 +795,7 @@ def _move(array: Any, count: int, kind: ElementKind, device: Any, stream: Any) -
     """Return `count` elements on `device`: `array` itself where it is there already."""
     import numpy as np
 
-    from baracuda_cy.gguf import move
+    from baracuda_cy._ops import move
     from baracuda_cy.memory import DeviceArray
 
     moved = move(array, None, device, stream)

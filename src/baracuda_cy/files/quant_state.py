@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from baracuda_cy.codebooks import CODEBOOKS
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.files.safetensors import (
     DTYPE_OF_NUMPY,
@@ -36,28 +37,8 @@ _STATE = "quant_state.bitsandbytes__"
 _FIELDS = ("quant_type", "blocksize", "dtype", "shape")
 _NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 
-NF4_CODEBOOK = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-_FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
-_QUANT_MAPS = {
-    Codebook.NF4: np.array(NF4_CODEBOOK, np.float32),
-    Codebook.FP4: np.concatenate([_FP4, 0 - _FP4]),  # without a -0, as bitsandbytes writes it
+_QUANT_MAPS = {  # without FP4's -0, as bitsandbytes writes it
+    codebook: np.array(values, np.float32) + np.float32(0) for codebook, values in CODEBOOKS.items()
 }
 DTYPES = ("float16", "bfloat16", "float32")  # of the weight before it was quantized
 STORAGE = (ElementKind.U8, ElementKind.F16, ElementKind.BF16, ElementKind.F32)
