@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import baracuda_cy as bcy
@@ -215,10 +215,7 @@ def drawn(shape, dtype, scale, seed):
     return np.clip(weight, -60000, 60000).astype(DTYPES[dtype])
 
 
-many = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@many
+@settings(max_examples=200)
 @given(
     shapes,
     st.sampled_from(BLOCK_SIZES),
@@ -234,10 +231,14 @@ def test_live_quantize_and_dequantize(live, shape, block_size, codebook, dtype, 
     same_values(np.asarray(ours.absmax), state.absmax.numpy())
     np.testing.assert_array_equal(np.asarray(ours.data).reshape(-1), codes.numpy().reshape(-1))
     for output in DTYPES:
-        same_values(ours.dequantize(output), unpacked(live, codes, state, output), codebook)
+        values, theirs = ours.dequantize(output), unpacked(live, codes, state, output)
+        if output == "bfloat16":
+            # The AVX-512 instruction that bitsandbytes rounds with takes the subnormal for zero.
+            values, theirs = (np.where(abs(it) < 2.0**-126, it * 0, it) for it in (values, theirs))
+        same_values(values, theirs, codebook)
 
 
-@many
+@settings(max_examples=40)  # bitsandbytes makes its table anew each time
 @given(
     st.tuples(st.integers(1, 60), st.integers(1, 700)),
     st.sampled_from([32, 64]),
@@ -262,15 +263,15 @@ def test_live_nested(live, shape, block_size, codebook, scale, seed):
     for output in DTYPES:
         same_values(theirs.dequantize(output), unpacked(live, codes, state, output), codebook)
     ours = bcy.quantize(weight, codebook, block_size=block_size, nested=True)
-    # The order of torch's sum is its own: the same tables where the same mean came out.
-    assert ours.nested.offset == pytest.approx(state.offset.item(), rel=1e-6)
-    assume(ours.nested.offset == state.offset.item())
     same_values(np.asarray(ours.nested.code), state.state2.code.numpy())
-    same_values(np.asarray(ours.nested.absmax), state.state2.absmax.numpy())
-    np.testing.assert_array_equal(np.asarray(ours.absmax), state.absmax.numpy())
+    # torch sums in an order of its own: the same tables where the same mean came out.
+    assert ours.nested.offset == pytest.approx(state.offset.item(), rel=1e-6)
+    if ours.nested.offset == state.offset.item():
+        same_values(np.asarray(ours.nested.absmax), state.state2.absmax.numpy())
+        np.testing.assert_array_equal(np.asarray(ours.absmax), state.absmax.numpy())
 
 
-@many
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes,
     st.sampled_from(BLOCK_SIZES),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from baracuda_cy._ops import fetch
 from baracuda_cy.codebooks import CODEBOOKS
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.files.safetensors import (
@@ -25,7 +26,6 @@ from baracuda_cy.files.safetensors import (
     sizes_of,
 )
 from baracuda_cy.formats import ElementKind
-from baracuda_cy.gguf import fetch
 from baracuda_cy.sku import Codebook, Nf4Layout
 from baracuda_cy.tensor import NestedAbsmax, Nf4Tensor
 

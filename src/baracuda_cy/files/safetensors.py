@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from baracuda_cy._ops import fetch
 from baracuda_cy.dlpack import inspect
 from baracuda_cy.errors import FileFormatError, InvalidProblem, NotAnArray, Unsupported
-from baracuda_cy.gguf import fetch
 from baracuda_cy.tensor import GgufTensor
 
 # safetensors' name: NumPy's, or ml_dtypes' where NumPy has no such type. In this order they are
