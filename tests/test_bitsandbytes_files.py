@@ -875,6 +875,18 @@ def test_dtype_and_metadata(put, tmp_path):
     assert dict(bcy.open_bitsandbytes(path).dtypes) == {"w": "bfloat16"}
 
 
+def test_what_a_file_says_of_itself_is_kept(put, tmp_path):
+    parts = weight(dtype="float32") | weight("v")
+    model = bcy.open_bitsandbytes(put(make(parts, {"format": "pt", "author": "me"})))
+    path = tmp_path / "again.safetensors"
+    bcy.save_bitsandbytes(path, model)
+    assert dict(bcy.open_bitsandbytes(path).metadata) == {"format": "pt", "author": "me"}
+    assert dict(bcy.open_bitsandbytes(path).dtypes) == {"w": "float32", "v": "bfloat16"}
+    bcy.save_bitsandbytes(path, model, {}, dtype="float16")
+    assert dict(bcy.open_bitsandbytes(path).metadata) == {"format": "pt"}
+    assert dict(bcy.open_bitsandbytes(path).dtypes) == {"w": "float16", "v": "float16"}
+
+
 @given(
     st.integers(1, 9),
     st.integers(1, 300),
@@ -1100,6 +1112,11 @@ def test_what_cannot_be_saved(put, tmp_path, tensors, match):
 def test_what_is_no_array(tmp_path):
     with pytest.raises(NotAnArray):
         bcy.save_bitsandbytes(tmp_path / "out", {"x": object()})
+    with pytest.raises(
+        InvalidProblem, match=r"^x: expected a C-contiguous array, got strides \(2,"
+    ):
+        bcy.save_bitsandbytes(tmp_path / "out", {"x": memoryview(b"abcdef")[::2]})
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,24 @@ def test_dequantize(codebook, block_size, dtype):
     same_values(w.dequantize(dtype), theirs, codebook)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_on_the_gpu(codebook, block_size, dtype):
+    key = f"{codebook}/{block_size}"
+    weight = bcy.DeviceArray.from_host(VECTORS[f"{key}/{dtype}/input"].view(DTYPES[dtype]))
+    w = bcy.quantize(weight, codebook, block_size=block_size)
+    assert w.device == "cuda:0"
+    host = w.to("cpu")
+    same_values(np.asarray(host.absmax), VECTORS[f"{key}/{dtype}/absmax"].view(np.float32))
+    np.testing.assert_array_equal(host.data, VECTORS[f"{key}/{dtype}/codes"])
+    if dtype == "float32":
+        for output, kind in DTYPES.items():
+            theirs = VECTORS[f"{key}/values/{output}"].view(kind)
+            same_values(bcy.dequantize(w, output).to_host(), theirs, codebook)
+
+
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_nested(codebook):
     part = {
