@@ -4,25 +4,16 @@
 #pragma once
 
 #include "baracuda/order.cuh"
-#include "launch.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/pack.cuh"
+#include "cuda/common/ring.cuh"
 #include "operations.h"
-#include "ring.cuh"
 
 namespace bcy {
 
 constexpr int kDequantizeThreads = 256;
 constexpr int kDequantizeEach = 8;
 constexpr int kUnitThreads = kGroup / kDequantizeEach;
-
-// One float32 or two of a type of 16 bits, rounded, as a word.
-template <class Y>
-__device__ __forceinline__ uint32_t pack(const float* values) {
-  if constexpr (sizeof(typename Y::Storage) == 4) {
-    return as_bits(Y::round(values[0]));
-  } else {
-    return Y::round(values[0]) | uint32_t(Y::round(values[1])) << 16;
-  }
-}
 
 // Alignment: of every unit of the weight.
 template <class Format, class Y, int Alignment>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface of the GGUF operations: from a format's number to its kernels.
 #include "baracuda/formats.h"
-#include "launch.cuh"
+#include "cuda/common/launch.cuh"
 #include "operations.h"
 #include "staged.cuh"
 

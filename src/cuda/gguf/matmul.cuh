@@ -5,9 +5,9 @@
 
 #include <type_traits>
 
-#include "mma.cuh"
+#include "cuda/common/mma.cuh"
+#include "cuda/common/product.cuh"
 #include "operations.h"
-#include "product.cuh"
 #include "staged.cuh"
 
 namespace bcy {
@@ -25,10 +25,13 @@ class StagedTile {
   static constexpr int kRows = RowTiles * kTileRows;
   static constexpr int kBlocks = Blocks;
 
+  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const Staged&,
+                                                  int64_t, int) {}
   // Stages the units of this warp, where the product does so itself.
   static constexpr int kStagedAtOnce = 4;
   static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args& args,
                                                  const Staged& staged, uint8_t* memory) {
+    wait_for_previous_kernel();
     if constexpr (Tokens <= kTileTokens) {
       if (!staged.fused) return;
       const int warp = threadIdx.x / 32;
@@ -48,7 +51,7 @@ class StagedTile {
   // Tokens past the end repeat the last one, tiles past the end the last one; their sums are not
   // stored.
   __device__ __forceinline__ StagedTile(const bcy_gguf_matmul_args& args, const Staged& staged,
-                                        int64_t first_token, int first_unit,
+                                        int64_t, int64_t first_token, int first_unit,
                                         const uint8_t* memory) {
     const int r = threadIdx.x % 32 / 4;
     const int t = threadIdx.x % 4;
@@ -67,7 +70,7 @@ class StagedTile {
     if (Ahead && first_unit < int(staged.units)) next_ = load(0, 0);
   }
 
-  __device__ __forceinline__ void clear() {
+  __device__ __forceinline__ void clear(int64_t) {
 #pragma unroll
     for (int i = 0; i < RowTiles; ++i) {
 #pragma unroll

@@ -4,9 +4,9 @@
 
 #include <type_traits>
 
-#include "activations.cuh"
+#include "cuda/common/activations.cuh"
+#include "cuda/common/product.cuh"
 #include "operations.h"
-#include "product.cuh"
 
 namespace bcy {
 
@@ -25,12 +25,17 @@ class FloatTile {
   static constexpr int kRows = RowTiles * kTileRows;
   static constexpr int kBlocks = Tokens == 1 ? 2 : 1;
 
+  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const FloatInputs&,
+                                                  int64_t, int) {}
   static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args&, const FloatInputs&,
-                                                 uint8_t*) {}
+                                                 uint8_t*) {
+    wait_for_previous_kernel();
+  }
 
   // Tokens past the end repeat the last one; their sums are not stored.
   __device__ __forceinline__ FloatTile(const bcy_gguf_matmul_args& args, const FloatInputs&,
-                                       int64_t first_token, int first_unit, const uint8_t*) {
+                                       int64_t, int64_t first_token, int first_unit,
+                                       const uint8_t*) {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
       x_[token] = static_cast<const Storage*>(args.x) +
@@ -39,7 +44,7 @@ class FloatTile {
     }
   }
 
-  __device__ __forceinline__ void clear() {
+  __device__ __forceinline__ void clear(int64_t) {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
 #pragma unroll
@@ -132,7 +137,7 @@ template <class Format>
 int GgufOperations<Format>::matvec(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
   Device device;
   if (const int status = look_at_device(args.device, device)) return status;
-  const bool regular = rows_on_boundaries<Format>(args) && loads_four_at_once(args);
+  const bool regular = rows_on_boundaries<Format>(args) && loads_at_once(args, 4);
   return with_element(args.x_type, [&](auto x) {
     using X = decltype(x);
     const auto run = [&](auto* tile, auto* ring) {

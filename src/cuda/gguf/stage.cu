@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Activations to int8, in groups of 32, for the staged products: a kernel of its own.
-#include "async.cuh"
+#include "cuda/common/async.cuh"
 #include "operations.h"
 #include "staged.cuh"
 

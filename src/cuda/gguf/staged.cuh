@@ -13,8 +13,8 @@
 // K is filled up to whole units with zeros, and so are tokens where M is above eight.
 #pragma once
 
-#include "activations.cuh"
 #include "baracuda/order.cuh"
+#include "cuda/common/activations.cuh"
 
 namespace bcy {
 
@@ -68,7 +68,7 @@ struct Staged {
 };
 
 inline Staged staged_of(const bcy_gguf_matmul_args& args, bool turns, bool fused) {
-  return {static_cast<uint8_t*>(args.workspace), unit_count(args.ncols), loads_four_at_once(args),
+  return {static_cast<uint8_t*>(args.workspace), unit_count(args.ncols), loads_at_once(args, 4),
           turns, fused};
 }
 

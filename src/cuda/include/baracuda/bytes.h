@@ -10,6 +10,7 @@ namespace bcy {
 // Alignment: of `base`, a power of two; loads use up to 4. Variable offsets are multiples of 4.
 template <int Alignment>
 struct Bytes {
+  static constexpr int kAlignment = Alignment;
   const uint8_t* base;
   int at;  // kept apart from base, so that its alignment is known to the compiler
 

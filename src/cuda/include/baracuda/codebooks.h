@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The 4-bit codebooks of bitsandbytes: what each code stands for, and how a value finds its code.
 //
-// A value x in [-1, 1] takes codes[number of thresholds below x]: thresholds lie in the middle of
-// neighbours, so a tie takes the lower one, and a NaN, which is above nothing, the lowest.
+// A value in [-1, 1] takes codes[number of thresholds below it]: thresholds lie in the middle of
+// neighbours, and a tie takes the lower one.
 #pragma once
 
 #include <stdint.h>

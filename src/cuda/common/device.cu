@@ -5,7 +5,7 @@
 #include <atomic>
 
 #include "baracuda/runtime.h"
-#include "launch.cuh"
+#include "cuda/common/launch.cuh"
 
 namespace bcy {
 namespace {

@@ -14,22 +14,27 @@
 //   Format, Inputs                        weights, activations
 //   kRows, kTokens                        of a tile; rows are a multiple of 16
 //   kBlocks                               thread blocks whose registers fit a multiprocessor
-//   all Tile(args, inputs, first_token, first_unit, memory)
+//   Tile(args, inputs, first_row, first_token, first_unit, memory)
 //                                         for the units first_unit, first_unit + 8, ..., if there
 //                                         are any
-//   clear()                               sums to zero
+//   clear(following)                      sums to zero; following: first row of the tile after it
 //   add_unit(rows, round, groups, next)   unit first_unit + 8 round. rows: as Bytes, the unit in
 //   rows
 //                                         r, r + 8, r + 16, ..., r = lane / 4; groups: how many
 //                                         exist; next: round that comes next
 //   store(partials)                       this warp's sums, [token][row]
-//   prepare(args, inputs, memory)         once a thread block: shared memory of its own
+//   prefetch(args, inputs, first_row, round)
+//                                         by the warp that fetches a round's weights: asks for what
+//                                         else of them comes from memory
+//   prepare(args, inputs, memory)         once a thread block, by the consumers: fills shared
+//   memory
+//                                         of its own and waits for the previous kernel
 #pragma once
 
-#include "async.cuh"
 #include "baracuda/order.cuh"
-#include "launch.cuh"
-#include "ring.cuh"
+#include "cuda/common/async.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ring.cuh"
 
 namespace bcy {
 
@@ -83,8 +88,8 @@ __global__ void __launch_bounds__(kConsumers)
     rows[i] = static_cast<const uint8_t*>(args.weight) + row * row_bytes<Format>(args.ncols);
   }
   const int warp = threadIdx.x / 32;
-  Tile tile(args, inputs, first_token, warp, nullptr);
-  tile.clear();
+  Tile tile(args, inputs, first_row, first_token, warp, nullptr);
+  tile.clear(first_row);
   for (int round = 0; (round * kPartials + warp) * kUnitGroups < groups; ++round) {
     const int unit = round * kPartials + warp;
     RowsOf<Bytes<Format::kAlignment>, Tile::kRows> in_unit;
@@ -149,6 +154,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
     for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
       const int64_t first_row = index / passes * int64_t{Tile::kRows};
       for (int round = 0; round < rounds; ++round) {
+        Tile::prefetch(args, inputs, first_row, round);
         if (!first_lap) barrier_wait(&emptied[stage], phase ^ 1);
         Ring::fetch(args, source, first_row, round, ring + stage * Ring::kStageBytes,
                     &filled[stage]);
@@ -162,18 +168,20 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
     return;
   }
 
-  wait_for_previous_kernel();
   uint8_t* const memory = ring + stages * Ring::kStageBytes;
   Tile::prepare(args, inputs, memory);
   // Warps without units, where K is short, add nothing: their sums stay zero.
   const int own_rounds = units > warp ? (units - warp + kPartials - 1) / kPartials : 0;
   int meeting = 0;
-  Tile tile(args, inputs, blockIdx.x % passes * int64_t{Tile::kTokens}, warp, memory);
+  Tile tile(args, inputs, blockIdx.x / passes * int64_t{Tile::kRows},
+            blockIdx.x % passes * int64_t{Tile::kTokens}, warp, memory);
   for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
     const int64_t first_row = index / passes * int64_t{Tile::kRows};
     const int64_t first_token = index % passes * int64_t{Tile::kTokens};
-    if (passes > 1 && index != blockIdx.x) tile = Tile(args, inputs, first_token, warp, memory);
-    tile.clear();
+    if (passes > 1 && index != blockIdx.x) {
+      tile = Tile(args, inputs, first_row, first_token, warp, memory);
+    }
+    tile.clear((index + gridDim.x) / passes * int64_t{Tile::kRows});
     const typename Ring::Lane lanes(args, first_row);
     for (int round = 0; round < rounds; ++round) {
       barrier_wait(&filled[stage], phase);

@@ -3,8 +3,8 @@
 // that nothing links to it.
 #include <cuda_runtime.h>
 
-#include "launch.cuh"
-#include "ring.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ring.cuh"
 
 namespace bcy {
 namespace {
@@ -26,7 +26,7 @@ Encode find_encode() {
 }  // namespace
 
 int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int rows,
-                   CUtensorMap& map) {
+                   bool neighbours, CUtensorMap& map) {
   static const Encode encode = find_encode();
   if (encode == nullptr) return cudaErrorSymbolNotFound;
   const cuuint64_t sizes[] = {cuuint64_t(bytes_of_row), cuuint64_t(nrows)};
@@ -36,7 +36,8 @@ int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int 
   const CUresult status =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes, strides, box,
              steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             neighbours ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? int(BCY_OK) : int(cudaErrorInvalidValue);
 }
 

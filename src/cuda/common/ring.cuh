@@ -16,8 +16,8 @@
 
 #include <cuda.h>
 
-#include "async.cuh"
 #include "baracuda/order.cuh"
+#include "cuda/common/async.cuh"
 
 namespace bcy {
 
@@ -49,9 +49,10 @@ struct RowsOf {
 
 constexpr int kBoxBytes = 128;
 
-// Describes a matrix of bytes to the copy engine, in boxes of kBoxBytes by `rows`.
+// Describes a matrix of bytes to the copy engine, in boxes of kBoxBytes by `rows`; neighbours: the
+// box beside one is fetched with it.
 int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int rows,
-                   CUtensorMap& map);
+                   bool neighbours, CUtensorMap& map);
 
 // ---- boxes ------------------------------------------------------------------------------------------------------
 
@@ -59,6 +60,7 @@ int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int 
 // exchanged by the row's number.
 template <int Alignment, int Rows>
 struct BoxBytes {
+  static constexpr int kAlignment = Alignment;
   const uint8_t* base;  // of this row in the first box
   uint32_t exchange;    // 16 * (row % 8)
   int lane;             // a multiple of Alignment
@@ -109,7 +111,8 @@ struct BoxRing {
   static constexpr int kStageBytes = kBoxes * Rows * kBoxBytes;
 
   static int describe(const bcy_gguf_matmul_args& args, Source& source) {
-    return describe_boxes(args.weight, row_bytes<Format>(args.ncols), args.nrows, Rows, source);
+    return describe_boxes(args.weight, row_bytes<Format>(args.ncols), args.nrows, Rows, true,
+                          source);
   }
 
   // The last box of a round reaches into the next one; what lies past the matrix is zeros.

@@ -84,15 +84,18 @@ constexpr int kCopyArrivals =
 
 #if __CUDA_ARCH__ >= 900
 
+// Arrives and announces bytes that are to come.
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
 // Announces all bytes before the first copy can complete.
 __device__ __forceinline__ void expect_copies(uint64_t* barrier, uint32_t bytes) {
   const uint32_t total = __reduce_add_sync(~0u, bytes);
-  if (threadIdx.x % 32 == 0) {
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-        "r"(total)
-        : "memory");
-  }
+  if (threadIdx.x % 32 == 0) expect_bytes(barrier, total);
   __syncwarp();
 }
 

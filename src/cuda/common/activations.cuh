@@ -4,14 +4,15 @@
 
 #include <type_traits>
 
-#include "launch.cuh"
+#include "cuda/common/launch.cuh"
 
 namespace bcy {
 
-// Whether four elements from a multiple of four on can be loaded at once.
-inline bool loads_four_at_once(const bcy_gguf_matmul_args& args) {
-  const int four = args.x_type == BCY_F32 ? 16 : 8;
-  return reinterpret_cast<uintptr_t>(args.x) % four == 0 && (args.m == 1 || args.x_stride % 4 == 0);
+// Whether `count` elements from a multiple of it on, 16 bytes or less, can be loaded at once.
+inline bool loads_at_once(const bcy_gguf_matmul_args& args, int count) {
+  const int bytes = count * (args.x_type == BCY_F32 ? 4 : 2);
+  return reinterpret_cast<uintptr_t>(args.x) % bytes == 0 &&
+         (args.m == 1 || args.x_stride % count == 0);
 }
 
 // Two halves or bfloat16 of a word.

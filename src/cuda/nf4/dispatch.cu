@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface of the operations of 4-bit weights: checks what the kernels rely on.
+#include "operations.h"
+#include "weight.cuh"
+
+namespace bcy {
+
+bool streams_rows(const bcy_nf4_matmul_args& args, const Device& device) {
+  return device.arch >= 800 && args.weight.layout == BCY_BITSANDBYTES &&
+         args.weight.ncols % Nf4Rows::kElements == 0 && args.weight.ncols > 0;
+}
+
+// What decides is the same for every M and address, so that the bits are, too.
+bool uses_tensor_cores(const bcy_nf4_matmul_args& args, const Device& device) {
+  return !args.exact && args.x_type != BCY_F32 && streams_rows(args, device);
+}
+
+namespace {
+
+bool is_valid(const bcy_nf4_weight& weight) {
+  if (weight.nrows < 0 || weight.ncols < 0 || weight.block_size < 1) return false;
+  if (codebook_of(weight.codebook) == nullptr) return false;
+  if (weight.nested_absmax != nullptr && !is_power_of_two(weight.nested_block)) return false;
+  switch (weight.layout) {
+    case BCY_BITSANDBYTES:
+      return weight.block_size >= kGroup && is_power_of_two(weight.block_size);
+    case BCY_ROW_PAIR:
+      return weight.nrows % 2 == 0 && weight.ncols % weight.block_size == 0;
+    default:
+      return false;
+  }
+}
+
+template <class Function>
+int on_device(int device, Function&& function) {
+  const DeviceGuard guard(device);
+  return guard.status() != cudaSuccess ? guard.status() : function();
+}
+
+}  // namespace
+}  // namespace bcy
+
+using namespace bcy;
+
+int bcy_cuda_nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args, int32_t* answer) {
+  *answer = 0;
+  return on_device(args->device, [&] {
+    Device device;
+    if (const int status = look_at_device(args->device, device)) return status;
+    *answer = uses_tensor_cores(*args, device);
+    return int(BCY_OK);
+  });
+}
+
+int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args* args, void* stream) {
+  if (!is_valid(args->weight)) return BCY_ERROR_INVALID_ARGUMENT;
+  if (args->m == 0 || args->weight.nrows == 0) return BCY_OK;
+  return on_device(args->device, [&] {
+    return with_element(args->x_type, [&](auto x) {
+      return nf4_matmul<decltype(x)>(*args, static_cast<cudaStream_t>(stream));
+    });
+  });
+}
+
+int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream) {
+  if (!is_valid(args->weight)) return BCY_ERROR_INVALID_ARGUMENT;
+  if (args->weight.nrows == 0 || args->weight.ncols == 0) return BCY_OK;
+  return on_device(args->device,
+                   [&] { return nf4_dequantize(*args, static_cast<cudaStream_t>(stream)); });
+}
+
+int bcy_cuda_nf4_quantize(const bcy_nf4_quantize_args* args, void* stream) {
+  if (args->count < 0 || args->block_size < kGroup || !is_power_of_two(args->block_size) ||
+      codebook_of(args->codebook) == nullptr) {
+    return BCY_ERROR_INVALID_ARGUMENT;
+  }
+  if (args->count == 0) return BCY_OK;
+  return on_device(args->device,
+                   [&] { return nf4_quantize(*args, static_cast<cudaStream_t>(stream)); });
+}
+
+int bcy_cuda_nf4_nest(const bcy_nf4_nest_args* args, void* stream) {
+  if (args->count < 0 || !is_power_of_two(args->nested_block)) return BCY_ERROR_INVALID_ARGUMENT;
+  if (args->count == 0) return BCY_OK;
+  return on_device(args->device,
+                   [&] { return nf4_nest(*args, static_cast<cudaStream_t>(stream)); });
+}

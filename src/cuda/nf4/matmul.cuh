@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0
+// y[m, n] = sum_k weight[n, k] * x[m, k] on float16 or bfloat16 tensor cores.
+//
+// A code is the sum of two numbers of 16 bits: they take the places of two rows, r and r + 8, of
+// one instruction, so that its two sums add up to what float32 FMAs would give. The order: a chunk,
+// 64 elements or what a block has if less, is summed by tensor cores, high and low parts meet, the
+// block's scale multiplies; the chunks of a unit meet two by two, in order; then the units of a
+// partial sum and the partial sums as in order.cuh.
+#pragma once
+
+#include "tile.cuh"
+
+namespace bcy {
+
+// c += a * b, 16 rows by 16 elements times 8 tokens: a holds rows r and r + 8 of elements 2 t and
+// 2 t + 1, then of elements 8 on, b those elements of token r; c tokens 2 t and 2 t + 1 of row r,
+// then of row r + 8.
+template <class X>
+__device__ __forceinline__ void mma_floats(float (&c)[4], uint2 a, uint2 a8, uint32_t b,
+                                           uint32_t b8) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<X, F16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a8.x), "r"(a8.y), "r"(b), "r"(b8));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a8.x), "r"(a8.y), "r"(b), "r"(b8));
+  }
+#endif
+}
+
+// A group of an octet of rows, one for each r, times what lane (r, t) has of it: elements 8 t ..
+// 8 t + 7 of column r of each eight.
+template <class X, int Tiles, class Row>
+__device__ __forceinline__ void multiply_group(const Table& table, const Row& row, int group,
+                                               const uint4 (&x)[Tiles], float (&sums)[Tiles][4]) {
+  const uint32_t word = row.load32(group * 16, threadIdx.x % 4 * 4);
+  const uint2 entries[4] = {table(word, 0), table(word, 1), table(word, 2), table(word, 3)};
+#pragma unroll
+  for (int n = 0; n < Tiles; ++n) {
+    mma_floats<X>(sums[n], entries[0], entries[1], x[n].x, x[n].y);
+    mma_floats<X>(sums[n], entries[2], entries[3], x[n].z, x[n].w);
+  }
+}
+
+// The partial sums of Octets * 8 rows with Tiles * 8 tokens.
+template <class X, int Octets, int Tiles, int Chunk>
+struct Nf4Sums {
+  float partial[Octets][Tiles][2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < Octets; ++i) {
+#pragma unroll
+      for (int n = 0; n < Tiles; ++n) partial[i][n][0] = partial[i][n][1] = 0.0f;
+    }
+  }
+
+  // load(group, x): what this lane has of each tile's activations.
+  template <class Rows, class Scales, class Load>
+  __device__ __forceinline__ void add_unit(const Table& table, const Rows& rows,
+                                           const Scales& scales, Load load) {
+    constexpr int kChunks = kUnit / Chunk, kChunkGroups = Chunk / kGroup;
+    float one[Octets][Tiles][2], two[Octets][Tiles][2], four[Octets][Tiles][2];
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      float sums[Octets][Tiles][4] = {};
+#pragma unroll
+      for (int j = 0; j < kChunkGroups; ++j) {
+        const int group = chunk * kChunkGroups + j;
+        uint4 x[Tiles];
+        load(group, x);
+#pragma unroll
+        for (int i = 0; i < Octets; ++i) {
+          multiply_group<X>(table, rows.row[i], group, x, sums[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Octets; ++i) {
+        const float scale = scales(i, chunk);
+#pragma unroll
+        for (int n = 0; n < Tiles; ++n) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float sum = mul(add(sums[i][n][j], sums[i][n][j + 2]), scale);
+            if (chunk % 2 == 0) {
+              one[i][n][j] = sum;
+              continue;
+            }
+            sum = add(one[i][n][j], sum);
+            if (chunk % 4 == 1) {
+              two[i][n][j] = sum;
+              continue;
+            }
+            sum = add(two[i][n][j], sum);
+            if (chunk == 3) four[i][n][j] = sum;
+            if (chunk == 7) sum = add(four[i][n][j], sum);
+            if (chunk + 1 == kChunks) partial[i][n][j] = add(partial[i][n][j], sum);
+          }
+        }
+      }
+    }
+  }
+
+  // put(token, row, sum): of the sums that this lane has.
+  template <class Put>
+  __device__ __forceinline__ void store(Put put) const {
+#pragma unroll
+    for (int i = 0; i < Octets; ++i) {
+#pragma unroll
+      for (int n = 0; n < Tiles; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          put(n * 8 + threadIdx.x % 4 * 2 + j, i * 8 + threadIdx.x % 32 / 4, partial[i][n][j]);
+        }
+      }
+    }
+  }
+};
+
+// A single token: column 2 c of the instructions is chunk c of the token, so that lane t ends up
+// with the sum of chunk t, whose scale it has.
+template <class X, int Octets>
+struct Nf4TokenSums {
+  float partial[Octets];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < Octets; ++i) partial[i] = 0.0f;
+  }
+
+  template <class Rows, class Scales>
+  __device__ __forceinline__ void add_unit(const Table& table, const Rows& rows,
+                                           const Scales& scales, const uint4 (&x)[2]) {
+    float own[Octets];
+    const uint4 columns[2][1] = {{x[0]}, {x[1]}};
+#pragma unroll
+    for (int chunk = 0; chunk < 4; ++chunk) {
+#pragma unroll
+      for (int i = 0; i < Octets; ++i) {
+        float sums[1][4] = {};
+        multiply_group<X>(table, rows.row[i], 2 * chunk, columns[0], sums);
+        multiply_group<X>(table, rows.row[i], 2 * chunk + 1, columns[1], sums);
+        const float sum = add(sums[0][0], sums[0][2]);
+        own[i] = chunk == 0 || threadIdx.x % 4 == chunk ? sum : own[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Octets; ++i) {
+      float sum = mul(own[i], scales.own(i, 0));
+      sum = add(sum, __shfl_xor_sync(~0u, sum, 1));
+      sum = add(sum, __shfl_xor_sync(~0u, sum, 2));
+      partial[i] = add(partial[i], sum);
+    }
+  }
+
+  // put(token, row, sum): of the sums that this lane has.
+  template <class Put>
+  __device__ __forceinline__ void store(Put put) const {
+    if (threadIdx.x % 4 != 0) return;
+#pragma unroll
+    for (int i = 0; i < Octets; ++i) put(0, i * 8 + threadIdx.x % 32 / 4, partial[i]);
+  }
+};
+
+// What the tiles share that product.cuh takes.
+template <int Tokens, int Chunk, int Blocks>
+struct Nf4TileBase {
+  using Format = Nf4Rows;
+  using Inputs = Nf4Inputs;
+  using UnitScales = bcy::UnitScales<kTileRows, Chunk>;
+  static constexpr int kTokens = Tokens;
+  static constexpr int kRows = kTileRows;
+  static constexpr int kBlocks = Blocks;
+  using Partials = float[Tokens][Meeting<kRows, Tokens>::kPitch];
+
+  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args& args,
+                                                  const Nf4Inputs& inputs, int64_t first_row,
+                                                  int round) {
+    UnitScales::prefetch(args, inputs, first_row, round);
+  }
+
+  static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args&,
+                                                 const Nf4Inputs& inputs, uint8_t* memory) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    fill_table<kConsumers>(memory, inputs.codes, pair_of_halves);
+    consumers_sync<kConsumers>();
+    wait_for_previous_kernel();
+#endif
+  }
+};
+
+// One token, whose activations lie on a boundary of 16 bytes.
+template <class X>
+class Nf4TokenTile : public Nf4TileBase<1, 64, 2> {
+ public:
+  __device__ __forceinline__ Nf4TokenTile(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs,
+                                          int64_t first_row, int64_t, int first_unit,
+                                          const uint8_t* memory)
+      : inputs_(&inputs), table_(memory), scales_(args, inputs, first_row, first_unit) {
+    // Of the chunk that is this lane's column.
+    const int first = first_unit * kUnit + threadIdx.x % 32 / 8 * 64;
+    x_ = static_cast<const uint16_t*>(args.x) + first + threadIdx.x % 4 * 8;
+    left_ = int(args.ncols) - first;
+    load(0);
+  }
+
+  __device__ __forceinline__ void clear(int64_t following) {
+    following_ = following;
+    sums_.clear();
+  }
+
+  template <class Row>
+  __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int,
+                                           int next) {
+    scales_.take(*inputs_, round, next, following_);
+    const uint4 x[2] = {next_[0], next_[1]};
+    load(next * (kPartials * kUnit));
+    sums_.add_unit(table_, rows, scales_, x);
+  }
+
+  __device__ __forceinline__ void store(Partials& partials) const {
+    sums_.store([&](int token, int row, float sum) { partials[token][row] = sum; });
+  }
+
+ private:
+  // Zeros past the end: they take what no weight belongs to out of the sums.
+  __device__ __forceinline__ void load(int element) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      next_[i] = {0, 0, 0, 0};
+      if (element < left_) next_[i] = *reinterpret_cast<const uint4*>(x_ + element + i * kGroup);
+    }
+  }
+
+  const Nf4Inputs* inputs_;
+  Table table_;
+  UnitScales scales_;
+  int64_t following_ = 0;
+  const uint16_t* x_;  // this lane's first element in this warp's first unit
+  int left_;           // elements from its chunk's first on
+  uint4 next_[2];      // of the unit to come
+  Nf4TokenSums<X, kRows / 8> sums_;
+};
+
+// Tokens in eights. Chunk: 32 or 64, what lies in one block of the weight. AtOnce: eight
+// activations from a multiple of eight on lie on a boundary of 16 bytes.
+template <class X, int Tokens, int Chunk, bool AtOnce>
+class Nf4Tile : public Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1> {
+  using Base = Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1>;
+
+ public:
+  using Base::kRows;
+
+  __device__ __forceinline__ Nf4Tile(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs,
+                                     int64_t first_row, int64_t first_token, int first_unit,
+                                     const uint8_t* memory)
+      : inputs_(&inputs), table_(memory), scales_(args, inputs, first_row, first_unit) {
+    const int64_t token = first_token + threadIdx.x % 32 / 4;
+    const int first = first_unit * kUnit;
+    x_ = static_cast<const uint16_t*>(args.x) + token * args.x_stride + first + threadIdx.x % 4 * 8;
+    stride_ = args.x_stride;
+    tokens_ = int(min(args.m - token, int64_t{Tokens}));
+    left_ = int(args.ncols) - first;
+    load(0);
+  }
+
+  __device__ __forceinline__ void clear(int64_t following) {
+    following_ = following;
+    sums_.clear();
+  }
+
+  template <class Row>
+  __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int,
+                                           int next) {
+    scales_.take(*inputs_, round, next, following_);
+    const int first = round * (kPartials * kUnit);
+    sums_.add_unit(table_, rows, scales_, [&](int group, uint4(&x)[kTiles]) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) x[n] = next_[n];
+      load(group + 1 < kUnitGroups ? first + (group + 1) * kGroup : next * (kPartials * kUnit));
+    });
+  }
+
+  __device__ __forceinline__ void store(typename Base::Partials& partials) const {
+    sums_.store([&](int token, int row, float sum) { partials[token][row] = sum; });
+  }
+
+ private:
+  static constexpr int kTiles = Tokens / 8;
+
+  // Zeros past the ends: they take what no weight belongs to out of the sums.
+  __device__ __forceinline__ void load(int element) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      next_[n] = {0, 0, 0, 0};
+      if (8 * n >= tokens_ || element >= left_) continue;
+      const uint16_t* const x = x_ + n * 8 * stride_ + element;
+      if constexpr (AtOnce) {
+        next_[n] = *reinterpret_cast<const uint4*>(x);
+      } else {
+        next_[n] = {x[0] | uint32_t{x[1]} << 16, x[2] | uint32_t{x[3]} << 16,
+                    x[4] | uint32_t{x[5]} << 16, x[6] | uint32_t{x[7]} << 16};
+      }
+    }
+  }
+
+  const Nf4Inputs* inputs_;
+  Table table_;
+  typename Base::UnitScales scales_;
+  int64_t following_ = 0;
+  const uint16_t* x_;  // token r, this lane's first element in this warp's first unit
+  int64_t stride_;
+  int tokens_;         // from token r on
+  int left_;           // elements from the first on
+  uint4 next_[kTiles]; // of the group to come
+  Nf4Sums<X, kRows / 8, kTiles, Chunk> sums_;
+};
+
+}  // namespace bcy

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// The products of 4-bit weights with one type of activations: which kernel takes a problem.
+#pragma once
+
+#include "exact.cuh"
+#include "matmul_sm90.cuh"
+#include "operations.h"
+
+namespace bcy {
+
+inline bcy_gguf_matmul_args as_rows(const bcy_nf4_matmul_args& args) {
+  bcy_gguf_matmul_args rows = {};
+  rows.weight = args.weight.codes;
+  rows.x = args.x;
+  rows.y = args.y;
+  rows.bias = args.bias;
+  rows.nrows = args.weight.nrows;
+  rows.ncols = args.weight.ncols;
+  rows.m = args.m;
+  rows.x_stride = args.x_stride;
+  rows.y_stride = args.y_stride;
+  rows.x_type = args.x_type;
+  rows.y_type = args.y_type;
+  rows.device = args.device;
+  rows.overlap = args.overlap;
+  return rows;
+}
+
+template <class X>
+int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
+  Device device;
+  if (const int status = look_at_device(args.device, device)) return status;
+  const Codebook& codebook = *codebook_of(args.weight.codebook);
+  const Scales scales(args.weight);
+  if (!streams_rows(args, device)) {
+    const int64_t passes = ceil_div(args.m, kAnyTokens);
+    const int64_t blocks = ceil_div(args.weight.nrows, kAnyRows) * passes;
+    if (blocks > kMaxGridX || args.weight.ncols > kMaxColumns) return BCY_ERROR_TOO_LARGE;
+    return launch(nf4_product_any<X>, dim3(unsigned(blocks)), dim3(kConsumers), stream, 0, false,
+                  args, Nf4Inputs{scales, 0, float_words(codebook)}, Blocks(args.weight),
+                  unsigned(passes));
+  }
+  const bcy_gguf_matmul_args rows = as_rows(args);
+  const bool boundaries = rows_on_boundaries<Nf4Rows>(rows);
+  const auto streamed = [&](auto* tile, auto* ring, int chunk, const CodeWords& codes) {
+    using Tile = std::remove_pointer_t<decltype(tile)>;
+    using Ring = std::remove_pointer_t<decltype(ring)>;
+    const Nf4Inputs inputs = {scales, log2_of(args.weight.block_size / chunk), codes};
+    const bool overlap = args.overlap != 0;
+    return launch_streamed<Tile, Ring>(rows, inputs, device, kTableBytes, overlap, overlap, stream);
+  };
+  RowRing<Nf4Rows, 16, true>* const rows_of_16 = nullptr;
+  RowRing<Nf4Rows, 16, false>* const any_rows = nullptr;
+  if (!uses_tensor_cores(args, device)) {
+    const auto exact = [&](auto* tile, auto* ring) {
+      return streamed(tile, ring, kGroup, float_words(codebook));
+    };
+    constexpr int kMany = sizeof(typename X::Storage) == 4 ? 2 : 4;
+    if (!boundaries || !loads_at_once(rows, 4)) {
+      return exact(static_cast<Nf4ExactTile<X, kMany, false>*>(nullptr), any_rows);
+    }
+    if (args.m > 1) return exact(static_cast<Nf4ExactTile<X, kMany, true>*>(nullptr), rows_of_16);
+    return exact(static_cast<Nf4ExactTile<X, 1, true>*>(nullptr), rows_of_16);
+  }
+  if constexpr (!std::is_same_v<X, F32>) {
+    const CodeWords codes = split_words<X>(codebook);
+    if (args.weight.block_size < 64) {
+      return streamed(static_cast<Nf4Tile<X, 8, 32, false>*>(nullptr), any_rows, 32, codes);
+    }
+    if (!boundaries || !loads_at_once(rows, 8)) {
+      return streamed(static_cast<Nf4Tile<X, 8, 64, false>*>(nullptr), any_rows, 64, codes);
+    }
+    const auto regular = [&](auto* tile) { return streamed(tile, rows_of_16, 64, codes); };
+    if (args.m == 1) return regular(static_cast<Nf4TokenTile<X>*>(nullptr));
+    if (device.arch >= 900) {
+      const Nf4Inputs inputs = {scales, log2_of(args.weight.block_size / 64), codes};
+      bool launched = false;
+      int status = BCY_OK;
+      if (args.m <= 8) {
+        status = launch_nf4_sm90<X, 8, 1>(rows, inputs, device, stream, launched);
+      } else if (args.m <= 16) {
+        status = launch_nf4_sm90<X, 16, 2>(rows, inputs, device, stream, launched);
+      } else {
+        status = launch_nf4_sm90<X, 32, 8>(rows, inputs, device, stream, launched);
+      }
+      if (launched || status != BCY_OK) return status;
+    }
+    if (args.m > 16) return regular(static_cast<Nf4Tile<X, 32, 64, true>*>(nullptr));
+    if (args.m > 8) return regular(static_cast<Nf4Tile<X, 16, 64, true>*>(nullptr));
+    return regular(static_cast<Nf4Tile<X, 8, 64, true>*>(nullptr));
+  }
+  return BCY_ERROR_UNSUPPORTED_TYPE;
+}
+
+}  // namespace bcy
