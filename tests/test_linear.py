@@ -270,7 +270,7 @@ def test_linear_with_other_arguments(more, match):
 
 def test_linear_of_no_weight():
     for w in (random_weight("Q4_K", 24, 512), None, b""):
-        with pytest.raises(InvalidProblem, match="w: expected a GgufTensor, got"):
+        with pytest.raises(InvalidProblem, match="w: expected a GgufTensor or an Nf4Tensor, got"):
             bcy.linear(random_activations(2, 512), w)
 
 

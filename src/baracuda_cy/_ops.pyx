@@ -44,6 +44,8 @@ from baracuda_cy.plan cimport (
     WORKSPACE,
     Call,
     Plan,
+    acquire,
+    begin,
     check_floating,
     collapse_rows,
     contiguous,
@@ -110,7 +112,7 @@ def multiply(x, w, bias, out, stream, preference):
     cdef Plan plan
     cdef Allocation result = None, lent = None
     cdef object data = w.data, nothing = None, target
-    memset(&call, 0, sizeof(Call))
+    begin(&call, SLOTS)
     call.names = OF_OPERATIONS
     call.arrays[WEIGHT] = <PyObject*>data
     call.arrays[ACTIVATIONS] = <PyObject*>x
@@ -161,7 +163,7 @@ def multiply(x, w, bias, out, stream, preference):
             call.arrays[BIAS] = <PyObject*>bias
         for slot in range(plan.slots):
             if slot != ACTIVATIONS and slot != OUTPUT and call.arrays[slot] != NULL:
-                plan.acquire(&call, slot)
+                acquire(plan, &call, slot)
         if plan.workspace_size:
             if cuda:
                 lent = allocate_like(
@@ -201,7 +203,7 @@ def unpack(w, dtype, out, stream, preference):
     cdef Plan plan
     cdef Allocation result = None
     cdef object data = w.data, target = out
-    memset(&call, 0, sizeof(Call))
+    begin(&call, SLOTS)
     memset(&like, 0, sizeof(like))
     call.names = OF_OPERATIONS
     call.arrays[WEIGHT] = <PyObject*>data
@@ -237,7 +239,7 @@ def unpack(w, dtype, out, stream, preference):
         plan.lend(&call, w)
         for slot in range(plan.slots):
             if slot != OUTPUT and call.arrays[slot] != NULL:
-                plan.acquire(&call, slot)
+                acquire(plan, &call, slot)
         like.ndim = len(w.shape)
         for i in range(like.ndim):
             like.shape[i] = w.shape[i]
@@ -375,7 +377,7 @@ def encode(array, codebook, block_size, nested, threads):
     cdef object code, tables = None
     import numpy as np
 
-    memset(&call, 0, sizeof(Call))
+    begin(&call, SLOTS)
     memset(&args, 0, sizeof(args))
     memset(&nest, 0, sizeof(nest))
     device_of(array, &device_type, &device_id)

@@ -7,7 +7,6 @@ cimport cython
 from cpython.ref cimport PyObject
 from cpython.type cimport PyType_IsSubtype
 from libc.stdint cimport int64_t
-from libc.string cimport memset
 
 from baracuda_cy cimport _cpu, _cuda
 from baracuda_cy._native cimport bcy_gguf_dequantize_args, bcy_gguf_matmul_args
@@ -24,6 +23,7 @@ from baracuda_cy.plan cimport (
     Call,
     Operand,
     Plan,
+    begin,
     check_descriptor,
     check_floating,
     checked,
@@ -189,7 +189,7 @@ cdef class GgufProductPlan(Plan):
         object stream, bint start,
     ) except -1:
         cdef Call call
-        memset(&call, 0, sizeof(Call))
+        begin(&call, self.slots)
         weight = packed_data(weight, self.block_format, self.ncols)
         call.arrays[WEIGHT] = <PyObject*>weight
         call.arrays[ACTIVATIONS] = <PyObject*>activations
@@ -450,7 +450,7 @@ cdef class GgufDequantizePlan(Plan):
 
     cdef int fill(self, object weight, object output, object stream, bint start) except -1:
         cdef Call call
-        memset(&call, 0, sizeof(Call))
+        begin(&call, self.slots)
         weight = packed_data(weight, self.descriptor.block_format, self.descriptor.ncols)
         call.arrays[WEIGHT] = <PyObject*>weight
         call.arrays[OUTPUT] = <PyObject*>output

@@ -6,7 +6,6 @@
 cimport cython
 from cpython.ref cimport PyObject
 from cpython.type cimport PyType_IsSubtype
-from libc.string cimport memset
 
 from baracuda_cy cimport _cpu, _cuda
 from baracuda_cy._native cimport bcy_nf4_dequantize_args, bcy_nf4_matmul_args, bcy_nf4_weight
@@ -30,6 +29,7 @@ from baracuda_cy.plan cimport (
     Operand,
     Plan,
     Role,
+    begin,
     check_descriptor,
     check_floating,
     checked,
@@ -233,7 +233,7 @@ cdef class Nf4ProductPlan(Nf4Plan):
         object bias, object stream, bint start,
     ) except -1:
         cdef Call call
-        memset(&call, 0, sizeof(Call))
+        begin(&call, self.slots)
         self.take(&call, weight, absmax, nested)
         call.arrays[ACTIVATIONS] = <PyObject*>activations
         call.arrays[OUTPUT] = <PyObject*>output
@@ -510,7 +510,7 @@ cdef class Nf4DequantizePlan(Nf4Plan):
         bint start,
     ) except -1:
         cdef Call call
-        memset(&call, 0, sizeof(Call))
+        begin(&call, self.slots)
         self.take(&call, weight, absmax, nested)
         call.arrays[OUTPUT] = <PyObject*>output
         return self.run_arrays(&call, stream, start)

@@ -55,10 +55,9 @@ cdef enum Names:
     OF_PLANS
     OF_OPERATIONS
 
-# One call, zeroed before it is filled: its arguments, and what they turned out to be.
+# One call, filled after `begin`: its arguments, and what they turned out to be.
 cdef struct Call:
     PyObject* arrays[SLOTS]   # borrowed; NULL where an argument was not given
-    ArrayView views[SLOTS]
     char* data[SLOTS]         # first byte used
     uint64_t span[SLOTS]      # bytes from there to the last one used
     int64_t stride[SLOTS]     # MATRIX: elements from row to row
@@ -66,6 +65,7 @@ cdef struct Call:
     float nested_offset
     Names names
     void* stream
+    ArrayView views[SLOTS]
 
 
 cdef class Plan:
@@ -96,7 +96,6 @@ cdef class Plan:
     cdef int launch(self, Call* call) except -1 nogil
     cdef int run_arrays(self, Call* call, object stream, bint start) except -1
     # The steps of it, for callers that acquire and release the views themselves.
-    cdef int acquire(self, Call* call, int slot) except -1
     cdef int check(self, Call* call) except -1
     cdef int start(self, Call* call) except -1
     cdef object explain(self, Call* call, int slot, int fault, int other)
@@ -105,6 +104,8 @@ cdef class Plan:
 cdef str name_of(Names names, int slot)
 cdef str message(str argument, str expected, str given, str remedy)
 cdef object invalid(str argument, str expected, str given, str remedy)
+cdef void begin(Call* call, int slots) noexcept nogil
+cdef int acquire(Plan plan, Call* call, int slot) except -1
 cdef int release_views(Call* call, int slots) noexcept
 # Keeps what was queued alive until it is done, where the arrays' owners do not order that.
 cdef int hold_foreign(Call* call, int slots, int device) except -1

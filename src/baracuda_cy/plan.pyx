@@ -12,6 +12,7 @@ from libc.string cimport memset
 
 from baracuda_cy cimport _cuda
 from baracuda_cy.dlpack cimport (
+    KEEP_NOTHING,
     ArrayView,
     acquire_view,
     check_no_grad,
@@ -425,10 +426,16 @@ cdef object explain_fault(
     )
 
 
+cdef void begin(Call* call, int slots) noexcept nogil:
+    """Empty a call that fills no more than the first `slots`."""
+    memset(call, 0, sizeof(Call) - (SLOTS - slots) * sizeof(ArrayView))
+
+
 cdef int release_views(Call* call, int slots) noexcept:
     cdef int slot
     for slot in range(slots):
-        release_view(&call.views[slot])
+        if call.views[slot].keep_kind != KEEP_NOTHING:
+            release_view(&call.views[slot])
     return 0
 
 
@@ -443,6 +450,16 @@ cdef int hold_foreign(Call* call, int slots, int device) except -1:
         call.views, slots,
         tuple([<object>call.arrays[slot] for slot in range(slots) if call.arrays[slot] != NULL]),
         device, call.stream,
+    )
+
+
+cdef int acquire(Plan plan, Call* call, int slot) except -1:
+    # Only floats can require a gradient.
+    if plan.operands[slot].role in (MATRIX, VECTOR, SCALES, NESTED):
+        check_no_grad(<object>call.arrays[slot], name_of(call.names, slot))
+    return acquire_view(
+        <object>call.arrays[slot], &call.views[slot], call.stream, plan.device_type == CUDA,
+        name_of(call.names, slot),
     )
 
 
@@ -579,23 +596,13 @@ cdef class Plan:
     cdef int launch(self, Call* call) except -1 nogil:
         return 0
 
-    cdef int acquire(self, Call* call, int slot) except -1:
-        cdef object array = <object>call.arrays[slot]
-        cdef str name = name_of(call.names, slot)
-        # Only floats can require a gradient.
-        if self.operands[slot].role in (MATRIX, VECTOR, SCALES, NESTED):
-            check_no_grad(array, name)
-        return acquire_view(
-            array, &call.views[slot], call.stream, self.device_type == CUDA, name
-        )
-
     cdef int run_arrays(self, Call* call, object stream, bint start) except -1:
         cdef int slot
         find_stream(self.device_type, self.device_id, call.arrays, stream, &call.stream)
         try:
             for slot in range(self.slots):
                 if call.arrays[slot] != NULL:
-                    self.acquire(call, slot)
+                    acquire(self, call, slot)
             self.check(call)
             if start:
                 if self.workspace_size and call.arrays[WORKSPACE] == NULL:
@@ -670,7 +677,7 @@ cdef tuple inspect(
     cdef Call call
     cdef Operand operand
     cdef Fault fault
-    memset(&call, 0, sizeof(Call))
+    begin(&call, 1)
     memset(&operand, 0, sizeof(Operand))
     check_no_grad(data, name)
     call.arrays[WEIGHT] = <PyObject*>data
