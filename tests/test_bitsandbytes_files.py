@@ -668,10 +668,11 @@ def test_shape_and_counts_disagree(put):
 
 
 def test_quant_states_of_other_kinds(put):
-    refused(
-        put(renamed(weight(), "bitsandbytes__nf4", "bitsandbytes__af4")),
-        r"w\.quant_state\.bitsandbytes__af4: expected bitsandbytes__nf4 or bitsandbytes__fp4, got",
-    )
+    for kind in ("af4", "NF4", ""):
+        refused(
+            put(renamed(weight(), "bitsandbytes__nf4", f"bitsandbytes__{kind}")),
+            rf"w\.quant_state\.bitsandbytes__{kind}: expected bitsandbytes__nf4 or bitsandbytes__f",
+        )
     refused(
         put(renamed(weight(), "bitsandbytes__nf4", "bitsandbytes__fp4")),
         r"w\.quant_state\.bitsandbytes__fp4: expected fp4 as the quant_type, got 'nf4'",

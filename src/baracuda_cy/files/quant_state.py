@@ -34,6 +34,7 @@ from baracuda_cy.tensor import NestedAbsmax, Nf4Tensor
 _NESTED_PARTS = ("nested_absmax", "nested_quant_map")
 _PARTS = ("absmax", "quant_map", *_NESTED_PARTS)
 _STATE = "quant_state.bitsandbytes__"
+_KINDS = {codebook.name.lower(): codebook for codebook in Codebook}
 _FIELDS = ("quant_type", "blocksize", "dtype", "shape")
 _NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 
@@ -125,9 +126,9 @@ class _Reader:
             raise broken(path, self.key, f"this tensor beside {beside}", "none", INCOMPLETE)
         if len(kinds) > 1:
             raise self.error("one quant_state of a weight", f"those of {' and '.join(kinds)}")
-        if kinds[0].upper() not in Codebook.__members__:
+        if kinds[0] not in _KINDS:
             raise self.error("bitsandbytes__nf4 or bitsandbytes__fp4", f"bitsandbytes__{kinds[0]}")
-        self.codebook = Codebook[kinds[0].upper()]
+        self.codebook = _KINDS[kinds[0]]
         self.state = self.read_state()
 
     def error(self, expected: str, given: object) -> Exception:
