@@ -14,7 +14,7 @@ import baracuda_cy as bcy
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-PAGES = ("README.md", "docs/index.md", "docs/formats.md", "docs/numerics.md")
+PAGES = ("README.md", "docs/index.md", "docs/nf4.md", "docs/formats.md", "docs/numerics.md")
 CODE = re.compile(r"(<!-- not run -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
@@ -42,19 +42,24 @@ def minilm():
 
 
 @pytest.mark.parametrize(("page", "code"), list(page_examples()))
-def test_code_of_a_page_runs(page, code):
+def test_code_of_a_page_runs(page, code, tmp_path, monkeypatch):
     if "import torch" in code:
         pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)  # where files go
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
+
+
+def table_rows(page, names):
+    """The columns of a page's tables, by the name in the first one."""
+    for line in (ROOT / page).read_text().splitlines():
+        name, *columns = (column.strip() for column in line.strip("|").split("|"))
+        if name in names and columns:
+            yield name, columns
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/formats.md"])
 def test_format_table_is_the_package_s(page):
-    rows = {}
-    for line in (ROOT / page).read_text().splitlines():
-        columns = [column.strip() for column in line.strip("|").split("|")]
-        if columns[0] in bcy.GgufBlockFormat.__members__ and len(columns) > 3:
-            rows[columns[0]] = columns[1:]
+    rows = dict(table_rows(page, bcy.GgufBlockFormat.__members__))
     assert list(rows) == list(bcy.GgufBlockFormat.__members__)
     for name, columns in rows.items():
         block_format = bcy.GgufBlockFormat[name]
@@ -65,6 +70,30 @@ def test_format_table_is_the_package_s(page):
         assert float(bits) == block_format.bits_per_weight
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/formats.md"])
+def test_table_of_4_bit_formats_is_the_package_s(page):
+    rows = dict(table_rows(page, bcy.Codebook.__members__))
+    assert list(rows) == list(bcy.Codebook.__members__)
+    for name, columns in rows.items():
+        if page == "docs/formats.md":
+            assert int(columns.pop(0)) == 16
+        size = int(columns[0])
+        for nested, bits in zip((False, True), columns[1:3], strict=True):
+            w = bcy.quantize(np.ones((256, size), np.float32), name, block_size=size, nested=nested)
+            table = w.nested.code.nbytes if nested else 0
+            assert round(8 * (w.nbytes - table) / (256 * size), 3) == float(bits)
+
+
+def test_codebook_table_is_the_package_s():
+    rows = table_rows("docs/nf4.md", [str(code) for code in range(16)])
+    columns = zip(*([float(value) for value in values] for _, values in rows), strict=True)
+    for codebook, values in zip(bcy.Codebook, columns, strict=True):
+        codes = np.arange(0, 16, 2, dtype=np.uint8) * 17 + 1  # codes 0 to 15, the even ones high
+        w = bcy.Nf4Tensor(codes, np.ones(1, np.float32), (16,), codebook=codebook)
+        np.testing.assert_array_equal(w.dequantize(), np.float32(values))
+        np.testing.assert_array_equal(np.signbit(w.dequantize()), np.signbit(values))
+
+
 @pytest.mark.parametrize(
     ("name", "framework"),
     [("numpy_linear", "numpy"), ("torch_linear", "torch"), ("jax_linear", "jax")],
@@ -73,6 +102,32 @@ def test_first_steps_run(name, framework, capsys):
     pytest.importorskip(framework)
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert "GgufMmvqMultiMPlan(" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_first_steps_with_nf4_run(framework, monkeypatch, capsys):
+    if framework == "torch":
+        pytest.importorskip("torch")
+    else:
+        monkeypatch.setitem(sys.modules, "torch", None)  # importing it now fails
+    runpy.run_path(str(EXAMPLES / "nf4_linear.py"), run_name="__main__")
+    assert "Nf4MmvqMultiMPlan(" in capsys.readouterr().out
+
+
+def test_first_steps_with_a_checkpoint_run(capsys):
+    load("bitsandbytes_checkpoint").main([])
+    out = capsys.readouterr().out
+    assert "Nf4Tensor(NF4, shape=(1024, 512)" in out
+    assert "Nf4MmvqMultiMPlan(" in out
+
+
+@pytest.mark.gpu
+def test_first_steps_with_nf4_run_on_a_gpu(capsys):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA here")
+    runpy.run_path(str(EXAMPLES / "nf4_linear.py"), run_name="__main__")
+    assert "on cuda:0" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
