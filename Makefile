@@ -6,6 +6,7 @@ PYTHONS ?= $(PYTHON)
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 TORCH   ?= torch==2.13.0+cpu
+BITSANDBYTES ?= bitsandbytes==0.50.2 transformers==5.24.0 accelerate==1.15.0
 SHELL   := bash
 .SHELLFLAGS := -o pipefail -c
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -34,6 +35,9 @@ test: $(BIN)/pip
 	  || pip install --quiet --only-binary :all: --retries 0 --timeout 5 \
 	       --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)" 2>/dev/null \
 	  || echo "no CPU build of $(TORCH) is to be had here: the tests that need torch are skipped"
+	@{ python -c "import torch" 2>/dev/null \
+	  && pip install --quiet --only-binary :all: $(BITSANDBYTES) 2>/dev/null; } \
+	  || echo "no $(BITSANDBYTES) to be had here: the tests that run bitsandbytes itself are skipped"
 	pytest
 
 gpu-test: $(BIN)/pip

@@ -58,9 +58,73 @@ def problems_of(block_format, nrows, ncols, tokens, kinds, rng):
             yield from products(sizes, m, kind, x)
 
 
+def nf4_weights(rng):
+    """Values and weights for every kernel: rows streamed or not, both layouts, nested absmax."""
+    for nrows, ncols, block_size in (
+        (NROWS, 2368, 64),
+        (NROWS, 320, 32),
+        (NROWS, 99, 64),
+        (MANY_ROWS, 2368, 64),
+    ):
+        few = rng.standard_normal((NROWS, ncols), np.float32)
+        x = np.resize(few, (nrows, ncols))
+        yield x, bcy.quantize(x, "nf4", block_size=block_size)
+        if nrows == NROWS:
+            yield x, bcy.quantize(x, "fp4", block_size=block_size, nested=True)
+            yield x[:-1], bcy.quantize(x[:-1], "nf4", block_size=block_size).to_layout("row_pair")
+
+
+def nf4_product(w, x, output, preference):
+    """The product on the device that holds the weight, as a NumPy array."""
+    plan = w.plan(m=len(x), activation=x.dtype, output=output, preference=preference)
+    if w.device == "cpu":
+        y = np.empty((len(x), w.nrows), output)
+        plan.run(w, x, y)
+        return y
+    y = bcy.DeviceArray.empty((len(x), w.nrows), output, device=w.device)
+    plan.run(w, bcy.DeviceArray.from_host(x, device=w.device), y)
+    return y.to_host()
+
+
+def nf4_cases(rng):
+    exact = bcy.PlanPreference(bit_stable_across_hardware=True)
+    cases = 0
+    for values, w in nf4_weights(rng):
+        there = w.to("cuda")
+        pairs = [
+            (bcy.dequantize(w, kind), bcy.dequantize(there, kind).to_host())
+            for kind in ("float32", "float16")
+        ]
+        if w.layout is bcy.Nf4Layout.BITSANDBYTES:
+            packed = bcy.quantize(
+                bcy.DeviceArray.from_host(values),
+                w.codebook.name,
+                block_size=w.block_size,
+                nested=w.nested is not None,
+            ).to("cpu")
+            pairs.append((np.asarray(w.data).ravel(), np.asarray(packed.data).ravel()))
+            pairs.append((np.asarray(w.absmax).ravel(), np.asarray(packed.absmax).ravel()))
+        many = w.nrows == MANY_ROWS
+        for kind in ("float16",) if many else ("float32", "float16"):
+            for m in (1, 3, 16, 32) if many else (1, 5, 13, 33):
+                x = rng.standard_normal((m, w.ncols), np.float32).astype(kind)
+                here = nf4_product(w, x, "float32", None)
+                pairs.append((here, nf4_product(there, x, "float32", exact)))
+                default = nf4_product(there, x, "float32", None)
+                error = np.linalg.norm(default - here) / np.linalg.norm(here)
+                if not error < 1e-5:
+                    sys.exit(f"{w!r}, m={m}, {kind}: relative error {error}")
+                cases += 1
+        for here, there_ in pairs:
+            if here.tobytes() != there_.tobytes():
+                sys.exit(f"{w!r}: the GPU's bits are not the CPU's")
+            cases += 1
+    return cases
+
+
 def main():
     rng = np.random.default_rng(0)
-    cases = 0
+    cases = nf4_cases(rng)
     for block_format in bcy.GgufBlockFormat:
         shapes = [
             (NROWS, ncols, (1, 5, 13, 33), ("float32", "float16"))

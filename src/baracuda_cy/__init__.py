@@ -20,6 +20,11 @@ from baracuda_cy.errors import (
     Unsupported,
     WorkspaceTooSmall,
 )
+from baracuda_cy.files.bitsandbytes import (
+    BitsandbytesFile,
+    open_bitsandbytes,
+    save_bitsandbytes,
+)
 from baracuda_cy.files.gguf import GgufFile, open_gguf
 from baracuda_cy.formats import ElementKind, GgufBlockFormat
 from baracuda_cy.gguf import GgufDequantizePlan, GgufMmvqMultiMPlan, GgufMmvqPlan
@@ -60,6 +65,7 @@ __all__ = [
     "ArchSku",
     "BackendKind",
     "BaracudaError",
+    "BitsandbytesFile",
     "Codebook",
     "CudaError",
     "DeviceArray",
@@ -104,6 +110,8 @@ __all__ = [
     "linear",
     "nf4_pack_weight",
     "nf4_quantize_value",
+    "open_bitsandbytes",
     "open_gguf",
     "quantize",
+    "save_bitsandbytes",
 ]

@@ -242,8 +242,8 @@ class Nf4TokenTile : public Nf4TileBase<1, 64, 2> {
   UnitScales scales_;
   int64_t following_ = 0;
   const uint16_t* x_;  // this lane's first element in this warp's first unit
-  int left_;           // elements from its chunk's first on
-  uint4 next_[2];      // of the unit to come
+  int left_;  // elements from its chunk's first on
+  uint4 next_[2];  // of the unit to come
   Nf4TokenSums<X, kRows / 8> sums_;
 };
 
@@ -315,9 +315,9 @@ class Nf4Tile : public Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1> {
   int64_t following_ = 0;
   const uint16_t* x_;  // token r, this lane's first element in this warp's first unit
   int64_t stride_;
-  int tokens_;         // from token r on
-  int left_;           // elements from the first on
-  uint4 next_[kTiles]; // of the group to come
+  int tokens_;  // from token r on
+  int left_;  // elements from the first on
+  uint4 next_[kTiles];  // of the group to come
   Nf4Sums<X, kRows / 8, kTiles, Chunk> sums_;
 };
 

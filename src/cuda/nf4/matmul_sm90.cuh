@@ -41,12 +41,11 @@ struct Nf4Geometry {
   static constexpr int kX = kSums + 2 * int(sizeof(Partials));
   static_assert((4 + kNf4Warps * kMaxStages) * sizeof(uint64_t) <= kTable);
 
-  static BCY_INLINE constexpr int units_here(int units) { return (units + Cluster - 1) / Cluster; }
-  static BCY_INLINE constexpr int ring_at(int units) {
-    return (kX + rounds_of(units) * kPartialsHere * kUnitX + 1023) / 1024 * 1024;
-  }
   static BCY_INLINE constexpr int rounds_of(int units) {
     return (units + kPartials - 1) / kPartials;
+  }
+  static BCY_INLINE constexpr int64_t ring_at(int units) {
+    return (kX + int64_t{kPartialsHere * kUnitX} * rounds_of(units) + 1023) / 1024 * 1024;
   }
 };
 
@@ -250,34 +249,36 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
 #endif
 }
 
-// How many clusters fit the device together. Asked for once, as long as nothing changes.
-template <class... Parameters>
-int clusters_at_once(void (*kernel)(Parameters...), int cluster, int shared, int device,
-                     int& clusters) {
-  static std::atomic<uint64_t> known{0};  // device + 1, shared bytes, clusters
-  const uint64_t key = uint64_t(device + 1) << 48 | uint64_t(shared) << 16;
-  const uint64_t found = known.load(std::memory_order_relaxed);
-  if (found >> 16 == key >> 16) {
-    clusters = int(found & 0xffff);
-    return BCY_OK;
-  }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(clusters / cluster * cluster));
-  config.blockDim = dim3(kNf4Threads);
-  config.dynamicSmemBytes = shared;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  if (const int status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return status;
-  if (clusters < 1) return BCY_ERROR_TOO_LARGE;
-  known.store(key | uint64_t(clusters), std::memory_order_relaxed);
-  return BCY_OK;
-}
+// How many clusters fit a device together.
+struct ClustersAtOnce {
+  std::atomic<uint64_t> last{0};  // device + 1, shared bytes, clusters: asked for once as a rule
 
-// Tokens at a time. Does nothing where the rows are too few to keep all blocks busy, or the
-// activations too many for shared memory.
+  template <class Kernel>
+  int operator()(Kernel* kernel, int cluster, int shared, int device, int processors) {
+    const uint64_t key = uint64_t(device + 1) << 48 | uint64_t(shared) << 16;
+    const uint64_t found = last.load(std::memory_order_relaxed);
+    if (found >> 16 == key >> 16) return int(found & 0xffff);
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(processors / cluster * cluster));
+    config.blockDim = dim3(kNf4Threads);
+    config.dynamicSmemBytes = shared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+      cudaGetLastError();
+      clusters = 0;
+    }
+    last.store(key | uint64_t(clusters), std::memory_order_relaxed);
+    return clusters;
+  }
+};
+
+// Tokens at a time. Does nothing where the rows are too few to keep all blocks busy, the
+// activations too many for shared memory, or clusters not to be had.
 template <class X, int Tokens, int Cluster>
 int launch_nf4_sm90(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs, const Device& device,
                     cudaStream_t stream, bool& launched) {
@@ -285,19 +286,20 @@ int launch_nf4_sm90(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs, c
   constexpr int kStageBytes = kNf4Warps * kNf4UnitBytes;
   const int64_t tiles = ceil_div(args.nrows, G::kRows);
   if (args.ncols > kMaxColumns || args.nrows > INT32_MAX) return BCY_OK;
-  const int ring_at = G::ring_at(int(ceil_div(args.ncols, kUnit)));
-  const int stages = std::min((device.shared_per_block - ring_at) / kStageBytes, kMaxStages);
-  if (stages < 2) return BCY_OK;
-  const int shared = ring_at + stages * kStageBytes;
+  const int64_t ring_at = G::ring_at(int(ceil_div(args.ncols, kUnit)));
+  const int64_t most = (device.shared_per_block - ring_at) / kStageBytes;
+  if (most < 2) return BCY_OK;
+  const int stages = int(std::min(most, int64_t{kMaxStages}));
+  const int shared = int(ring_at) + stages * kStageBytes;
   auto* const kernel = nf4_product_sm90<X, Tokens, Cluster>;
   if (const int status = allow_shared(kernel, shared)) return status;
   int clusters = device.processors;
   if constexpr (Cluster > 1) {
-    if (const int status = clusters_at_once(kernel, Cluster, shared, args.device, clusters)) {
-      return status;
-    }
+    static ClustersAtOnce at_once;
+    clusters = at_once(kernel, Cluster, shared, args.device, device.processors);
+    if (clusters < 1) return BCY_OK;
   }
-  if (tiles < 3 * clusters) return BCY_OK;
+  if (tiles < 3 * int64_t{clusters}) return BCY_OK;
   CUtensorMap matrix;
   if (const int status = describe_boxes(args.weight, row_bytes<Nf4Rows>(args.ncols), args.nrows,
                                         kTileRows, false, matrix)) {

@@ -42,10 +42,12 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
   }
   const bcy_gguf_matmul_args rows = as_rows(args);
   const bool boundaries = rows_on_boundaries<Nf4Rows>(rows);
-  const auto streamed = [&](auto* tile, auto* ring, int chunk, const CodeWords& codes) {
+  const auto inputs_of = [&](int chunk, const CodeWords& codes, float factor) {
+    return Nf4Inputs{scales, log2_of(args.weight.block_size / chunk), codes, 1.0f / factor};
+  };
+  const auto streamed = [&](auto* tile, auto* ring, const Nf4Inputs& inputs) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     using Ring = std::remove_pointer_t<decltype(ring)>;
-    const Nf4Inputs inputs = {scales, log2_of(args.weight.block_size / chunk), codes};
     const bool overlap = args.overlap != 0;
     return launch_streamed<Tile, Ring>(rows, inputs, device, kTableBytes, overlap, overlap, stream);
   };
@@ -53,7 +55,7 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
   RowRing<Nf4Rows, 16, false>* const any_rows = nullptr;
   if (!uses_tensor_cores(args, device)) {
     const auto exact = [&](auto* tile, auto* ring) {
-      return streamed(tile, ring, kGroup, float_words(codebook));
+      return streamed(tile, ring, inputs_of(kGroup, float_words(codebook), 1.0f));
     };
     constexpr int kMany = sizeof(typename X::Storage) == 4 ? 2 : 4;
     if (!boundaries || !loads_at_once(rows, 4)) {
@@ -63,17 +65,18 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
     return exact(static_cast<Nf4ExactTile<X, 1, true>*>(nullptr), rows_of_16);
   }
   if constexpr (!std::is_same_v<X, F32>) {
-    const CodeWords codes = split_words<X>(codebook);
-    if (args.weight.block_size < 64) {
-      return streamed(static_cast<Nf4Tile<X, 8, 32, false>*>(nullptr), any_rows, 32, codes);
+    const float factor = stretch<X>(args.weight.codebook);
+    const int chunk = args.weight.block_size < 64 ? 32 : 64;
+    const Nf4Inputs inputs = inputs_of(chunk, split_words<X>(codebook, factor), factor);
+    if (chunk == 32) {
+      return streamed(static_cast<Nf4Tile<X, 8, 32, false>*>(nullptr), any_rows, inputs);
     }
     if (!boundaries || !loads_at_once(rows, 8)) {
-      return streamed(static_cast<Nf4Tile<X, 8, 64, false>*>(nullptr), any_rows, 64, codes);
+      return streamed(static_cast<Nf4Tile<X, 8, 64, false>*>(nullptr), any_rows, inputs);
     }
-    const auto regular = [&](auto* tile) { return streamed(tile, rows_of_16, 64, codes); };
+    const auto regular = [&](auto* tile) { return streamed(tile, rows_of_16, inputs); };
     if (args.m == 1) return regular(static_cast<Nf4TokenTile<X>*>(nullptr));
     if (device.arch >= 900) {
-      const Nf4Inputs inputs = {scales, log2_of(args.weight.block_size / 64), codes};
       bool launched = false;
       int status = BCY_OK;
       if (args.m <= 8) {

@@ -15,6 +15,7 @@ struct Nf4Inputs {
   Scales scales;
   int shift;  // blocks are 2^shift chunks
   CodeWords codes;
+  float unit = 1.0f;  // what the codes stand for, over what they are in `codes`
 };
 
 // The scales of a unit in chunks of Chunk elements: lane t has those of chunks t, t + 4, ... of its
@@ -38,7 +39,8 @@ class UnitScales {
 #pragma unroll
     for (int i = 0; i < Rows / 8; ++i) {
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j) scales_[i][j] = inputs.scales.decode(loaded_[i][j]);
+      for (int j = 0; j < kOwn; ++j)
+        scales_[i][j] = mul(inputs.scales.decode(loaded_[i][j]), inputs.unit);
     }
     if (next <= round) row_ = following;
     load(inputs, row_, next);
