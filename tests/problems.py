@@ -176,6 +176,96 @@ def dequantize_plan(device, name, nrows, ncols, output="float32", **more):
     return bcy.GgufDequantizePlan.select(device, descriptor, pref)
 
 
+# ---- NF4 and FP4 ---------------------------------------------------------------------------------
+
+CODEBOOKS = ["NF4", "FP4"]
+LAYOUTS = ["bitsandbytes", "row_pair"]
+
+
+class Nf4Weight:
+    """Codes of every value with scales of ordinary size, in NumPy arrays, and what they stand for.
+
+    `nested` is the block size of the nested scales.
+    """
+
+    def __init__(
+        self, n, k, block_size=64, codebook="NF4", layout="bitsandbytes", nested=None, seed=0
+    ):
+        self.n, self.k, self.block_size = n, k, block_size
+        self.codebook, self.layout = codebook, layout
+        rng = np.random.default_rng([seed, n, k, block_size])
+        blocks = -(-n * k // block_size)
+        self.data = rng.integers(0, 256, (n * k + 1) // 2, np.uint8)
+        self.absmax = rng.uniform(0.01, 0.1, blocks).astype(np.float32)
+        self.nested = None
+        if nested:
+            self.absmax = rng.integers(0, 256, blocks, np.uint8)
+            code = np.sort(rng.uniform(-1, 1, 256)).astype(np.float32)
+            scales = rng.uniform(0.01, 0.03, -(-blocks // nested)).astype(np.float32)
+            self.nested = (code, scales, np.float32(0.05), nested)
+
+    @property
+    def how(self):
+        return {
+            "block_size": self.block_size,
+            "codebook": self.codebook,
+            "layout": self.layout,
+        }
+
+    def values(self):
+        return reference.nf4_values(
+            self.data, self.absmax, self.n, self.k, nested=self.nested, **self.how
+        )
+
+    def parts(self, backend):
+        """Arrays on the backend's device: codes, absmax and nesting, as `run` takes them."""
+        nested = self.nested
+        if nested is not None:
+            code, scales, offset, block = nested
+            nested = bcy.NestedAbsmax(backend.put(code), backend.put(scales), offset, block)
+        return backend.put(self.data), backend.put(self.absmax), nested
+
+    def tensor(self, backend=None):
+        data, absmax, nested = self.parts(backend or Backend("cpu"))
+        return bcy.Nf4Tensor(data, absmax, (self.n, self.k), nested=nested, **self.how)
+
+    def descriptor(self, m=None, **more):
+        base = bcy.Nf4Descriptor(
+            n=self.n, k=self.k, nested=self.nested is not None, **self.how, **more
+        )
+        return base if m is None else bcy.Nf4MmvqMultiMDescriptor(base=base, m=m)
+
+    def plan(self, device, m, activation="float32", output=None, bias=False, pref=None):
+        descriptor = self.descriptor(m, activation=activation, output=output, bias=bias)
+        return bcy.Nf4MmvqMultiMPlan.select(device, descriptor, pref)
+
+    def product(
+        self, backend, x, output=None, bias=None, padding=(0, 0), pref=None, weight=None, plan=None
+    ):
+        """A product on NumPy arrays; a NumPy result."""
+        activation = next(name for name, dtype in FLOATS.items() if x.dtype == dtype)
+        m = x.shape[0]
+        output = output or activation
+        plan = plan or self.plan(backend.device, m, activation, output, bias is not None, pref)
+        y = backend.empty((m, self.n), output, padding[1])
+        plan.run(
+            self.tensor(backend) if weight is None else weight,
+            backend.put(x, padding[0]),
+            y,
+            bias=None if bias is None else backend.put(bias),
+        )
+        return backend.get(y)
+
+
+EXACT = bcy.PlanPreference(bit_stable_across_hardware=True)
+# The default and, where it may differ, the one with the bits of the CPU.
+NF4_PATHS = [
+    pytest.param(("cpu", None), id="cpu"),
+    pytest.param(("cuda", None), id="cuda", marks=pytest.mark.gpu),
+    pytest.param(("cuda", EXACT), id="cuda-exact", marks=pytest.mark.gpu),
+]
+
+
 # ---- ggml ----------------------------------------------------------------------------------------
 
 

@@ -226,11 +226,11 @@ def float_product(values, x):
     x = np.asarray(x, F32)
     (n, k), m = values.shape, x.shape[0]
     partial = np.zeros((m, n, 8, 32), F32)
-    for g in range(k // 32):
-        p = g // 8 % 8
-        a = values[None, :, 32 * g : 32 * g + 32]
-        b = x[:, None, 32 * g : 32 * g + 32]
-        partial[:, :, p] = fma(a, b, partial[:, :, p])
+    for g in range(-(-k // 32)):
+        p, width = g // 8 % 8, min(32, k - 32 * g)
+        a = values[None, :, 32 * g : 32 * g + width]
+        b = x[:, None, 32 * g : 32 * g + width]
+        partial[:, :, p, :width] = fma(a, b, partial[:, :, p, :width])
     with np.errstate(all="ignore"):
         for step in (16, 8, 4, 2, 1):
             partial = partial[..., :step] + partial[..., step : 2 * step]
@@ -249,3 +249,76 @@ def finish(product, bias=None, output="float32"):
         bits = y.view(np.uint32).astype(np.uint64)
         rounded = (bits + 0x7FFF + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
         return np.where(nan, np.uint16(0x7FC0), rounded.astype(np.uint16))
+
+
+# ---- 4-bit codebooks -----------------------------------------------------------------------------
+
+_FP4 = [0.0, 0.0052083334885537624, 0.6666666865348816, 1, 0.3333333432674408, 0.5]
+_FP4 += [0.1666666716337204, 0.25]
+CODEBOOKS = {
+    "NF4": np.array(
+        [
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+            *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+        ],
+        F32,
+    ),
+    "FP4": np.array([*_FP4, *(-v for v in _FP4)], F32),
+}
+
+
+def nf4_codes(data, n, k, layout):
+    """4-bit codes of a packed matrix, one a byte, [N, K]."""
+    data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).astype(np.int64)
+    row, column = np.indices((n, k))
+    if layout == "row_pair":
+        return data[row // 2 * k + column] >> (row % 2 * 4) & 15
+    i = row * k + column
+    return data[i // 2] >> ((1 - i % 2) * 4) & 15
+
+
+def nf4_absmax(absmax, nested=None):
+    """Scales as float32; `nested` is (code, scales, offset, block)."""
+    if nested is None:
+        return np.asarray(absmax, F32)
+    code, scales, offset, block = nested
+    with np.errstate(all="ignore"):
+        scaled = code[absmax] * scales[np.arange(len(absmax)) // block]
+        return scaled + F32(offset)
+
+
+def nf4_values(data, absmax, n, k, block_size, codebook="NF4", layout="bitsandbytes", nested=None):
+    """Dequantized weights, float32 [N, K]."""
+    codes = nf4_codes(data, n, k, layout)
+    blocks = np.arange(n * k).reshape(n, k) // block_size
+    with np.errstate(all="ignore"):
+        return CODEBOOKS[codebook][codes] * nf4_absmax(absmax, nested)[blocks]
+
+
+def nf4_quantize(x, block_size, codebook="NF4"):
+    """bitsandbytes' rule for float32 of any shape, as one row: packed bytes and absmax."""
+    flat = np.asarray(x, F32).reshape(-1)
+    values = CODEBOOKS[codebook]
+    order = np.arange(16)
+    if codebook == "FP4":  # -0 lies above 0: what is a little above 0 takes it
+        order = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3])
+    ascending = values[order]
+    thresholds = (ascending[:-1] + ascending[1:]) / F32(2)
+    codes = np.zeros(flat.size + flat.size % 2, np.uint8)
+    absmax = np.zeros(-(-flat.size // block_size), F32)
+    for b in range(len(absmax)):
+        block = flat[b * block_size : (b + 1) * block_size]
+        largest = np.abs(block).max()
+        if len(block) == block_size:
+            scaled = block * (F32(1) / max(largest, F32(1e-38)))
+        else:
+            largest = max(largest, F32(1e-38))
+            scaled = block / largest
+        absmax[b] = largest
+        above = np.searchsorted(thresholds, scaled.clip(-1, 1), side="left")
+        codes[b * block_size :][: len(block)] = order[above]
+    if flat.size % 2:
+        codes[-1] = order[7]
+    return codes[0::2] << 4 | codes[1::2], absmax

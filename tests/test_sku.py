@@ -32,6 +32,9 @@ VALUES = [
     bcy.GgufMmvqDescriptor(nrows=2, ncols=256, block_format="Q4_K", activation="bfloat16"),
     bcy.GgufMmvqMultiMDescriptor(nrows=2, ncols=256, m=8, block_format=12, output="float16"),
     bcy.GgufDequantizeDescriptor(nrows=2, ncols=256, w_start_byte_offset=144),
+    bcy.PlanPreference(overlap=True, bit_stable_across_hardware=True),
+    bcy.Nf4Descriptor(n=2, k=256, codebook="fp4", layout="row_pair", nested=True, bias=True),
+    bcy.Nf4MmvqMultiMDescriptor(base=bcy.Nf4Descriptor(n=2, k=64, activation="bfloat16"), m=8),
 ]
 IDS = [type(value).__name__ for value in VALUES]
 
@@ -94,6 +97,55 @@ def test_descriptor_defaults_are_the_documented_ones():
     assert bcy.GgufMmvqMultiMDescriptor(activation="float16", output=None).output is ElementKind.F32
 
 
+def test_nf4_descriptor_defaults_are_the_documented_ones():
+    d = bcy.Nf4Descriptor()
+    assert (d.n, d.k, d.block_size, d.nested, d.bias) == (0, 0, 64, False, False)
+    assert (d.codebook, d.layout) == (bcy.Codebook.NF4, bcy.Nf4Layout.BITSANDBYTES)
+    assert (d.activation, d.output) == (ElementKind.F16, ElementKind.F16)
+    assert bcy.Nf4Descriptor(activation="float32").output is ElementKind.F32
+    assert bcy.Nf4Descriptor(output="float32").activation is ElementKind.F16
+    many = bcy.Nf4MmvqMultiMDescriptor()
+    assert (many.base, many.m) == (d, 1)
+
+
+def test_nf4_descriptors_accept_names_and_numbers():
+    d = bcy.Nf4Descriptor(n=np.int64(4), k=np.uint8(64), codebook=1, layout="row_pair")
+    assert d == bcy.Nf4Descriptor(n=4, k=64, codebook="FP4", layout=bcy.Nf4Layout.ROW_PAIR)
+    assert type(d.n) is type(d.k) is int
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"n": 1.0}, "n"),
+        ({"k": "64"}, "k"),
+        ({"block_size": None}, "block_size"),
+        ({"codebook": "nf3"}, "codebook"),
+        ({"layout": "column"}, "layout"),
+        ({"nested": 1}, "nested"),
+        ({"bias": None}, "bias"),
+        ({"activation": "float8"}, "activation"),
+        ({"output": object()}, "output"),
+    ],
+)
+def test_nf4_fields_of_another_kind(fields, name):
+    with pytest.raises(InvalidProblem, match=f"^{name}: expected"):
+        bcy.Nf4Descriptor(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"base": None}, "^base: expected an Nf4Descriptor, got NoneType"),
+        ({"base": bcy.GgufMmvqDescriptor()}, "^base: expected an Nf4Descriptor, got GgufMmvq"),
+        ({"m": 1.5}, "^m: expected an integer"),
+    ],
+)
+def test_fields_of_a_nested_descriptor(fields, match):
+    with pytest.raises(InvalidProblem, match=match):
+        bcy.Nf4MmvqMultiMDescriptor(**fields)
+
+
 @pytest.mark.parametrize("m", [3, np.int64(3), np.uint8(3)])
 def test_sizes_are_integers(m):
     d = bcy.GgufMmvqDescriptor(m=m)
@@ -129,6 +181,8 @@ def test_fields_of_another_kind(fields, name):
         ({"threads": 1.5}, "threads"),
         ({"threads": 2**40}, "threads"),
         ({"overlap": 1}, "overlap"),
+        ({"bit_stable_across_hardware": 1}, "bit_stable_across_hardware"),
+        ({"bit_stable_across_hardware": None}, "bit_stable_across_hardware"),
     ],
 )
 def test_preference_of_another_kind(fields, name):
@@ -165,7 +219,15 @@ def test_architecture_of_a_gpu_not_known_here():
 
 @pytest.mark.parametrize(
     "enum",
-    [ArchSku, BackendKind, bcy.MathPrecision, bcy.OpCategory, bcy.QuantizeKind],
+    [
+        ArchSku,
+        BackendKind,
+        bcy.Codebook,
+        bcy.MathPrecision,
+        bcy.Nf4Layout,
+        bcy.OpCategory,
+        bcy.QuantizeKind,
+    ],
 )
 def test_enums_by_name_and_value(enum):
     for member in enum.__members__.values():
@@ -177,6 +239,9 @@ def test_the_numbers_users_of_the_field_know():
     assert bcy.QuantizeKind.GGUF_MMVQ == 27
     assert bcy.QuantizeKind.GGUF_DEQUANTIZE == 26
     assert GgufBlockFormat.Q4_K == 12
+    assert bcy.QuantizeKind.NF4_MMVQ == 28
+    assert (bcy.Codebook.NF4, bcy.Codebook.FP4) == (0, 1)
+    assert (bcy.Nf4Layout.BITSANDBYTES, bcy.Nf4Layout.ROW_PAIR) == (0, 1)
 
 
 @pytest.mark.parametrize(

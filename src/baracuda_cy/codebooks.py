@@ -7,7 +7,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from baracuda_cy.errors import InvalidProblem
-from baracuda_cy.sku import Codebook, Nf4Layout, as_integer, nf4_sizes
+from baracuda_cy.sku import Codebook, Nf4Layout, as_float32, as_integer, nf4_sizes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,7 +131,10 @@ def nf4_quantize_value(x: float, absmax: float) -> int:
     >>> nf4_quantize_value(-2.0, 2.0), nf4_quantize_value(0.1, 2.0), nf4_quantize_value(5.0, 0.0)
     (0, 8, 7)
     """
-    return int(_codes(_floats(x, "x"), _floats(absmax, "absmax")))
+    import numpy as np
+
+    values = [as_float32(x, "x"), as_float32(absmax, "absmax")]
+    return int(_codes(*np.array(values, np.float32)[:, None])[0])
 
 
 def nf4_pack_weight(
@@ -174,10 +177,17 @@ def nf4_pack_weight(
     """
     import numpy as np
 
-    sizes = [as_integer(n, "n"), as_integer(k, "k"), as_integer(block_size, "block_size")]
-    n, k, block_size = sizes
+    n, k = as_integer(n, "n"), as_integer(k, "k")
+    block_size = as_integer(block_size, "block_size")
     nf4_sizes(n, k, block_size, Nf4Layout.ROW_PAIR)
-    values = _floats(weight, "weight")
+    try:
+        with np.errstate(over="ignore"):
+            values = np.asarray(weight, np.float32)
+    except (TypeError, ValueError):
+        raise InvalidProblem(
+            f"weight: expected numbers on the host, got {type(weight).__name__}; "
+            "convert it, as in numpy.asarray(weight, 'float32')"
+        ) from None
     if values.size != n * k:
         raise InvalidProblem(
             f"weight: expected {n * k} values ({n} rows of {k} columns), got {values.size}; "
@@ -188,16 +198,3 @@ def nf4_pack_weight(
     codes = _codes(blocks, absmax[:, None]).reshape(n, k)
     packed: NDArray[Any] = codes[0::2] | codes[1::2] << 4
     return packed.reshape(-1), absmax
-
-
-def _floats(array: Any, argument: str) -> NDArray[np.float32]:
-    import numpy as np
-
-    try:
-        with np.errstate(over="ignore"):
-            return np.asarray(array, np.float32)
-    except (TypeError, ValueError):
-        raise InvalidProblem(
-            f"{argument}: expected numbers on the host, got {type(array).__name__}; "
-            "convert it, as in numpy.asarray(array, 'float32')"
-        ) from None

@@ -3,9 +3,7 @@ from typing import Any, final
 
 from baracuda_cy.formats import ElementKind
 from baracuda_cy.plan import Plan
-from baracuda_cy.sku import MathPrecision, Nf4Descriptor, Nf4MmvqMultiMDescriptor, PlanPreference
-
-TENSOR_CORE_MATH: dict[ElementKind, MathPrecision]
+from baracuda_cy.sku import Nf4Descriptor, Nf4MmvqMultiMDescriptor, PlanPreference
 
 class Nf4Plan(Plan): ...
 

@@ -53,13 +53,6 @@ from baracuda_cy.tensor import NestedAbsmax, Nf4Tensor, PackedWeight
 cdef type tensor_type = Nf4Tensor
 cdef type weight_type = PackedWeight
 
-# What a tensor core multiplies activations of a type as.
-TENSOR_CORE_MATH = {
-    ElementKind.F32: MathPrecision.TF32,
-    ElementKind.F16: MathPrecision.F16,
-    ElementKind.BF16: MathPrecision.BF16,
-}
-
 
 cdef int set_operand(
     Operand* operand, Role role, int element, object count, int alignment
@@ -201,7 +194,7 @@ cdef class Nf4ProductPlan(Nf4Plan):
         self.sku = self.describe_kernel(
             QuantizeKind.NF4_MMVQ, base.activation, base.output, "float", None,
             base.layout.name.lower(), "bias" if base.bias else None,
-            TENSOR_CORE_MATH[base.activation] if own_bits else None,
+            MathPrecision[base.activation.name] if own_bits else None,
         )
         return 0
 

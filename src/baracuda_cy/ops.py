@@ -223,7 +223,10 @@ def quantize(
         data, absmax, tables, shape = _ops.encode(array, codebook, block_size, nested, workers)
         outer = None if tables is None else NestedAbsmax(*tables)
         return Nf4Tensor(data, absmax, shape, block_size, codebook, nested=outer)
-    block_format = GgufBlockFormat.of(format, "format")
+    try:
+        block_format = GgufBlockFormat.of(format, "format")
+    except InvalidProblem as error:
+        raise InvalidProblem(f"{error}, NF4, FP4") from None
     for name, asked in (("nested", nested), ("block_size", block_size != 64)):
         if asked:
             raise InvalidProblem(

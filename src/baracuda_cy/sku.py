@@ -142,6 +142,19 @@ def as_integer(value: Any, argument: str) -> int:
         ) from None
 
 
+def as_float32(value: Any, argument: str) -> float:
+    """Return a number rounded to float32; beyond that it is infinite."""
+    import numpy as np
+
+    try:
+        with np.errstate(over="ignore"):
+            return float(np.float32(float(value)))
+    except (TypeError, ValueError):
+        raise InvalidProblem(
+            f"{argument}: expected a number, got {value!r}; pass one float"
+        ) from None
+
+
 def as_flag(value: Any, argument: str) -> bool:
     if value is not True and value is not False:
         raise InvalidProblem(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from baracuda_cy.errors import InvalidProblem, Unsupported
 from baracuda_cy.formats import ElementKind, GgufBlockFormat, choose
 from baracuda_cy.plan import inspect_codes, inspect_packed, inspect_scales
-from baracuda_cy.sku import Codebook, Nf4Layout, as_integer, nf4_sizes
+from baracuda_cy.sku import Codebook, Nf4Layout, as_float32, as_integer, nf4_sizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -253,7 +253,7 @@ class NestedAbsmax(_Immutable):
     offset : float
         Added to all; rounded to float32.
     block_size : int
-        Codes that share a scale.
+        Codes that share a scale, a power of two.
 
     Attributes
     ----------
@@ -269,7 +269,7 @@ class NestedAbsmax(_Immutable):
     ------
     InvalidProblem
         Arrays of another dtype, not contiguous or on two devices, another number of codes, a block
-        size below 1, or an offset that is no number.
+        size that is no power of two, or an offset that is no number.
 
     Examples
     --------
@@ -290,21 +290,13 @@ class NestedAbsmax(_Immutable):
     device: str
 
     def __init__(self, code: Any, absmax: Any, offset: float, block_size: int = 256) -> None:
-        import numpy as np
-
         block_size = as_integer(block_size, "block_size")
-        if not 1 <= block_size < 2**31:
+        if not 1 <= block_size < 2**31 or block_size & (block_size - 1):
             raise InvalidProblem(
-                f"block_size: expected 1 to 2**31 - 1 codes, got {block_size}; "
+                f"block_size: expected a power of two of codes, up to 2**30, got {block_size}; "
                 "bitsandbytes uses 256"
             )
-        try:
-            with np.errstate(over="ignore"):
-                offset = float(np.float32(offset))
-        except (TypeError, ValueError):
-            raise InvalidProblem(
-                f"offset: expected a number, got {offset!r}; pass the mean of the absmax values"
-            ) from None
+        offset = as_float32(offset, "offset")
         device, _ = inspect_scales(code, "code", ElementKind.F32, 256)
         there, count = inspect_scales(absmax, "absmax", ElementKind.F32)
         _check_device("absmax", there, device, "code")
