@@ -634,8 +634,11 @@ NESTED_STATE_CASES = [
     ({"nested_dtype": ...}, "expected nested_dtype in the JSON"),
     ({"nested_offset": ...}, "expected nested_offset in the JSON"),
     *(
-        ({"nested_blocksize": size}, r"expected 1 to 2\*\*31 - 1 as the nested_blocksize, got")
-        for size in (0, -1, 2**31, 256.0, "256", None, True)
+        (
+            {"nested_blocksize": size},
+            r"expected a power of two up to 2\*\*30 as the nested_blocksize, got",
+        )
+        for size in (0, -1, 100, 2**31, 256.0, "256", None, True)
     ),
     *(
         ({"nested_dtype": dtype}, "expected float32 as the nested_dtype, got")

@@ -216,7 +216,11 @@ class _Reader:
 
     def read_nested(self, blocks: int) -> _Nested:
         self.choice("nested_dtype", "float32")
-        block_size = self.size("nested_blocksize", "1 to 2**31 - 1", range(1, 2**31).__contains__)
+        block_size = self.size(
+            "nested_blocksize",
+            "a power of two up to 2**30",
+            [2**power for power in range(31)].__contains__,
+        )
         return _Nested(
             self.part("nested_quant_map", "F32", 256),
             self.part("nested_absmax", "F32", -(-blocks // block_size)),
