@@ -28,7 +28,7 @@ def load(name):
 
 
 harness, native, render, targets = map(load, ("harness", "native", "render", "targets"))
-bench_gguf, bench_call = load("bench_gguf"), load("bench_call")
+gpu, bench_gguf, bench_call = map(load, ("gpu", "bench_gguf", "bench_call"))
 
 MACHINE = {
     "system": "Linux",
@@ -341,7 +341,7 @@ def test_wrong_products_stop_the_benchmark():
     right = (x @ weights.exact[weights.rows(40, 3)].T).astype(np.float32)
     assert weights.error(right, x, 3) < 1e-6
     assert weights.error(right, x, 2) > bench_gguf.ERROR_LIMIT  # the rows of another copy
-    times = bench_gguf.Times(1e-3, 1e-3)
+    times = harness.Times(1e-3, 1e-3)
     with pytest.raises(SystemExit, match=r"Q8_0 40x256 M=2 call: relative error"):
         bench_gguf.cell("cpu", "call", weights, 40, 2, times, weights.error(right, x, 2))
     with pytest.raises(SystemExit, match="relative error nan"):
@@ -349,19 +349,19 @@ def test_wrong_products_stop_the_benchmark():
 
 
 def test_copies_exceed_the_cache():
-    assert bench_gguf.copies_for(10, 95) == 10
-    assert bench_gguf.copies_for(1000, 95) == 2
+    assert gpu.copies_for(10, 95) == 10
+    assert gpu.copies_for(1000, 95) == 2
 
 
 def test_graphs_are_long_enough():
     for calls in (1, 2, 31, 32, 33):
-        count = calls * bench_gguf.rounds_of([None] * calls)
-        assert bench_gguf.GRAPH_CALLS <= count < bench_gguf.GRAPH_CALLS + calls
+        count = calls * gpu.rounds_of([None] * calls)
+        assert gpu.GRAPH_CALLS <= count < gpu.GRAPH_CALLS + calls
 
 
 @pytest.mark.parametrize(("element", "bits"), [("float16", 0xC100), ("bfloat16", 0xC020)])
 def test_halves_are_read(element, bits):
-    assert bench_gguf.floats(np.array([[bits]], np.uint16), element) == -2.5
+    assert gpu.floats(np.array([[bits]], np.uint16), element) == -2.5
 
 
 def test_gguf_benchmark_runs(tmp_path, capsys):
