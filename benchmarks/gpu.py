@@ -6,7 +6,7 @@ Nothing here needs a GPU, CuPy or torch before it is asked for.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,11 @@ class GpuTimer:
             graph = self.stream.end_capture()
         return self.replays(lambda: graph.launch(self.stream), len(calls), **how)
 
-    def torch_calls(self, calls: list[Callable[[], Any]]) -> Times:
+    def torch_calls(self, calls: Sequence[Callable[[], Any]]) -> Times:
         """The same for calls of torch, which allocates in graphs of its own making alone."""
         import torch
 
-        calls = calls * rounds_of(calls)
+        calls = list(calls) * rounds_of(calls)
         stream = torch.cuda.ExternalStream(self.stream.ptr)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
@@ -145,7 +145,7 @@ class GpuTimer:
         return self.replays(launch, len(calls))
 
 
-def rounds_of(calls: list[Any]) -> int:
+def rounds_of(calls: Sequence[Any]) -> int:
     """Return how often to go through `calls` for one graph."""
     return -(-GRAPH_CALLS // len(calls))
 
