@@ -53,6 +53,7 @@ sanitize: $(BIN)/pip
 bench: $(BIN)/pip
 	$(call install,".[bench]")
 	python benchmarks/bench_gguf.py --output build/bench_gguf.json
+	python benchmarks/bench_nf4.py --output build/bench_nf4.json
 	python benchmarks/bench_call.py --output build/bench_call.json
 
 wheel: $(BIN)/pip

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # NumPy's BLAS threads keep spinning after a product, on the CPUs that are being timed. They are
 # counted when NumPy is imported, so this module comes before it.
@@ -36,6 +36,19 @@ CELL = {
         "gb_s": float,  # packed weight bytes, and dense ones that are written, over time
         "error": float,  # relative L2 against float64, over the rows that were checked
     },
+    "nf4": {
+        "device": str,
+        "kind": str,  # what is timed; bench_nf4.py says what there is
+        "name": str,  # whose: "baracuda-cy", "bitsandbytes" or "torch"
+        "dtype": str,  # of the activations, or of what is unpacked to or packed
+        "nrows": int,
+        "ncols": int,
+        "m": int,  # tokens; 0 where nothing is multiplied
+        "us": float,
+        "us_lowest": float,
+        "gb_s": float,  # bytes of weights, scales included, that are read or written, over time
+        "error": float,
+    },
     "call": {"device": str, "array": str, "call": str, "us": float, "us_lowest": float},
 }
 
@@ -43,6 +56,7 @@ PACKAGES = (
     "baracuda-cy",
     "numpy",
     "torch",
+    "bitsandbytes",
     "cupy-cuda13x",
     "cupy",
     "jax",
@@ -163,6 +177,13 @@ def gpu() -> dict[str, Any] | None:
     return dict(zip(fields, map(str.strip, text.splitlines()[0].split(",")), strict=False))
 
 
+class Times(NamedTuple):
+    """Seconds of one call."""
+
+    median: float
+    lowest: float
+
+
 def times_of(
     sample: Callable[[int], float], *, samples: int, minimum: float
 ) -> tuple[float, float, int]:
@@ -182,6 +203,40 @@ def times_of(
     repeats = max(1, math.ceil(minimum / once))
     times = [sample(repeats) / repeats for _ in range(samples)]
     return statistics.median(times), min(times), repeats
+
+
+def walk(run: Callable[[int], Any], count: int, settings: dict[str, Any]) -> tuple[Times, int]:
+    """Time calls on the CPU that go through `count` weights in turn.
+
+    Parameters
+    ----------
+    run : callable
+        Computes with the weight of this number.
+    count : int
+        Number of weights.
+    settings : dict
+        Of the document: how many samples, and of what length.
+
+    Returns
+    -------
+    Times, int
+        Of one call; and the weight that was used last.
+    """
+    at = 0
+
+    def sample(repeats: int) -> float:
+        nonlocal at
+        start = time.perf_counter()
+        for i in range(at, at + repeats):
+            run(i % count)
+        spent = time.perf_counter() - start
+        at += repeats
+        return spent
+
+    median, lowest, _ = times_of(
+        sample, samples=settings["samples"], minimum=settings["sample_ms"] * 1e-3
+    )
+    return Times(median, lowest), (at - 1) % count
 
 
 class Progress:

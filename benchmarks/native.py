@@ -36,6 +36,21 @@ class MatmulArgs(ctypes.Structure):
     ]
 
 
+class Nf4QuantizeArgs(ctypes.Structure):
+    """`bcy_nf4_quantize_args` of api.h."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("absmax", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("block_size", ctypes.c_int32),
+        ("codebook", ctypes.c_int32),
+        ("x_type", ctypes.c_int32),
+        ("device", ctypes.c_int32),
+    ]
+
+
 def exported(module: Any, name: str, prototype: Any) -> Any:
     """Return the function `name` of a Cython module's C interface."""
     capsule = module.__pyx_capi__[name]
@@ -47,9 +62,10 @@ def exported(module: Any, name: str, prototype: Any) -> Any:
 
 
 class Native:
-    """Staging and product of one backend; a failing call raises what the package raises.
+    """Functions of one backend; a failing call raises what the package raises.
 
-    `stage` and `matmul` take the arguments' address and a stream, or a number of threads.
+    `stage` and `matmul`, of GGUF, and `nf4_quantize` take the arguments' address and a stream, or a
+    number of threads.
     `workspace_size` takes a format, K and M, and returns the bytes that `stage` writes. On CUDA
     `matmul` stages too, unless x is NULL: then it multiplies what the workspace holds.
 
@@ -72,10 +88,11 @@ class Native:
         size = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
         self.stage = exported(module, "gguf_stage", prototype)
         self.matmul = exported(module, "gguf_matmul", prototype)
+        self.nf4_quantize = exported(module, "nf4_quantize", prototype)
         self.workspace_size = exported(module, "gguf_workspace_size", size)
 
 
-def address(arguments: MatmulArgs) -> int:
+def address(arguments: ctypes.Structure) -> int:
     """Return where the arguments are; they must outlive the call."""
     return ctypes.addressof(arguments)
 

@@ -225,8 +225,8 @@ def of_comparisons(result: dict[str, Any]) -> Iterator[str]:
         yield table(title, texts, "over", column_m)
 
 
-def of_targets(checks: list[targets.Check]) -> Iterator[str]:
-    """Yield the table of the targets, then the cells that miss them."""
+def of_targets(checks: list[targets.Check], corner: str = "format") -> Iterator[str]:
+    """Yield the table of the targets, then the cells that miss them; `corner` heads their rows."""
 
     def verdict(check: targets.Check) -> str:
         return f"misses by {check.short:.3g}" if check.short > 0 else "meets"
@@ -247,7 +247,7 @@ def of_targets(checks: list[targets.Check]) -> Iterator[str]:
         texts[target, "meet it"] = str(sum(check.short <= 0 for check in here))
         texts[target, "furthest from it"] = f"{worst.row}, {worst.column}: {verdict(worst)}"
         if misses:
-            missed.append(table(f"Below target: {target}", misses, "format", column_shape))
+            missed.append(table(f"Below target: {target}", misses, corner, column_shape))
     if texts:
         yield table("Targets", texts, "target", column_shape)
     yield from missed
@@ -276,6 +276,172 @@ def of_cpu(result: dict[str, Any]) -> Iterator[str]:
         yield table(title, texts, "format", column_threads) + notes
 
 
+def ways(cells: Iterable[dict[str, Any]], text: Callable[[dict[str, Any]], str]) -> str:
+    """Return the text of the cell that overlaps and of the one that does not."""
+    return " / ".join(text(c) for c in sorted(cells, key=lambda c: not c["overlap"]))
+
+
+def percent_of(cell: dict[str, Any]) -> str:
+    return f"{cell['percent_of_read']:.0f}"
+
+
+def us_of(cell: dict[str, Any]) -> str:
+    return us_text(cell["us"])
+
+
+def grouped(cells: Iterable[dict[str, Any]], *fields: str) -> dict[Key, list[dict[str, Any]]]:
+    """Return cells by shape and these fields."""
+    groups: dict[Key, list[dict[str, Any]]] = {}
+    for c in cells:
+        key = (targets.shape_name(c), *(f"M = {c[f]}" if f == "m" else c[f] for f in fields))
+        groups.setdefault(key, []).append(c)
+    return groups
+
+
+def of_nf4_products(result: dict[str, Any], cells: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the tables of products with activations of one type: `cells` are of that type."""
+    ours = [c for c in cells if c["name"] == targets.OURS]
+    dtype = cells[0]["dtype"]
+    if ours:
+        texts = {
+            key: f"{ways(pair, us_of)} ({ways(pair, percent_of)} %)"
+            for key, pair in grouped(ours, "m").items()
+        }
+        title = f"Product, {dtype} in and out, overlapping / not: µs (% of only reading)"
+        yield table(title, texts, "shape", column_shape)
+    growth = [c | {"ratio": ratio} for c, ratio in targets.growth(ours)]
+    if growth:
+        title = f"Product, {dtype}, overlapping / not: time over that of M = 1"
+        yield ratio_table(title, growth, "m")
+    for name in (targets.BITSANDBYTES, targets.TORCH):
+        theirs = {key: c["us"] for key, (c,) in grouped(by_name(cells, name), "m").items()}
+        compared = [c | {"ratio": ratio} for c, ratio in targets.over(cells, name)]
+        ratios = {key: ways(pair, ratio_of) for key, pair in grouped(compared, "m").items()}
+        texts = {
+            key: us_text(us) + (f" ({ratios[key]})" if key in ratios else "")
+            for key, us in theirs.items()
+        }
+        if texts:
+            version = result["machine"]["packages"].get(name, "")
+            whose = f"{name} {version}".strip()
+            if name == targets.TORCH:
+                whose = f"dense torch.matmul, {whose}"
+            title = f"Product, {dtype}, {whose}: µs (the time above over it, overlapping / not)"
+            yield table(title, texts, "shape", column_shape)
+
+
+def by_name(cells: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [c for c in cells if c["name"] == name]
+
+
+def ratio_of(cell: dict[str, Any]) -> str:
+    return f"{cell['ratio']:.2f}"
+
+
+def ratio_table(title: str, cells: list[dict[str, Any]], *fields: str) -> str:
+    texts = {key: ways(pair, ratio_of) for key, pair in grouped(cells, *fields).items()}
+    return table(title, texts, "shape", column_shape)
+
+
+def of_nf4_gpu(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the tables of NF4 on a GPU, each over all shapes."""
+    cells = [c for c in result["cells"] if c["device"] == "cuda"]
+    products = [c for c in cells if c["kind"] == "product"]
+    for dtype in distinct(c["dtype"] for c in products if c["name"] == targets.OURS):
+        yield from of_nf4_products(result, [c for c in products if c["dtype"] == dtype])
+    compared = [c | {"ratio": r} for c, r in targets.over(cells, targets.BITSANDBYTES)]
+    for kind, title in (
+        ("exact", "Product with the bits of every GPU and the CPU"),
+        ("nested", "Product with nested absmax"),
+    ):
+        ours = by_name([c for c in cells if c["kind"] == kind], targets.OURS)
+        if ours:
+            texts = {key: ways(pair, us_of) for key, pair in grouped(ours, "dtype", "m").items()}
+            yield table(f"{title}, overlapping / not: µs", texts, "shape", column_shape)
+            default = {same(c): c["us"] for c in products if c["name"] == targets.OURS}
+            cost = [c | {"ratio": c["us"] / default[same(c)]} for c in ours if same(c) in default]
+            if cost:
+                yield ratio_table(f"{title}: time over the default's", cost, "dtype", "m")
+            if here := [c for c in compared if c["kind"] == kind]:
+                over = f"{title}: time over {targets.BITSANDBYTES}"
+                yield ratio_table(over, here, "dtype", "m")
+    unpacked = [c for c in cells if c["kind"] == "dequantize"]
+    if unpacked:
+        texts = {
+            key: f"{us_of(c)} ({c['percent_of_copy']:.0f} %)"
+            for key, (c,) in grouped(unpacked, "name", "dtype").items()
+        }
+        title = "Unpacking the weight: µs (% of a copy that reads and writes as much)"
+        yield table(title, texts, "shape", column_shape)
+    packed = [c for c in cells if c["kind"] == "quantize"]
+    if packed:
+        texts = {
+            key: f"{us_of(c)} ({c['gb_s']:.0f})"
+            for key, (c,) in grouped(packed, "name", "dtype").items()
+        }
+        yield table("Packing a weight: µs (GB/s, read and written)", texts, "shape", column_shape)
+    if targets.GPU in (result["machine"]["gpu"] or {}).get("name", ""):
+        yield from of_targets(list(targets.checks(result, ())), "shape")
+
+
+def same(c: dict[str, Any]) -> Key:
+    """Return what the cells of one problem have in common, whatever the kernel."""
+    return c["dtype"], c["nrows"], c["ncols"], c["m"], c["overlap"]
+
+
+def of_nf4_cpu(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the table of NF4 products on the CPU."""
+    cells = [c for c in result["cells"] if c["device"] == "cpu"]
+    for shape in distinct(map(targets.shape_name, cells)):
+        texts = {
+            (c["name"], c["m"], c["threads"]): f"{c['us'] / 1e3:.2f} ms, {c['gb_s']:.1f} GB/s"
+            for c in cells
+            if targets.shape_name(c) == shape
+        }
+        title = f"{shape} on the CPU, float32 in and out"
+        yield table(title, texts, "whose", column_threads)
+
+
+def summary_nf4(result: dict[str, Any]) -> Iterator[str]:
+    """Yield a GPU's document of NF4 in short: its products, and the time over that of others."""
+    cells = [c for c in result["cells"] if c["device"] == "cuda"]
+    ours = [c for c in cells if c["kind"] == "product" and c["name"] == targets.OURS]
+    spans: dict[Key, list[float]] = {}
+    for c in ours:
+        if c["overlap"]:
+            spans.setdefault((c["dtype"], c["m"]), []).append(c["percent_of_read"])
+    count = len(distinct(map(targets.shape_name, ours)))
+    title = f"NF4 product: % of the speed of only reading, lowest to highest of {count} shapes"
+    texts = {key: f"{min(span):.0f} to {max(span):.0f}" for key, span in spans.items()}
+    if texts:
+        yield table(title, texts, "activations", column_m)
+    products = [c for c in cells if c["kind"] == "product"]
+    texts = {}
+    for name, label in (
+        (targets.BITSANDBYTES, targets.BITSANDBYTES),
+        (targets.TORCH, "dense torch.matmul"),
+    ):
+        compared = [(c, r) for c, r in targets.over(products, name) if c["overlap"]]
+        for m in distinct(c["m"] for c, _ in compared):
+            here = [(ratio, c) for c, ratio in compared if c["m"] == m]
+            worst, cell = max(here, key=lambda one: one[0])
+            where = f"{cell['dtype']}, {targets.shape_name(cell)}"
+            mean = statistics.geometric_mean(ratio for ratio, _ in here)
+            texts[f"{label}: geometric mean", m] = f"{mean:.2f}"
+            texts[f"{label}: highest", m] = f"{worst:.2f} ({where})"
+    if texts:
+        title = "Time of an overlapping NF4 product over that of others, all types and shapes"
+        yield table(title, texts, "over", column_m)
+    spans = {}
+    for c in cells:
+        if c["kind"] == "dequantize":
+            spans.setdefault((c["name"], c["dtype"]), []).append(c["percent_of_copy"])
+    if spans:
+        title = "Unpacking NF4: % of a copy, lowest to highest of the shapes"
+        texts = {key: f"{min(span):.0f} to {max(span):.0f}" for key, span in spans.items()}
+        yield table(title, texts, "whose", column_shape)
+
+
 def of_calls(result: dict[str, Any]) -> Iterator[str]:
     """Yield the table of host times."""
     for device in distinct(c["device"] for c in result["cells"]):
@@ -293,6 +459,8 @@ def of_calls(result: dict[str, Any]) -> Iterator[str]:
 
 def summary(result: dict[str, Any]) -> str:
     """Return a GPU's document in short: percent of only reading, and what others take."""
+    if result["benchmark"] == "nf4":
+        return "\n".join([machine_line(result), *summary_nf4(result)])
     spans: dict[Key, list[dict[str, Any]]] = {}
     for c in result["cells"]:
         if c["kind"] == "product" and c.get("overlap"):
@@ -317,6 +485,8 @@ def tables(result: dict[str, Any]) -> str:
         parts.append(ceilings_line(result))
     if result["benchmark"] == "gguf":
         parts += [*of_gpu(result), *of_cpu(result)]
+    elif result["benchmark"] == "nf4":
+        parts += [*of_nf4_gpu(result), *of_nf4_cpu(result)]
     else:
         parts += of_calls(result)
     return "\n".join(parts)
@@ -358,7 +528,7 @@ def plot(result: dict[str, Any], path: str) -> None:
     mpl.use("svg" if path.endswith(".svg") else "agg")
     from matplotlib import pyplot as plt
 
-    found = percents(result)
+    found = percents(result) if result["benchmark"] == "gguf" else {}
     if not found:
         raise SystemExit("nothing to draw: the document has no overlapping products or calls")
     keys = distinct(key for cells in found.values() for key in cells)

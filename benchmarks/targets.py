@@ -3,6 +3,7 @@
 
 import statistics
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 GPU = "H100"
@@ -27,6 +28,14 @@ PEER = "ggml"
 PEER_MEAN = (0.75, 0.70, 0.50, 0.35, 0.45, 0.60)
 PEER_ANY = (1.0, 1.0, 0.9, 0.7, 0.8, 0.95)
 DENSE_BITS = 6.6  # a weight of no more bits is faster than a dense one in every cell
+
+
+# NF4, overlapping and not: percent of only reading at M = 1, the time over that of M = 1, and the
+# time over that of bitsandbytes in any cell.
+OURS, BITSANDBYTES, TORCH = "baracuda-cy", "bitsandbytes", "torch"
+NF4_READ = {LARGE: 90, WIDE: 80, LONG: 80}
+NF4_GROWTH = {"M = 2, 4, 8": ((2, 4, 8), 1.25), "M = 16, 32": ((16, 32), 1.5)}
+NF4_OVER = 1
 
 
 class Check(NamedTuple):
@@ -63,8 +72,64 @@ def ratios(
     return [(c, c["us"] / theirs[key]) for key, c in keyed if key in theirs]
 
 
+def way(cell: dict[str, Any]) -> str:
+    """Return how a cell's kernels were launched."""
+    return "overlapping" if cell["overlap"] else "not overlapping"
+
+
+def growth(cells: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
+    """Return products of several tokens, each with its time over that of one token."""
+    key = itemgetter("kind", "name", "dtype", "nrows", "ncols", "overlap")
+    products = [c for c in cells if c["kind"] == "product" and c["name"] == OURS]
+    single = {key(c): c["us"] for c in products if c["m"] == 1}
+    several = [c for c in products if c["m"] != 1 and key(c) in single]
+    return [(c, c["us"] / single[key(c)]) for c in several]
+
+
+def over(cells: list[dict[str, Any]], name: str) -> list[tuple[dict[str, Any], float]]:
+    """Return our cells that another library has too, each with its time over theirs.
+
+    The product with the bits of every GPU stands beside the one product that others have.
+    """
+
+    def key(c: dict[str, Any]) -> tuple[Any, ...]:
+        kind = "product" if c["kind"] == "exact" else c["kind"]
+        return kind, c["dtype"], c["nrows"], c["ncols"], c["m"], c.get("threads")
+
+    theirs = {key(c): c["us"] for c in cells if c["name"] == name}
+    ours = [c for c in cells if c["name"] == OURS]
+    return [(c, c["us"] / theirs[key(c)]) for c in ours if key(c) in theirs]
+
+
+def nf4_checks(result: dict[str, Any]) -> Iterator[Check]:
+    """Yield every figure of a document of NF4 that has a target, beside it."""
+
+    def check(target: str, c: dict[str, Any], *figures: Any) -> Check:
+        column = f"M = {c['m']}, {way(c)}" if "overlap" in c else c["kind"]
+        return Check(target, f"{shape_name(c)}, {c['dtype']}", column, *figures)
+
+    cells = [c for c in result["cells"] if c["device"] == "cuda"]
+    for c in cells:
+        shape = c["nrows"], c["ncols"]
+        if c["name"] == OURS and c["kind"] == "product" and c["m"] == 1 and shape in NF4_READ:
+            target = "product of one token: % of only reading"
+            yield check(target, c, c["percent_of_read"], NF4_READ[shape])
+    for name, (ms, wanted) in NF4_GROWTH.items():
+        for c, ratio in growth(cells):
+            if c["m"] in ms:
+                yield check(f"product, {name}: time over that of M = 1", c, ratio, wanted, True)
+    for c, ratio in over(cells, BITSANDBYTES):
+        yield check(f"{c['kind']}: time over {BITSANDBYTES}", c, ratio, NF4_OVER, True)
+    for c in cells:
+        if c["name"] == OURS and c["kind"] == "dequantize":
+            yield check("dequantize: % of a copy", c, c["percent_of_copy"], COPY)
+
+
 def checks(result: dict[str, Any], peers: Iterable[dict[str, Any]]) -> Iterator[Check]:
     """Yield every figure of a document that has a target, beside it."""
+    if result["benchmark"] == "nf4":
+        yield from nf4_checks(result)
+        return
     cells = [c for c in result["cells"] if c["device"] == "cuda"]
     tabled = [c for c in cells if c.get("overlap") and c["m"] in MS]
     for c in tabled:

@@ -28,7 +28,8 @@ def load(name):
 
 
 harness, native, render, targets = map(load, ("harness", "native", "render", "targets"))
-bench_gguf, bench_call = load("bench_gguf"), load("bench_call")
+gpu = load("gpu")
+bench_gguf, bench_nf4, bench_call = map(load, ("bench_gguf", "bench_nf4", "bench_call"))
 
 MACHINE = {
     "system": "Linux",
@@ -81,6 +82,60 @@ def gpu_document():
         gpu_cell("float", 8.0, 1, **beside_read(True, 8.0, 37.4)),
         gpu_cell("chain", 5.5, 8, **beside_read(True, 5.5, 54.5)),
         gpu_cell("dequantize", 16.0, 0, output="bfloat16", copy_us=15.2, percent_of_copy=95.0),
+    ]
+    return result
+
+
+def nf4_cell(name, kind, us, m, **more):
+    return {
+        "device": "cuda",
+        "kind": kind,
+        "name": name,
+        "dtype": "float16",
+        "nrows": 14336,
+        "ncols": 4096,
+        "m": m,
+        "bytes": 33030144,
+        "us": us,
+        "us_lowest": us,
+        "gb_s": 2000.0,
+        "error": 0.0003,
+        **more,
+    }
+
+
+def nf4_document():
+    result = gpu_document() | {"benchmark": "nf4"}
+    result["machine"]["packages"] |= {"torch": "2.11.0", "bitsandbytes": "0.50.2"}
+
+    def ours(kind, us, m, overlap, percent, **more):
+        beside = beside_read(overlap, us, percent)
+        return nf4_cell("baracuda-cy", kind, us, m, **beside, **more)
+
+    def unpacked(name, us, percent):
+        return nf4_cell(name, "dequantize", us, 0, copy_us=46.0, percent_of_copy=percent)
+
+    def theirs(kind, us, m):
+        return nf4_cell("bitsandbytes", kind, us, m, **beside_read(False, us, 40.0))
+
+    result["cells"] = [
+        ours("product", 12.0, 1, True, 84.0),
+        ours("product", 14.0, 1, False, 79.0),
+        ours("product", 15.6, 8, True, 65.0),
+        ours("product", 16.8, 8, False, 66.0),
+        ours("product", 18.0, 32, True, 55.0),
+        ours("exact", 18.0, 1, True, 56.0),
+        ours("exact", 20.0, 1, False, 56.0),
+        ours("exact", 36.0, 1, True, 28.0, dtype="float32"),
+        ours("nested", 13.0, 1, True, 80.0),
+        ours("nested", 15.0, 1, False, 75.0),
+        unpacked("baracuda-cy", 50.0, 92.0),
+        nf4_cell("baracuda-cy", "quantize", 57.0, 0, gb_s=2639.5),
+        theirs("product", 30.0, 1),
+        theirs("product", 15.0, 8),
+        theirs("nested", 32.0, 1),
+        unpacked("bitsandbytes", 69.0, 66.7),
+        nf4_cell("torch", "product", 42.0, 1),
     ]
     return result
 
@@ -196,6 +251,71 @@ def test_targets_cover_every_m_and_shape():
     assert set(targets.HARDER) < set(bcy.GgufBlockFormat.__members__)
 
 
+def test_nf4_tables():
+    text = render.tables(nf4_document())
+    products = "µs (% of only reading)\n\n| shape | M = 1 | M = 8 | M = 32 |"
+    assert products in text
+    assert (
+        "| 14336 x 4096 | 12.0 / 14.0 (84 / 79 %) | 15.6 / 16.8 (65 / 66 %) | 18.0 (55 %) |" in text
+    )
+    for title, line in (
+        ("overlapping / not: time over that of M = 1", "1.30 / 1.20 | 1.50"),
+        ("bitsandbytes 0.50.2", "30.0 (0.40 / 0.47) | 15.0 (1.04 / 1.12)"),
+        ("dense torch.matmul, torch 2.11.0", "42.0 (0.29 / 0.33)"),
+        ("every GPU and the CPU, overlapping / not: µs", "18.0 / 20.0 | 36.0"),
+        ("every GPU and the CPU: time over the default's", "1.50 / 1.43"),
+        ("every GPU and the CPU: time over bitsandbytes", "0.60 / 0.67"),
+        ("nested absmax, overlapping / not: µs", "13.0 / 15.0"),
+        ("nested absmax: time over the default's", "1.08 / 1.07"),
+        ("nested absmax: time over bitsandbytes", "0.41 / 0.47"),
+        ("Unpacking the weight", "50.0 (92 %) | 69.0 (67 %)"),
+        ("Packing a weight", "57.0 (2640)"),
+    ):
+        (block,) = (block for block in text.split("#### ")[1:] if title in block.split("\n")[0])
+        assert f"| 14336 x 4096 | {line} |" in block
+    assert "ggml" not in text
+
+
+def test_nf4_figures_stand_beside_their_targets():
+    result = nf4_document()
+    found = {
+        (c.target, c.column): (c.wanted, pytest.approx(c.short)) for c in targets.checks(result, ())
+    }
+    over, several = "time over bitsandbytes", "time over that of M = 1"
+    ways = "M = 1, overlapping", "M = 1, not overlapping"
+    assert found == {
+        ("product of one token: % of only reading", ways[0]): (80, -4),
+        ("product of one token: % of only reading", ways[1]): (80, 1),
+        (f"product, M = 2, 4, 8: {several}", "M = 8, overlapping"): (1.25, 0.05),
+        (f"product, M = 2, 4, 8: {several}", "M = 8, not overlapping"): (1.25, -0.05),
+        (f"product, M = 16, 32: {several}", "M = 32, overlapping"): (1.5, 0),
+        (f"product: {over}", ways[0]): (1, 12 / 30 - 1),
+        (f"product: {over}", ways[1]): (1, 14 / 30 - 1),
+        (f"product: {over}", "M = 8, overlapping"): (1, 15.6 / 15 - 1),
+        (f"product: {over}", "M = 8, not overlapping"): (1, 16.8 / 15 - 1),
+        (f"exact: {over}", ways[0]): (1, 18 / 30 - 1),
+        (f"exact: {over}", ways[1]): (1, 20 / 30 - 1),
+        (f"nested: {over}", ways[0]): (1, 13 / 32 - 1),
+        (f"nested: {over}", ways[1]): (1, 15 / 32 - 1),
+        (f"dequantize: {over}", "dequantize"): (1, 50 / 69 - 1),
+        ("dequantize: % of a copy", "dequantize"): (90, -2),
+    }
+    text = render.tables(result)
+    assert "| product: time over bitsandbytes | 4 | 2 | 14336 x 4096, float16, M = 8, not " in text
+    assert "| 14336 x 4096, float16 |  | 79 (misses 80 by 1) |" in text
+    result["machine"]["gpu"]["name"] = "NVIDIA H200"
+    assert "Targets" not in render.tables(result)
+
+
+def test_nf4_summary():
+    text = render.summary(nf4_document())
+    assert "| float16 | 84 to 84 | 65 to 65 | 55 to 55 |" in text
+    assert "| bitsandbytes: highest | 0.40 (float16, 14336 x 4096) | 1.04 (float16, " in text
+    assert "| dense torch.matmul: geometric mean | 0.29 |  |" in text
+    assert "| baracuda-cy | 92 to 92 |" in text
+    assert "not overlapping" not in text
+
+
 def test_summary_spans_the_shapes():
     result = gpu_document()
     result["cells"].append(
@@ -222,6 +342,7 @@ def test_table_leaves_missing_cells_empty():
 
 def test_page_is_rendered_in_place(tmp_path):
     harness.save(gpu_document(), tmp_path / "h100.json")
+    harness.save(nf4_document(), tmp_path / "nf4.json")
     page = "before\n<!-- benchmark: h100.json -->\nstale\n<!-- end benchmark -->\nafter\n"
     fresh = render.update(page, tmp_path)
     assert "stale" not in fresh
@@ -232,6 +353,8 @@ def test_page_is_rendered_in_place(tmp_path):
     short = render.update(page.replace(".json", ".json summary"), tmp_path)
     assert render.summary(gpu_document()) in short
     assert "3190 GB/s" not in short
+    nf4 = render.update(page.replace("h100.json", "nf4.json"), tmp_path)
+    assert render.tables(nf4_document()) in nf4
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
@@ -253,13 +376,20 @@ def test_recorded_documents_are_sound():
             assert c["us"] > 0
 
 
-def test_arguments_are_those_of_the_c_interface():
+@pytest.mark.parametrize(
+    ("struct", "arguments"),
+    [
+        ("bcy_gguf_matmul_args", native.MatmulArgs),
+        ("bcy_nf4_quantize_args", native.Nf4QuantizeArgs),
+    ],
+)
+def test_arguments_are_those_of_the_c_interface(struct, arguments):
     header = (ROOT / "src/cuda/include/baracuda/api.h").read_text()
-    body = re.search(r"typedef struct bcy_gguf_matmul_args \{(.*?)\}", header, re.DOTALL)[1]
+    body = re.search(rf"typedef struct {struct} \{{(.*?)\}}", header, re.DOTALL)[1]
     fields = re.findall(r"^\s*([\w ]+?[ *]+)(\w+);", body, re.MULTILINE)
     names = {"int64_t": "c_long", "int32_t": "c_int"}
     expected = [(name, "c_void_p" if "*" in kind else names[kind.strip()]) for kind, name in fields]
-    ours = [(name, kind.__name__) for name, kind in native.MatmulArgs._fields_]
+    ours = [(name, kind.__name__) for name, kind in arguments._fields_]
     assert ours == expected
 
 
@@ -329,6 +459,24 @@ def test_native_functions_give_the_plan_s_bits():
     np.testing.assert_array_equal(y, bcy.linear(x, w))
 
 
+def test_native_quantizer_gives_the_package_s_bytes():
+    x = np.random.default_rng(0).standard_normal((3, 100)).astype(np.float16)
+    packed = bcy.quantize(x, "nf4")
+    codes, absmax = np.zeros(150, np.uint8), np.zeros(5, np.float32)
+    arguments = native.Nf4QuantizeArgs(
+        x=x.ctypes.data,
+        codes=codes.ctypes.data,
+        absmax=absmax.ctypes.data,
+        count=300,
+        block_size=64,
+        codebook=int(bcy.Codebook.NF4),
+        x_type=native.ELEMENT["float16"],
+    )
+    native.Native("cpu").nf4_quantize(native.address(arguments), 1)
+    np.testing.assert_array_equal(codes, np.asarray(packed.data).ravel())
+    np.testing.assert_array_equal(absmax, packed.absmax)
+
+
 def test_native_function_raises_what_the_package_raises():
     arguments = native.MatmulArgs(nrows=1, ncols=32, m=1, format=99, x_type=1, y_type=1)
     with pytest.raises(bcy.BaracudaError):
@@ -341,27 +489,71 @@ def test_wrong_products_stop_the_benchmark():
     right = (x @ weights.exact[weights.rows(40, 3)].T).astype(np.float32)
     assert weights.error(right, x, 3) < 1e-6
     assert weights.error(right, x, 2) > bench_gguf.ERROR_LIMIT  # the rows of another copy
-    times = bench_gguf.Times(1e-3, 1e-3)
+    times = harness.Times(1e-3, 1e-3)
     with pytest.raises(SystemExit, match=r"Q8_0 40x256 M=2 call: relative error"):
         bench_gguf.cell("cpu", "call", weights, 40, 2, times, weights.error(right, x, 2))
     with pytest.raises(SystemExit, match="relative error nan"):
         bench_gguf.cell("cpu", "call", weights, 40, 2, times, float("nan"))
 
 
+def test_wrong_products_of_nf4_stop_the_benchmark():
+    times = harness.Times(1e-3, 1e-3)
+    how = "product", "baracuda-cy", "float16", (40, 256), 2, times, 100
+    bench_nf4.cell("cuda", *how, 9e-4)
+    with pytest.raises(SystemExit, match=r"baracuda-cy 40x256 M=2 product float16: relative error"):
+        bench_nf4.cell("cuda", *how, 2e-3)
+    with pytest.raises(SystemExit, match="relative error nan"):
+        bench_nf4.cell("cuda", *how, float("nan"))
+    theirs = "product", "bitsandbytes", *how[2:]
+    bench_nf4.cell("cuda", *theirs, 2e-3)
+    with pytest.raises(SystemExit, match=r"below 0\.02"):
+        bench_nf4.cell("cuda", *theirs, 0.1)
+    with pytest.raises(SystemExit, match="below 1e-09"):  # the codes of a half that is one step off
+        bench_nf4.cell("cuda", "quantize", *how[1:], 1e-6)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("ncols", "nrows"), [(256, 300), (512, 130), (768, 77), (4096, 10)])
+def test_copies_of_nf4_have_the_rows_of_the_tile(ncols, nrows, nested):
+    weights = bench_nf4.Weights(ncols, nested)
+    for number in (0, 1, 5):
+        copied = weights.copy(nrows, number)
+        assert (copied.nested is not None) == nested
+        expected = weights.exact[weights.rows(nrows, number)]
+        np.testing.assert_array_equal(bcy.dequantize(copied, "float32"), expected)
+    x = np.ones((2, ncols), np.float32)
+    copied = weights.copy(nrows, 3)
+    assert weights.error(bcy.linear(x, copied), x, 3) < 1e-6
+    assert weights.error(bcy.linear(x, copied), x, 2) > bench_nf4.PEER_LIMIT
+    assert len(weights.copies(nrows, 3 * copied.nbytes)) == 3
+
+
+def test_activations_are_rounded_to_their_type():
+    values = np.random.default_rng(0).standard_normal((3, 1000), dtype=np.float32)
+    halfway = np.array([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8) * (1 + 2**-23)], np.float32)
+    for element, unit in (("float32", 0), ("float16", 2**-11), ("bfloat16", 2**-8)):
+        kept = bench_nf4.rounded(values, element)
+        assert kept.dtype == (np.float32 if element == "float32" else np.float16)
+        error = np.abs(bench_nf4.read(kept, element).astype(np.float64) / values - 1).max()
+        assert unit / 2 <= error <= unit
+    ties = bench_nf4.read(bench_nf4.rounded(halfway, "bfloat16"), "bfloat16")
+    assert ties.tolist() == [1, 1 + 2**-6, -(1 + 2**-7)]
+
+
 def test_copies_exceed_the_cache():
-    assert bench_gguf.copies_for(10, 95) == 10
-    assert bench_gguf.copies_for(1000, 95) == 2
+    assert gpu.copies_for(10, 95) == 10
+    assert gpu.copies_for(1000, 95) == 2
 
 
 def test_graphs_are_long_enough():
     for calls in (1, 2, 31, 32, 33):
-        count = calls * bench_gguf.rounds_of([None] * calls)
-        assert bench_gguf.GRAPH_CALLS <= count < bench_gguf.GRAPH_CALLS + calls
+        count = calls * gpu.rounds_of([None] * calls)
+        assert gpu.GRAPH_CALLS <= count < gpu.GRAPH_CALLS + calls
 
 
 @pytest.mark.parametrize(("element", "bits"), [("float16", 0xC100), ("bfloat16", 0xC020)])
 def test_halves_are_read(element, bits):
-    assert bench_gguf.floats(np.array([[bits]], np.uint16), element) == -2.5
+    assert gpu.floats(np.array([[bits]], np.uint16), element) == -2.5
 
 
 def test_gguf_benchmark_runs(tmp_path, capsys):
@@ -375,10 +567,63 @@ def test_gguf_benchmark_runs(tmp_path, capsys):
     assert "| Q4_K | " in capsys.readouterr().out
 
 
-def test_kinds_are_those_of_the_device(capsys):
+@pytest.mark.parametrize(("bench", "kind"), [(bench_gguf, "chain"), (bench_nf4, "nested")])
+def test_kinds_are_those_of_the_device(bench, kind, capsys):
     with pytest.raises(SystemExit):
-        bench_gguf.main(["--device", "cpu", "--kinds", "chain"])
-    assert "got {'chain'}" in capsys.readouterr().err
+        bench.main(["--device", "cpu", "--kinds", kind])
+    assert f"got {{'{kind}'}}" in capsys.readouterr().err
+
+
+def test_nf4_benchmark_runs(tmp_path, capsys):
+    path = tmp_path / "cpu.json"
+    arguments = "--device cpu --quick --shapes 96x256 48x128 --m 1 3 --threads 1 2 --rotate 1"
+    bench_nf4.main([*arguments.split(), "--names", "baracuda-cy", "--output", str(path)])
+    result = harness.load(path)
+    cells = {(c["nrows"], c["m"], c["threads"], c["kind"]) for c in result["cells"]}
+    assert cells == set(itertools.product([96, 48], [1, 3], [1, 2], ["product"]))
+    assert all(0 < c["error"] < bench_nf4.LIMIT["float32"] for c in result["cells"])
+    printed = capsys.readouterr().out
+    assert "#### 48 x 128 on the CPU" in printed
+    assert "| baracuda-cy | " in printed
+    with pytest.raises(SystemExit):
+        bench_nf4.main(["--device", "cpu", "--shapes", "64x192"])
+    assert "multiple of 128, got 64x192" in capsys.readouterr().err
+
+
+def test_nf4_problems_are_those_asked_for():
+    class Options:
+        kinds, dtypes, m = list(bench_nf4.KINDS), list(bench_nf4.LIMIT), [1, 2, 8]
+
+    bench = object.__new__(bench_nf4.GpuBench)
+    bench.options = Options
+    halves = bench_nf4.HALVES
+    everywhere = {
+        *itertools.product(["product"], halves, [1, 2, 8]),
+        *itertools.product(["exact"], ["float16", "float32"], [1, 8]),
+        *itertools.product(["dequantize"], halves, [0]),
+    }
+    small = {*itertools.product(["nested"], ["float16"], [1, 8]), ("quantize", "float16", 0)}
+    assert set(bench.problems(4096, 4096)) == everywhere | small
+    assert set(bench.problems(128256, 4096)) == everywhere
+    Options.dtypes, Options.m = ["float32"], [2, 8]
+    assert list(bench.problems(4096, 4096)) == [("exact", "float32", 8)]
+
+
+@pytest.mark.gpu
+def test_nf4_benchmark_runs_on_a_gpu(tmp_path):
+    pytest.importorskip("cupy")
+    path = tmp_path / "gpu.json"
+    arguments = "--device cuda --quick --shapes 512x512 1024x512 --m 1 2 8 --rotate 4"
+    bench_nf4.main([*arguments.split(), "--output", str(path)])
+    result = harness.load(path)
+    ours = [c for c in result["cells"] if c["name"] == "baracuda-cy"]
+    assert {(c["kind"], c["dtype"], c["m"], c.get("overlap")) for c in ours} == {
+        *itertools.product(["product"], bench_nf4.HALVES, [1, 2, 8], [True, False]),
+        *itertools.product(["exact"], ["float16", "float32"], [1, 8], [True, False]),
+        *itertools.product(["nested"], ["float16"], [1, 8], [True, False]),
+        *itertools.product(["dequantize"], bench_nf4.HALVES, [0], [None]),
+        ("quantize", "float16", 0, None),
+    }
 
 
 @pytest.mark.gpu
@@ -429,5 +674,6 @@ def test_plot_is_drawn(tmp_path):
     assert "<svg" in drawn
     for text in ("4096 x 4096", "ggml as recorded, whole call", ">75<", ">60<"):
         assert text in drawn
-    with pytest.raises(SystemExit, match="nothing to draw"):
-        render.plot(result | {"cells": []}, str(path))
+    for empty in (result | {"cells": []}, nf4_document()):
+        with pytest.raises(SystemExit, match="nothing to draw"):
+            render.plot(empty, str(path))

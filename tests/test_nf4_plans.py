@@ -120,7 +120,8 @@ def test_dequantize_has_the_specified_bits(backend, codebook, layout, nested):
         weight, values = weight_of(n, k, block_size, codebook, layout, nested)
         for output in FLOATS:
             plan = bcy.Nf4DequantizePlan.select(backend.device, weight.descriptor(output=output))
-            for padding in (0, 5):
+            # Rows apart come through the CUDA array interface, which knows no bfloat16.
+            for padding in (0,) if (backend.device, output) == ("cuda", "bfloat16") else (0, 5):
                 y = backend.empty((n, k), output, padding)
                 plan.run(weight.tensor(backend), y)
                 want = reference.finish(values, None, output)

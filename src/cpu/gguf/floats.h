@@ -12,6 +12,7 @@
 
 #include <utility>
 
+#include "cpu/float_product.h"
 #include "cpu/gguf/layout.h"
 
 namespace bcy::cpu {
@@ -72,24 +73,6 @@ BCY_INLINE Words8 group_codes(Bytes<Format::kAlignment> block, int group) {
     memcpy(&codes, words, sizeof codes);
     return codes;
   }
-}
-
-// The last steps of the order in order.cuh: element sums e, e + 8, ... of every partial to one sum.
-BCY_INLINE float meet_eights(const __m256* eights) {
-  __m256 fours[4], twos[2];
-  for (int i = 0; i < 4; ++i) {  // s[e] += s[e + 4], of partials i and i + 4
-    fours[i] = _mm256_add_ps(_mm256_permute2f128_ps(eights[i], eights[i + 4], 0x20),
-                             _mm256_permute2f128_ps(eights[i], eights[i + 4], 0x31));
-  }
-  for (int i = 0; i < 2; ++i) {
-    twos[i] = _mm256_add_ps(_mm256_shuffle_ps(fours[2 * i], fours[2 * i + 1], 0x44),
-                            _mm256_shuffle_ps(fours[2 * i], fours[2 * i + 1], 0xee));
-  }
-  const __m256 p = _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x88),
-                                 _mm256_shuffle_ps(twos[0], twos[1], 0xdd));
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(p), _mm256_extractf128_ps(p, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
 template <class V, class Format>
@@ -155,15 +138,16 @@ struct FloatPath {
 
   static void dequantize(const bcy_gguf_dequantize_args& args, int64_t begin, int64_t end) {
     const int64_t stride = row_bytes<Format>(args.ncols);
+    const Units units(args.ncols);
     with_element(args.y_type, [&](auto element) {
       using Element = decltype(element);
       for (int64_t row = begin; row < end; ++row) {
         const uint8_t* const weight = static_cast<const uint8_t*>(args.weight) + row * stride;
         auto* y = static_cast<typename Element::Storage*>(args.y) + row * args.y_stride;
-        for (int64_t k = 0; k < args.ncols; k += kUnit) {
-          const int groups = groups_left(args.ncols - k);
+        for (int64_t unit = 0; unit < units.count; ++unit) {
+          const int groups = units.groups(unit);
           Floats values[kUnitGroups * kVectors];
-          dequantize_unit(weight + row_bytes<Format>(k), groups, values);
+          dequantize_unit(weight + unit * L::kUnitBytes, groups, values);
           for (int i = 0; i < groups * kVectors; ++i, y += V::kWidth) {
             V::store(Element{}, y, values[i]);
           }
@@ -172,73 +156,55 @@ struct FloatPath {
     });
   }
 
-  static BCY_INLINE int groups_left(int64_t elements) {
-    return elements < kUnit ? int(elements / kGroup) : kUnitGroups;
-  }
+  // For float_product.h.
+  struct Rows {
+    const uint8_t* weight;
+    int64_t stride;
 
-  static constexpr int kRows = V::kWidth / 4;  // rows that share what is loaded of the activations
-
-  template <class Element>
-  static void multiply_rows(const bcy_gguf_matmul_args& args, int64_t row, int64_t end,
-                            int64_t first, int tokens) {
-    const uint8_t* weight[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t at = row + r < end ? row + r : end - 1;
-      weight[r] = static_cast<const uint8_t*>(args.weight) + at * row_bytes<Format>(args.ncols);
+    BCY_INLINE const uint8_t* at(int64_t row, int64_t unit) const {
+      return weight + row * stride + unit * L::kUnitBytes;
     }
-    const auto* const x =
-        static_cast<const typename Element::Storage*>(args.x) + first * args.x_stride;
-    Floats sums[kTokenTile][kPartials][kRows][kVectors];
-    for (int t = 0; t < tokens; ++t) memset(&sums[t], 0, sizeof sums[t]);
-    for (int64_t k = 0; k < args.ncols; k += kUnit) {
-      const int groups = groups_left(args.ncols - k);
-      Floats unit[kRows][kUnitGroups * kVectors];
-      for (int r = 0; r < kRows; ++r) {
-        const uint8_t* const upcoming =
-            weight[r] + kRows * row_bytes<Format>(args.ncols) + row_bytes<Format>(k);
-        for (int line = 0; line < L::kUnitBytes; line += 64) __builtin_prefetch(upcoming + line);
-        dequantize_unit(weight[r] + row_bytes<Format>(k), groups, unit[r]);
+    BCY_INLINE void prefetch(int64_t row, int64_t unit) const {
+      for (int line = 0; line < L::kUnitBytes; line += 64) {
+        __builtin_prefetch(at(row, unit) + line);
       }
-      for (int t = 0; t < tokens; ++t) {
-        // Or the compiler copies all of `unit`, to save loads that it then repeats.
-        asm volatile("" ::: "memory");
-        auto& partial = sums[t][k / kUnit % kPartials];
-        Floats kept[kRows][kVectors];
-        memcpy(kept, partial, sizeof kept);
-        const auto* from = x + t * args.x_stride + k;
+    }
+    BCY_INLINE void dequantize(int64_t row, int64_t unit, int groups, Floats* values) const {
+      dequantize_unit(at(row, unit), groups, values);
+    }
+
+    BCY_INLINE bool multiplies() const { return true; }
+    template <int kRows, int kTokens, class Element>
+    BCY_INLINE void multiply(int64_t row, int64_t end, int64_t partial, const Units& units,
+                             const typename Element::Storage* const* x,
+                             Floats (*sums)[kRows][kVectors]) const {
+      Floats kept[kTokens][kRows][kVectors] = {};
+      for (int64_t unit = partial; unit < units.count; unit += kPartials) {
+        const int groups = units.groups(unit);
+        Floats weights[kRows][kUnitGroups * kVectors];
+        for (int r = 0; r < kRows; ++r) {
+          const int64_t i = row + r < end ? row + r : end - 1;
+          prefetch(i + kRows, unit);
+          dequantize(i, unit, groups, weights[r]);
+        }
         for (int g = 0; g < groups; ++g) {
-          for (int i = 0; i < kVectors; ++i, from += V::kWidth) {
-            const Floats activations = V::load(Element{}, from);
-            for (int r = 0; r < kRows; ++r) {
-              kept[r][i] = V::fma(unit[r][g * kVectors + i], activations, kept[r][i]);
+          for (int i = 0; i < kVectors; ++i) {
+            for (int t = 0; t < kTokens; ++t) {
+              const Floats a = V::load(Element{}, x[t] + unit * kUnit + g * kGroup + i * V::kWidth);
+              for (int r = 0; r < kRows; ++r) {
+                kept[t][r][i] = V::fma(weights[r][g * kVectors + i], a, kept[t][r][i]);
+              }
             }
           }
         }
-        memcpy(partial, kept, sizeof kept);
       }
+      memcpy(sums, kept, sizeof kept);
     }
-    for (int t = 0; t < tokens; ++t) {
-      for (int r = 0; r < kRows && row + r < end; ++r) {
-        __m256 eights[kPartials];
-        for (int p = 0; p < kPartials; ++p) eights[p] = V::fold(sums[t][p][r]);
-        const float sum = meet_eights(eights);
-        with_element(args.y_type, [&](auto element) {
-          store_output<decltype(element)>(args, first + t, row + r, sum);
-        });
-      }
-    }
-  }
+  };
 
   static void matvec(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
-    with_element(args.x_type, [&](auto element) {
-      for (int64_t first = 0; first < args.m; first += kTokenTile) {
-        const int64_t left = args.m - first;
-        const int tokens = int(left < kTokenTile ? left : kTokenTile);
-        for (int64_t row = begin; row < end; row += kRows) {
-          multiply_rows<decltype(element)>(args, row, end, first, tokens);
-        }
-      }
-    });
+    const Rows rows{static_cast<const uint8_t*>(args.weight), row_bytes<Format>(args.ncols)};
+    FloatProduct<V, bcy_gguf_matmul_args, Rows>(args, rows, args.ncols).multiply(begin, end);
   }
 };
 

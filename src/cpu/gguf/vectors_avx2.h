@@ -5,19 +5,17 @@
 #include <immintrin.h>
 
 #include "cpu/gguf/layout.h"
+#include "cpu/vectors_avx2.h"
 
 namespace bcy::cpu {
 namespace {
 
-struct Avx2 {
-  typedef uint32_t Words __attribute__((vector_size(32)));
+struct Avx2 : Avx2Floats {
   typedef int32_t Ints __attribute__((vector_size(32)));
-  typedef float Floats __attribute__((vector_size(32)));
   using Mask = __m256;
   static constexpr int kRows = 1;
   static constexpr bool kAnyByte = false;
 
-  static BCY_INLINE __m256i bits(Words w) { return (__m256i)w; }
   static BCY_INLINE __m256i eight(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
@@ -43,10 +41,6 @@ struct Avx2 {
     d[3] = (Words)_mm256_unpackhi_epi64(ab_high, ce_high);
   }
 
-  static BCY_INLINE __m128i low_halves(Words w) {
-    const __m256i low = bits(w & 0xffffu);
-    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08));
-  }
   static BCY_INLINE Floats half_to_float(Words w) { return (Floats)_mm256_cvtph_ps(low_halves(w)); }
   template <class Integers>
   static BCY_INLINE Floats to_float(Integers w) {
@@ -116,9 +110,6 @@ struct Avx2 {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return (__m256)_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), lane), lane);
   }
-  static BCY_INLINE Floats fma(Floats a, Floats b, Floats c) {
-    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-  }
   static BCY_INLINE Floats fma_where(Mask mask, Floats a, Floats b, Floats c) {
     return (Floats)_mm256_blendv_ps((__m256)c, (__m256)fma(a, b, c), mask);
   }
@@ -130,15 +121,6 @@ struct Avx2 {
     out[0] = _mm_cvtss_f32(s);
   }
 
-  static constexpr int kWidth = 8;
-  static BCY_INLINE Floats load(F32, const float* x) { return (Floats)_mm256_loadu_ps(x); }
-  static BCY_INLINE Floats load(F16, const uint16_t* x) {
-    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-  }
-  static BCY_INLINE Floats load(BF16, const uint16_t* x) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
-  }
   static BCY_INLINE int largest(Ints v) {
     __m128i s =
         _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
@@ -158,32 +140,11 @@ struct Avx2 {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
   }
 
-  static BCY_INLINE __m256 fold(const Floats* v) { return (__m256)((v[0] + v[2]) + (v[1] + v[3])); }
-  static BCY_INLINE Floats splat(float value) { return (Floats)_mm256_set1_ps(value); }
   template <int i, bool is_unsigned, class Codes>
   static BCY_INLINE Floats widen(Codes codes) {
     const __m128i half = _mm256_extracti128_si256((__m256i)codes, i / 2);
     const __m128i bytes = i % 2 ? _mm_unpackhi_epi64(half, half) : half;
     return to_float(is_unsigned ? _mm256_cvtepu8_epi32(bytes) : _mm256_cvtepi8_epi32(bytes));
-  }
-  static BCY_INLINE Words nan(Floats v) {
-    return (Words)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
-  }
-  static BCY_INLINE void store(F32, float* y, Floats v) {
-    const Words w = nan(v) ? Words{} + 0x7fc00000u : (Words)v;
-    memcpy(y, &w, sizeof w);
-  }
-  static BCY_INLINE void store_low_halves(uint16_t* y, Words w) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(y), low_halves(w));
-  }
-  static BCY_INLINE void store(F16, uint16_t* y, Floats v) {
-    const __m128i halves = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-    const Words w = (Words)_mm256_cvtepu16_epi32(halves);
-    store_low_halves(y, nan(v) ? Words{} + 0x7e00u : w);
-  }
-  static BCY_INLINE void store(BF16, uint16_t* y, Floats v) {
-    const Words w = (Words)v;
-    store_low_halves(y, nan(v) ? Words{} + 0x7fc0u : (w + 0x7fffu + (w >> 16 & 1u)) >> 16);
   }
 };
 

@@ -2,7 +2,10 @@
 // The C interface of the CPU backend's NF4 and FP4 operations: checks, splits the work.
 #include "baracuda/api.h"
 
+#include <string.h>
+
 #include <algorithm>
+#include <cmath>
 
 #include "baracuda/codebooks.h"
 #include "cpu/elements.h"
@@ -41,7 +44,7 @@ int for_rows(const bcy_nf4_weight& weight, int64_t per_row, int threads, Kernel 
   // tokens pass.
   constexpr int64_t kWork = 256 << 10, kCached = 128 << 10;
   const auto rows_of = [](int64_t amount, int64_t per_row) {
-    return (amount / std::max<int64_t>(per_row, 1) / kRowTile + 1) * kRowTile;
+    return (amount / std::max<int64_t>(per_row, 1) / kLargestTile + 1) * kLargestTile;
   };
   const int64_t block = rows_of(2 * kCached, weight.ncols);
   const int64_t grain = std::min(rows_of(kWork, per_row), block);
@@ -52,31 +55,38 @@ int for_rows(const bcy_nf4_weight& weight, int64_t per_row, int threads, Kernel 
 
 int64_t blocks_of(int64_t count, int64_t size) { return count / size + (count % size != 0); }
 
-// bitsandbytes' rule for 8 bits: a table of 65536 steps over [-1, 1] gives the code, so the step is
-// what is compared with the middles of neighbours, not the value. NaN takes code 0 and no part in
-// the maximum; a block without any magnitude is all code 0.
-void nest_block(const bcy_nf4_nest_args& args, const float* middles, int64_t block) {
+// bitsandbytes' rule for 8 bits: a table over 65536 steps of [-1, 1] holds the codes, so it is the
+// step that is compared with the middles of neighbours, not the value. NaN takes code 0 and no part
+// in the maximum; a block without any magnitude is all code 0.
+uint8_t nested_code_of(float scaled, const float* middles) {
   constexpr float kLastStep = 65535.0f;
-  const int64_t begin = block * args.nested_block;
-  const int64_t end = begin + std::min<int64_t>(args.nested_block, args.count - begin);
-  auto* const codes = static_cast<uint8_t*>(args.codes);
+  if (is_nan(scaled)) return 0;
+  const float clamped = scaled < -1.0f ? -1.0f : scaled > 1.0f ? 1.0f : scaled;
+  const int step = int(fma(mul(add(clamped, 1.0f), 0.5f), kLastStep, 0.5f));
+  const float value = add(div(mul(float(step), 2.0f), kLastStep), -1.0f);
+  int below = 0;  // middles below value
+  for (int half = 128; half > 0; half /= 2) below += middles[below + half - 1] < value ? half : 0;
+  return uint8_t(below);
+}
+
+void nest_block(const bcy_nf4_nest_args& args, const float* middles, int64_t block) {
+  const int64_t first = block * args.nested_block;
+  const int count = int(std::min<int64_t>(args.nested_block, args.count - first));
+  const float* const absmax = args.absmax + first;
+  auto* const codes = static_cast<uint8_t*>(args.codes) + first;
   float largest = 0.0f;
-  for (int64_t i = begin; i < end; ++i) {
-    const float magnitude = as_float(as_bits(add(args.absmax[i], -args.offset)) & 0x7fffffffu);
-    if (magnitude > largest) largest = magnitude;
+  for (int i = 0; i < count; ++i) {
+    const float magnitude = std::fabs(add(absmax[i], -args.offset));
+    largest = magnitude > largest ? magnitude : largest;
   }
   args.nested_absmax[block] = largest;
+  if (largest == 0.0f) {
+    memset(codes, 0, count);
+    return;
+  }
   const float inverse = div(1.0f, largest);
-  for (int64_t i = begin; i < end; ++i) {
-    const float scaled = mul(add(args.absmax[i], -args.offset), inverse);
-    if (largest == 0.0f || is_nan(scaled)) {
-      codes[i] = 0;
-      continue;
-    }
-    const float clamped = scaled < -1.0f ? -1.0f : scaled > 1.0f ? 1.0f : scaled;
-    const int step = int(fma(mul(add(clamped, 1.0f), 0.5f), kLastStep, 0.5f));
-    const float value = add(div(mul(float(step), 2.0f), kLastStep), -1.0f);
-    codes[i] = uint8_t(std::lower_bound(middles, middles + 255, value) - middles);
+  for (int i = 0; i < count; ++i) {
+    codes[i] = nested_code_of(mul(add(absmax[i], -args.offset), inverse), middles);
   }
 }
 

@@ -9,7 +9,7 @@
 namespace bcy::cpu::nf4 {
 
 // Each does [begin, end) of the rows (quantize, nest: blocks) of its operation.
-constexpr int kRowTile = 16;  // rows that a kernel takes together, at most
+constexpr int kLargestTile = 16;  // rows that a kernel takes together, at most
 
 struct Kernels {
   void (*matmul)(const bcy_nf4_matmul_args& args, int64_t begin, int64_t end);

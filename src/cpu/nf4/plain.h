@@ -13,7 +13,7 @@
 namespace bcy::cpu::nf4 {
 namespace {
 
-constexpr int kTokenTile = 8;  // tokens that share a dequantized weight
+constexpr int kTokenTile = 8;  // tokens that share dequantized weights
 
 BCY_INLINE float absmax_at(const bcy_nf4_weight& weight, int64_t block) {
   if (!weight.nested_absmax) return static_cast<const float*>(weight.absmax)[block];
@@ -30,12 +30,9 @@ BCY_INLINE int code_at(const bcy_nf4_weight& weight, int64_t row, int64_t k) {
   return codes[i / 2] >> (i % 2 ? 0 : 4) & 15;
 }
 
-// Elements [k, k + count) of a row.
-BCY_INLINE void dequantize_plainly(const bcy_nf4_weight& weight, int64_t row, int64_t k, int count,
-                                   float* values) {
-  const float* const codebook = codebook_of(weight.codebook)->values;
-  for (int i = 0; i < count; ++i) values[i] = codebook[code_at(weight, row, k + i)];
-  const int64_t first = row * weight.ncols + k;
+// `count` values by codebook, from element `first` of the matrix as one row on, times their absmax.
+BCY_INLINE void scale_plainly(const bcy_nf4_weight& weight, int64_t first, int count,
+                              float* values) {
   int64_t block = first / weight.block_size;
   int64_t left = weight.block_size - first % weight.block_size;
   for (int i = 0; i < count; ++block, left = weight.block_size) {
@@ -43,6 +40,14 @@ BCY_INLINE void dequantize_plainly(const bcy_nf4_weight& weight, int64_t row, in
     const int end = left < count - i ? i + int(left) : count;
     for (; i < end; ++i) values[i] = mul(values[i], absmax);
   }
+}
+
+// Elements [k, k + count) of a row.
+BCY_INLINE void dequantize_plainly(const bcy_nf4_weight& weight, int64_t row, int64_t k, int count,
+                                   float* values) {
+  const float* const codebook = codebook_of(weight.codebook)->values;
+  for (int i = 0; i < count; ++i) values[i] = codebook[code_at(weight, row, k + i)];
+  scale_plainly(weight, row * weight.ncols + k, count, values);
 }
 
 struct Plain {
@@ -106,44 +111,56 @@ struct Plain {
     });
   }
 
+  // Codes of `count` values scaled to [-1, 1]; the half of a byte that is left takes the code of 0.
+  static BCY_INLINE void pack(const Codebook& codebook, float* scaled, int count, uint8_t* codes) {
+    if (count % 2 != 0) scaled[count] = 0.0f;
+    int32_t above[kGroup] = {};  // thresholds; NaN is at or below none
+    for (const float threshold : codebook.thresholds) {
+      for (int i = 0; i < kGroup; ++i) above[i] += !(scaled[i] <= threshold);
+    }
+    for (int i = 0; i < count; i += 2) {
+      codes[i / 2] = uint8_t(codebook.codes[above[i]] << 4 | codebook.codes[above[i + 1]]);
+    }
+  }
+
   // bitsandbytes' rules. A full block is multiplied by the inverse of its absmax; the last one, if
-  // it is short, is divided and stores at least the smallest absmax. A NaN makes the whole block
-  // NaN, and NaN, like the infinity that becomes one, takes the highest code: what is not at or
-  // below any threshold.
-  static void quantize(const bcy_nf4_quantize_args& args, int64_t begin, int64_t end) {
+  // it is short, is divided and stores at least the smallest absmax. One NaN makes a block NaN.
+  template <class Element>
+  static void quantize_block(const bcy_nf4_quantize_args& args, int64_t block) {
     constexpr float kSmallest = 1e-38f;
     const Codebook& codebook = *codebook_of(args.codebook);
+    const int64_t first = block * args.block_size;
+    const bool full = args.count - first >= args.block_size;
+    const int64_t count = full ? args.block_size : args.count - first;
+    const auto* const x = static_cast<const typename Element::Storage*>(args.x) + first;
+    int32_t largest = 0;  // bits, whose order is that of magnitudes, NaN above infinity
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t magnitude = int32_t(as_bits(Element::load(x + i)) & 0x7fffffffu);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const float absmax = canonical(as_float(uint32_t(largest)));
+    const float divisor = absmax < kSmallest ? kSmallest : absmax;
+    args.absmax[block] = full ? absmax : divisor;
+    const float inverse = div(1.0f, divisor);
+    auto* const codes = static_cast<uint8_t*>(args.codes) + first / 2;
+    for (int64_t i = 0; i < count; i += kGroup) {
+      const int part = int(count - i < kGroup ? count - i : kGroup);
+      float scaled[kGroup];
+      for (int j = 0; j < part; ++j) {
+        const float value = Element::load(x + i + j);
+        float s = full ? mul(value, inverse) : div(value, divisor);
+        s = s < -1.0f ? -1.0f : s;
+        scaled[j] = s > 1.0f ? 1.0f : s;
+      }
+      for (int j = part; j < kGroup; ++j) scaled[j] = 0.0f;
+      pack(codebook, scaled, part, codes + i / 2);
+    }
+  }
+
+  static void quantize(const bcy_nf4_quantize_args& args, int64_t begin, int64_t end) {
     with_element(args.x_type, [&](auto element) {
-      using Element = decltype(element);
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * args.block_size;
-        const bool full = args.count - first >= args.block_size;
-        const int64_t count = full ? args.block_size : args.count - first;
-        const auto* const x = static_cast<const typename Element::Storage*>(args.x) + first;
-        uint32_t largest = 0;  // as bits, whose order is that of magnitudes, NaN above infinity
-        for (int64_t i = 0; i < count; ++i) {
-          const uint32_t magnitude = as_bits(Element::load(x + i)) & 0x7fffffffu;
-          if (magnitude > largest) largest = magnitude;
-        }
-        float absmax = canonical(as_float(largest));
-        const float at_least = absmax < kSmallest ? kSmallest : absmax;
-        if (!full) absmax = at_least;
-        args.absmax[block] = absmax;
-        const float inverse = div(1.0f, at_least);
-        const auto code = [&](int64_t i) {
-          if (i == count) return codebook.codes[7];
-          const float value = Element::load(x + i);
-          float scaled = full ? mul(value, inverse) : div(value, at_least);
-          if (scaled < -1.0f) scaled = -1.0f;
-          if (scaled > 1.0f) scaled = 1.0f;
-          int above = 0;
-          for (const float threshold : codebook.thresholds) above += !(scaled <= threshold);
-          return codebook.codes[above];
-        };
-        auto* const codes = static_cast<uint8_t*>(args.codes) + first / 2;
-        for (int64_t i = 0; i < count; i += 2) {
-          codes[i / 2] = uint8_t(code(i) << 4 | code(i + 1));
-        }
+        quantize_block<decltype(element)>(args, block);
       }
     });
   }

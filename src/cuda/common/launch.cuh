@@ -84,10 +84,12 @@ struct Device {
 // Looks a device up once in the process; it is current.
 int look_at_device(int device, Device& found);
 
-// A block may ask for more than 48 KB of shared memory only after its kernel was allowed to.
+// A block may ask for more than 48 KB of shared memory only after its kernel was allowed to. It is
+// allowed all there is: threads that launch it with other sizes do not take each other's away.
 template <class... Parameters>
-int allow_shared(void (*kernel)(Parameters...), int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+int allow_shared(void (*kernel)(Parameters...), const Device& device) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              device.shared_per_block);
 }
 
 // Calls function(F32{}), function(F16{}) or function(BF16{}).

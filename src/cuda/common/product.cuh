@@ -264,7 +264,7 @@ int launch_streamed(const bcy_gguf_matmul_args& args, const typename Tile::Input
   typename Ring::Source source;
   if (const int status = Ring::describe(args, source)) return status;
   auto* kernel = product_streamed<Tile, Ring>;
-  if (const int status = allow_shared(kernel, geometry.shared_bytes)) return status;
+  if (const int status = allow_shared(kernel, device)) return status;
   return launch(kernel, dim3(geometry.blocks), dim3(kConsumers + 32), stream, geometry.shared_bytes,
                 early, args, inputs, source, unsigned(tiles), unsigned(passes), geometry.stages);
 }

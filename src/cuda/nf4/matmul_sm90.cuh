@@ -292,7 +292,7 @@ int launch_nf4_sm90(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs, c
   const int stages = int(std::min(most, int64_t{kMaxStages}));
   const int shared = int(ring_at) + stages * kStageBytes;
   auto* const kernel = nf4_product_sm90<X, Tokens, Cluster>;
-  if (const int status = allow_shared(kernel, shared)) return status;
+  if (const int status = allow_shared(kernel, device)) return status;
   int clusters = device.processors;
   if constexpr (Cluster > 1) {
     static ClustersAtOnce at_once;
