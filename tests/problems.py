@@ -2,6 +2,12 @@
 """Weights, activations and backends to test with, and ggml's own C code through ctypes."""
 
 import ctypes
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
 from pathlib import Path
 
 import ml_dtypes
@@ -174,6 +180,51 @@ def dequantize_plan(device, name, nrows, ncols, output="float32", **more):
         nrows=nrows, ncols=ncols, block_format=name, output=output, **more
     )
     return bcy.GgufDequantizePlan.select(device, descriptor, pref)
+
+
+# ---- beside the test -----------------------------------------------------------------------------
+
+
+class Load:
+    """Two threads that run what ``work(seed)`` gives, over and over, until the test is through."""
+
+    def __init__(self, work):
+        self.stop = threading.Event()
+        self.threads = [threading.Thread(target=self.run, args=(work, i)) for i in range(2)]
+
+    def run(self, work, seed):
+        call = work(seed)
+        while not self.stop.is_set():
+            call()
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+
+    def __exit__(self, *_):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def in_another_process(module, expression, **environment):
+    """What an expression over a test module, called `t`, is in a process of its own, by JSON."""
+    code = f"""
+        import json, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import {module} as t
+        from baracuda_cy import _cpu
+        print(json.dumps({expression}))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 # ---- NF4 and FP4 ---------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 
 import gc
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -59,31 +58,19 @@ def test_every_flag_is_set(backend):
 # ---- deterministic -------------------------------------------------------------------------------
 
 
-class Load:
+def load(device):
     """Work of our own and of others beside the test."""
 
-    def __init__(self, device):
-        self.device, self.stop = device, threading.Event()
-        self.threads = [threading.Thread(target=self.work, args=(i,)) for i in range(2)]
-
-    def work(self, seed):
-        backend = Backend(self.device)
-        plan = problems.staged_plan(self.device, "Q6_K", 256, 1024, 8)
+    def work(seed):
+        backend = Backend(device)
+        plan = problems.staged_plan(device, "Q6_K", 256, 1024, 8)
         weight = backend.put(random_weight("Q6_K", 256, 1024, seed))
         x = backend.put(random_activations(8, 1024, seed=seed))
         y, workspace = backend.empty((8, 256), "float32"), backend.workspace(plan)
-        stream = None if self.device == "cpu" else bcy.Stream()
-        while not self.stop.is_set():
-            plan.run(weight, x, y, workspace=workspace, stream=stream)
+        stream = None if device == "cpu" else bcy.Stream()
+        return lambda: plan.run(weight, x, y, workspace=workspace, stream=stream)
 
-    def __enter__(self):
-        for thread in self.threads:
-            thread.start()
-
-    def __exit__(self, *_):
-        self.stop.set()
-        for thread in self.threads:
-            thread.join()
+    return problems.Load(work)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K"])
@@ -95,7 +82,7 @@ def test_deterministic(backend, make, name):
 
 def test_deterministic_beside_load(backend, make):
     first = product(backend, make)
-    with Load(backend.device):
+    with load(backend.device):
         for _ in range(100):
             np.testing.assert_array_equal(product(backend, make), first)
 
@@ -106,7 +93,7 @@ def test_dequantize_is_deterministic(backend):
         random_weight("Q5_K", N, K),
     )
     results = []
-    with Load(backend.device):
+    with load(backend.device):
         for _ in range(100):
             y = backend.empty((N, K), "float32")
             plan.run(backend.put(weight), y)
@@ -119,23 +106,9 @@ def test_dequantize_is_deterministic(backend):
 
 def test_another_process(backend, make):
     path = next(path for path, function in PATHS.items() if function is make)
-    code = f"""
-        import json, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        import test_guarantees as t
-        got = t.product(t.Backend({backend.device!r}), t.PATHS[{path!r}])
-        print(json.dumps(got.tolist()))
-    """
+    call = f"t.product(t.Backend({backend.device!r}), t.PATHS[{path!r}]).tolist()"
     for threads in ("1", "3"):
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            env={**os.environ, "BARACUDA_THREADS": threads},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        got = np.array(json.loads(done.stdout), np.uint32)
+        got = problems.in_another_process("test_guarantees", call, BARACUDA_THREADS=threads)
         np.testing.assert_array_equal(got, product(backend, make))
 
 
@@ -306,22 +279,9 @@ def digests():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_of_the_cpu_agrees(isa):
-    code = f"""
-        import json, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        import test_guarantees as t
-        from baracuda_cy import _cpu
-        print(json.dumps([_cpu.isa(), t.digests()]))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "BARACUDA_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
+    used, theirs = problems.in_another_process(
+        "test_guarantees", "[_cpu.isa(), t.digests()]", BARACUDA_CPU_ISA=isa
     )
-    assert done.returncode == 0, done.stderr
-    used, theirs = json.loads(done.stdout)
     if used != isa:
         pytest.skip(f"this CPU has no {isa}")
     assert theirs == digests()

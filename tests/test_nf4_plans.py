@@ -4,12 +4,7 @@
 import functools
 import hashlib
 import itertools
-import json
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
 import threading
 
 import hypothesis.strategies as st
@@ -25,8 +20,10 @@ from problems import (
     LAYOUTS,
     NF4_PATHS,
     Backend,
+    Load,
     Nf4Weight,
     bits,
+    in_another_process,
     random_activations,
 )
 
@@ -482,29 +479,15 @@ def product(path, m=5, n=N, k=K, activation="float16", output=None):
     return bits(weight.product(backend, random_activations(m, k, activation), output, pref=pref))
 
 
-class Load:
-    """Work of our own and of others beside the test."""
-
-    def __init__(self, device):
-        self.device, self.stop = device, threading.Event()
-        self.threads = [threading.Thread(target=self.work, args=(i,)) for i in range(2)]
-
-    def work(self, seed):
-        backend, weight = Backend(self.device), Nf4Weight(256, 1024, seed=seed)
+def load(device):
+    def work(seed):
+        backend, weight = Backend(device), Nf4Weight(256, 1024, seed=seed)
         w, x = weight.tensor(backend), backend.put(random_activations(8, 1024, "float16"))
-        plan, y = weight.plan(self.device, 8, "float16"), backend.empty((8, 256), "float16")
-        stream = None if self.device == "cpu" else bcy.Stream()
-        while not self.stop.is_set():
-            plan.run(w, x, y, stream=stream)
+        plan, y = weight.plan(device, 8, "float16"), backend.empty((8, 256), "float16")
+        stream = None if device == "cpu" else bcy.Stream()
+        return lambda: plan.run(w, x, y, stream=stream)
 
-    def __enter__(self):
-        for thread in self.threads:
-            thread.start()
-
-    def __exit__(self, *_):
-        self.stop.set()
-        for thread in self.threads:
-            thread.join()
+    return Load(work)
 
 
 def test_flags(path):
@@ -550,30 +533,17 @@ def test_deterministic(path, activation, m):
 
 def test_deterministic_beside_load(path):
     first = product(path)
-    with Load(path[0].device):
+    with load(path[0].device):
         for _ in range(100):
             np.testing.assert_array_equal(product(path), first)
 
 
 def test_another_process(path):
     backend, pref = path
-    code = f"""
-        import json, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        import test_nf4_plans as t
-        got = t.product((t.Backend({backend.device!r}), {"t.EXACT" if pref else None}))
-        print(json.dumps(got.tolist()))
-    """
+    call = f"t.product((t.Backend({backend.device!r}), {'t.EXACT' if pref else None})).tolist()"
     for threads in ("1", "3"):
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            env={**os.environ, "BARACUDA_THREADS": threads},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        np.testing.assert_array_equal(np.array(json.loads(done.stdout)), product(path))
+        got = in_another_process("test_nf4_plans", call, BARACUDA_THREADS=threads)
+        np.testing.assert_array_equal(got, product(path))
 
 
 @pytest.mark.gpu
@@ -743,22 +713,9 @@ def digests():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_of_the_cpu_agrees(isa):
-    code = f"""
-        import json, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        import test_nf4_plans as t
-        from baracuda_cy import _cpu
-        print(json.dumps([_cpu.isa(), t.digests()]))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "BARACUDA_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
+    used, theirs = in_another_process(
+        "test_nf4_plans", "[_cpu.isa(), t.digests()]", BARACUDA_CPU_ISA=isa
     )
-    assert done.returncode == 0, done.stderr
-    used, theirs = json.loads(done.stdout)
     if used != isa:
         pytest.skip(f"this CPU has no {isa}")
     assert theirs == digests()
