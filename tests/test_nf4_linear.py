@@ -424,6 +424,10 @@ def test_there_and_back(backend, n, k, block_size, pairs, codebook, nested):
     kept = nested is not None and (n % 2 == 0 and pairs == block_size)
     assert (there.nested is not None) == kept
     same_values(there, np.vstack([values, np.zeros((n % 2, k), np.float32)]))
+    if n % 2:  # an added row is zero by its codes and by its scales
+        added = host(there.to("cpu").absmax)[n * k // pairs :]
+        np.testing.assert_array_equal(added, np.zeros(k // pairs))
+        np.testing.assert_array_equal(codes[n], np.full(k, 7 if codebook == "NF4" else 0))
     back = there.to_layout("bitsandbytes", nrows=n, block_size=block_size)
     assert (back.shape, back.layout) == (w.shape, w.layout)
     np.testing.assert_array_equal(host(back.to("cpu").data), weight.data)
