@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "baracuda/codebooks.h"
+#include "baracuda/block_codes.h"
 #include "cpu/elements.h"
 #include "cpu/isa.h"
 #include "cpu/nf4/kernels.h"
@@ -55,20 +55,6 @@ int for_rows(const bcy_nf4_weight& weight, int64_t per_row, int threads, Kernel 
 
 int64_t blocks_of(int64_t count, int64_t size) { return count / size + (count % size != 0); }
 
-// bitsandbytes' rule for 8 bits: a table over 65536 steps of [-1, 1] holds the codes, so it is the
-// step that is compared with the middles of neighbours, not the value. NaN takes code 0 and no part
-// in the maximum; a block without any magnitude is all code 0.
-uint8_t nested_code_of(float scaled, const float* middles) {
-  constexpr float kLastStep = 65535.0f;
-  if (is_nan(scaled)) return 0;
-  const float clamped = scaled < -1.0f ? -1.0f : scaled > 1.0f ? 1.0f : scaled;
-  const int step = int(fma(mul(add(clamped, 1.0f), 0.5f), kLastStep, 0.5f));
-  const float value = add(div(mul(float(step), 2.0f), kLastStep), -1.0f);
-  int below = 0;  // middles below value
-  for (int half = 128; half > 0; half /= 2) below += middles[below + half - 1] < value ? half : 0;
-  return uint8_t(below);
-}
-
 void nest_block(const bcy_nf4_nest_args& args, const float* middles, int64_t block) {
   const int64_t first = block * args.nested_block;
   const int count = int(std::min<int64_t>(args.nested_block, args.count - first));
@@ -86,7 +72,7 @@ void nest_block(const bcy_nf4_nest_args& args, const float* middles, int64_t blo
   }
   const float inverse = div(1.0f, largest);
   for (int i = 0; i < count; ++i) {
-    codes[i] = nested_code_of(mul(add(absmax[i], -args.offset), inverse), middles);
+    codes[i] = nested_code_of(middles, mul(add(absmax[i], -args.offset), inverse));
   }
 }
 

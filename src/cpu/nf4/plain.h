@@ -5,7 +5,7 @@
 // namespace, as numeric.h explains.
 #pragma once
 
-#include "baracuda/codebooks.h"
+#include "baracuda/block_codes.h"
 #include "baracuda/order.cuh"
 #include "cpu/elements.h"
 #include "cpu/nf4/kernels.h"
@@ -123,11 +123,8 @@ struct Plain {
     }
   }
 
-  // bitsandbytes' rules. A full block is multiplied by the inverse of its absmax; the last one, if
-  // it is short, is divided and stores at least the smallest absmax. One NaN makes a block NaN.
   template <class Element>
   static void quantize_block(const bcy_nf4_quantize_args& args, int64_t block) {
-    constexpr float kSmallest = 1e-38f;
     const Codebook& codebook = *codebook_of(args.codebook);
     const int64_t first = block * args.block_size;
     const bool full = args.count - first >= args.block_size;
@@ -138,20 +135,13 @@ struct Plain {
       const int32_t magnitude = int32_t(as_bits(Element::load(x + i)) & 0x7fffffffu);
       largest = magnitude > largest ? magnitude : largest;
     }
-    const float absmax = canonical(as_float(uint32_t(largest)));
-    const float divisor = absmax < kSmallest ? kSmallest : absmax;
-    args.absmax[block] = full ? absmax : divisor;
-    const float inverse = div(1.0f, divisor);
+    const BlockAbsmax absmax(uint32_t(largest), full);
+    args.absmax[block] = absmax.stored;
     auto* const codes = static_cast<uint8_t*>(args.codes) + first / 2;
     for (int64_t i = 0; i < count; i += kGroup) {
       const int part = int(count - i < kGroup ? count - i : kGroup);
       float scaled[kGroup];
-      for (int j = 0; j < part; ++j) {
-        const float value = Element::load(x + i + j);
-        float s = full ? mul(value, inverse) : div(value, divisor);
-        s = s < -1.0f ? -1.0f : s;
-        scaled[j] = s > 1.0f ? 1.0f : s;
-      }
+      for (int j = 0; j < part; ++j) scaled[j] = absmax.scale(Element::load(x + i + j));
       for (int j = part; j < kGroup; ++j) scaled[j] = 0.0f;
       pack(codebook, scaled, part, codes + i / 2);
     }

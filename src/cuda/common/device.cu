@@ -54,3 +54,5 @@ int look_at_device(int device, Device& found) {
 }
 
 }  // namespace bcy
+
+void bcy_cuda_only_load(int only) { bcy::only_load = only != 0; }
