@@ -833,7 +833,7 @@ cdef int acquire_view(
     view.keep_kind = KEEP_NOTHING
     view.keep = NULL
     if pending_count:
-        collect_now_and_then()
+        collect_now_and_then(stream, on_cuda_stream)
     if kind.route == EXCHANGE and kind.api.dltensor_from_py_object_no_sync != NULL:
         return acquire_borrowed(array, view, stream, on_cuda_stream, name, kind.api)
     try:
@@ -1002,12 +1002,21 @@ cdef int pending_count = 0
 cdef int since_poll = 0
 
 
-cdef int collect_now_and_then() except -1:
+cdef int collect_now_and_then(void* stream, bint on_cuda_stream) except -1:
     global since_poll
+    cdef int device = 0, capturing = 0
     since_poll += 1
-    if since_poll >= POLL_EVERY:
-        since_poll = 0
-        collect()
+    if since_poll < POLL_EVERY:
+        return 0
+    if on_cuda_stream:
+        # What is released may use the legacy stream, which would end a capture.
+        with nogil:
+            if _cuda.current_device(&device) == 0:
+                _cuda.stream_is_capturing(device, stream, &capturing)
+        if capturing:
+            return 0
+    since_poll = 0
+    collect()
     return 0
 
 

@@ -47,8 +47,8 @@ class DeviceScope {
   bool changed_ = false;
 };
 
-// While any thread captures a graph in the default mode, allocating or querying an event would
-// invalidate that capture, although what we ask for has nothing to do with it.
+// While any thread captures a graph in the default mode, allocating, releasing or querying an event
+// would invalidate that capture, although what we ask for has nothing to do with it.
 class CaptureAside {
  public:
   CaptureAside() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -184,6 +184,7 @@ const char* bcy_cuda_error_text(int code) {
 }
 
 int bcy_cuda_stream_create(int device, int priority, void** stream) {
+  CaptureAside aside;
   return on_device(device, [&] {
     return cudaStreamCreateWithPriority(reinterpret_cast<cudaStream_t*>(stream),
                                         cudaStreamNonBlocking, priority);
@@ -191,6 +192,7 @@ int bcy_cuda_stream_create(int device, int priority, void** stream) {
 }
 
 int bcy_cuda_stream_destroy(int device, void* stream) {
+  CaptureAside aside;
   return on_device(device, [&] { return cudaStreamDestroy(as_stream(stream)); });
 }
 
@@ -239,6 +241,7 @@ int bcy_cuda_stream_priority_range(int device, int* least, int* greatest) {
 }
 
 int bcy_cuda_event_create(int device, int timing, void** event) {
+  CaptureAside aside;
   return on_device(device, [&] {
     return cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t*>(event),
                                     timing ? cudaEventDefault : cudaEventDisableTiming);
@@ -246,6 +249,7 @@ int bcy_cuda_event_create(int device, int timing, void** event) {
 }
 
 int bcy_cuda_event_destroy(int device, void* event) {
+  CaptureAside aside;
   return on_device(device, [&] { return cudaEventDestroy(as_event(event)); });
 }
 
@@ -285,9 +289,9 @@ int bcy_cuda_malloc(int device, int64_t bytes, void* stream, void** pointer) {
 
 int bcy_cuda_free(int device, void* pointer, void* stream) {
   if (!pointer) return BCY_OK;
+  CaptureAside aside;
   return on_device(device, [&] {
     if (has_pools(device)) return cudaFreeAsync(pointer, as_stream(stream));
-    CaptureAside aside;
     cudaStreamSynchronize(as_stream(stream));
     return cudaFree(pointer);
   });
