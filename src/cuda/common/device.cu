@@ -55,4 +55,14 @@ int look_at_device(int device, Device& found) {
 
 }  // namespace bcy
 
-void bcy_cuda_only_load(int only) { bcy::only_load = only != 0; }
+void bcy_cuda_only_load(int only) {
+  // Loading would invalidate a capture in the default mode, too, were it not set aside.
+  static thread_local cudaStreamCaptureMode callers;
+  if (only) {
+    callers = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&callers);
+  } else {
+    cudaThreadExchangeStreamCaptureMode(&callers);
+  }
+  bcy::only_load = only != 0;
+}
