@@ -164,11 +164,10 @@ struct FloatPath {
     BCY_INLINE const uint8_t* at(int64_t row, int64_t unit) const {
       return weight + row * stride + unit * L::kUnitBytes;
     }
-    BCY_INLINE void prefetch(int64_t row, int64_t unit) const {
-      for (int line = 0; line < L::kUnitBytes; line += 64) {
-        __builtin_prefetch(at(row, unit) + line);
-      }
+    static BCY_INLINE void prefetch(const uint8_t* unit) {
+      for (int line = 0; line < L::kUnitBytes; line += 64) __builtin_prefetch(unit + line);
     }
+    BCY_INLINE void prefetch(int64_t row, int64_t unit) const { prefetch(at(row, unit)); }
     BCY_INLINE void dequantize(int64_t row, int64_t unit, int groups, Floats* values) const {
       dequantize_unit(at(row, unit), groups, values);
     }
@@ -178,14 +177,16 @@ struct FloatPath {
     BCY_INLINE void multiply(int64_t row, int64_t end, int64_t partial, const Units& units,
                              const typename Element::Storage* const* x,
                              Floats (*sums)[kRows][kVectors]) const {
+      const uint8_t* first[kRows];
+      for (int r = 0; r < kRows; ++r) first[r] = at(row + r < end ? row + r : end - 1, 0);
       Floats kept[kTokens][kRows][kVectors] = {};
       for (int64_t unit = partial; unit < units.count; unit += kPartials) {
         const int groups = units.groups(unit);
+        const int64_t ahead = kRows * stride + unit * L::kUnitBytes;
         Floats weights[kRows][kUnitGroups * kVectors];
         for (int r = 0; r < kRows; ++r) {
-          const int64_t i = row + r < end ? row + r : end - 1;
-          prefetch(i + kRows, unit);
-          dequantize(i, unit, groups, weights[r]);
+          prefetch(first[r] + ahead);
+          dequantize_unit(first[r] + unit * L::kUnitBytes, groups, weights[r]);
         }
         for (int g = 0; g < groups; ++g) {
           for (int i = 0; i < kVectors; ++i) {

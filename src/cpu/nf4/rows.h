@@ -41,16 +41,12 @@ class Rows {
     if (regular) shift = __builtin_ctz(unsigned(groups));
   }
 
-  BCY_INLINE void prefetch(int64_t row, int64_t unit) const {
-    for (int line = 0; line < (pairs ? kUnit : kUnit / 2); line += 64) {
-      __builtin_prefetch(at(row, unit) + line);
-    }
-  }
+  BCY_INLINE void prefetch(int64_t row, int64_t unit) const { prefetch(at(row, unit)); }
 
   BCY_INLINE void dequantize(int64_t row, int64_t unit, int groups, Floats* values) const {
     if (!regular) return dequantize_any(row, unit, groups, values);
     float scales[kUnitGroups];
-    load_scales(row, unit, groups, scales);
+    load_scales((row * weight.ncols + unit * kUnit) / kGroup, groups, scales);
     if (!pairs) {
       dequantize_bytes(at(row, unit), scales, groups, values);
     } else if (row % 2 == 0) {
@@ -68,18 +64,27 @@ class Rows {
                            const typename Element::Storage* const* x,
                            Floats (*sums)[kRows][kVectors]) const {
     const int64_t last = end - (pairs ? 2 : 1);
+    const uint8_t* first[kRows];
+    int64_t first_group[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t even = row + (pairs ? r & ~1 : r);
+      const int64_t i = (even < last ? even : last) + (pairs ? r & 1 : 0);
+      first[r] = at(i, 0);
+      first_group[r] = i * weight.ncols / kGroup;
+    }
+    const int unit_bytes = pairs ? kUnit : kUnit / 2;
+    const int64_t next_rows = at(kRows, 0) - at(0, 0);
     const auto table = V::load_table(codebook);
     Floats kept[kTokens][kRows][kVectors] = {};
     for (int64_t unit = partial; unit < units.count; unit += kPartials) {
       const int groups = units.groups(unit);
+      const int64_t ahead = next_rows + unit * unit_bytes;
       const uint8_t* p[kRows];
       float scales[kRows][kUnitGroups];
       for (int r = 0; r < kRows; ++r) {
-        const int64_t even = row + (pairs ? r & ~1 : r);
-        const int64_t i = (even < last ? even : last) + (pairs ? r & 1 : 0);
-        p[r] = at(i, unit);
-        prefetch(i + kRows, unit);
-        load_scales(i, unit, groups, scales[r]);
+        p[r] = first[r] + unit * unit_bytes;
+        prefetch(first[r] + ahead);
+        load_scales(first_group[r] + unit * kUnitGroups, groups, scales[r]);
       }
       const typename Element::Storage* from[kTokens];
       for (int t = 0; t < kTokens; ++t) from[t] = x[t] + unit * kUnit;
@@ -110,9 +115,14 @@ class Rows {
                           : (row * weight.ncols + unit * kUnit) / 2);
   }
 
-  // absmax of every group of a unit
-  BCY_INLINE void load_scales(int64_t row, int64_t unit, int groups, float* scales) const {
-    const int64_t first = (row * weight.ncols + unit * kUnit) / kGroup;
+  BCY_INLINE void prefetch(const uint8_t* unit) const {
+    for (int line = 0; line < (pairs ? kUnit : kUnit / 2); line += 64) {
+      __builtin_prefetch(unit + line);
+    }
+  }
+
+  // absmax of each of some groups, from group `first` of the matrix on
+  BCY_INLINE void load_scales(int64_t first, int groups, float* scales) const {
     const int ahead = int(first & ((int64_t(1) << shift) - 1));  // in the same block
     const int blocks = ((ahead + groups - 1) >> shift) + 1;
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
