@@ -40,8 +40,8 @@ inline constexpr Codebook kFp4 = {
      0.8333333730697632f},
     {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3}};
 
-// nullptr for an unknown one.
-inline const Codebook* codebook_of(int32_t codebook) {
+// nullptr for an unknown one. On the host alone; forced inline, as numeric.h explains.
+inline __attribute__((always_inline)) const Codebook* codebook_of(int32_t codebook) {
   switch (codebook) {
     case BCY_NF4:
       return &kNf4;
