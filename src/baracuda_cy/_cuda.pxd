@@ -15,9 +15,6 @@ from baracuda_cy._native cimport (
 # `what` says what was being done, as in "launching the product": it becomes part of the message.
 cdef int check(int status, str what) except -1
 
-# From True to False, operations that this thread calls load their kernels and launch nothing.
-cdef void only_load(bint only) noexcept nogil
-
 cdef int gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream) except -1 nogil
 cdef int gguf_matvec(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil
 cdef int gguf_stage(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil

@@ -48,7 +48,6 @@ from baracuda_cy._native cimport (
     bcy_cuda_nf4_nest,
     bcy_cuda_nf4_quantize,
     bcy_cuda_nf4_uses_tensor_cores,
-    bcy_cuda_only_load,
     bcy_cuda_pointer_device,
     bcy_cuda_set_device,
     bcy_cuda_stream_create,
@@ -215,10 +214,6 @@ cdef int fail_allocation(int status, int64_t nbytes, int device) except -1 with 
 
 
 # ---- operations ----------------------------------------------------------------------------------
-
-
-cdef void only_load(bint only) noexcept nogil:
-    bcy_cuda_only_load(only)
 
 
 cdef int gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream) except -1 nogil:

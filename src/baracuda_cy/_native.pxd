@@ -115,7 +115,6 @@ cdef extern from "baracuda/api.h" nogil:
 
     int64_t bcy_gguf_block_elements(int32_t format)
     int64_t bcy_gguf_block_bytes(int32_t format)
-    void bcy_cuda_only_load(int only)
     int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m)
     int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m)
     int bcy_cuda_gguf_needs_no_workspace(

@@ -153,7 +153,6 @@ cdef class GgufProductPlan(Plan):
             QuantizeKind.GGUF_MMVQ, descriptor.activation, descriptor.output, path,
             descriptor.block_format,
         )
-        self.load_kernels()
         return 0
 
     cdef str problem(self):
@@ -432,7 +431,6 @@ cdef class GgufDequantizePlan(Plan):
         plan.sku = plan.describe_kernel(
             QuantizeKind.GGUF_DEQUANTIZE, desc.output, desc.output, None, desc.block_format
         )
-        plan.load_kernels()
         return plan
 
     cdef str problem(self):

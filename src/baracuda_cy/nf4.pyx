@@ -196,7 +196,6 @@ cdef class Nf4ProductPlan(Nf4Plan):
             base.layout.name.lower(), "bias" if base.bias else None,
             MathPrecision[base.activation.name] if own_bits else None,
         )
-        self.load_kernels()
         return 0
 
     cdef str problem(self):
@@ -483,7 +482,6 @@ cdef class Nf4DequantizePlan(Nf4Plan):
             QuantizeKind.DEQUANTIZE_PER_GROUP, desc.output, desc.output, None, None,
             desc.layout.name.lower(),
         )
-        plan.load_kernels()
         return plan
 
     cdef str problem(self):

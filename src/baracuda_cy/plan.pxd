@@ -88,9 +88,6 @@ cdef class Plan:
     cdef object describe_kernel(
         self, object op, object element, object output, object activations,
         object block_format=*, object layout=*, object epilogue=*, object math=*)
-    # The last step: has the driver load the kernels that `run` launches, for it does so when one is
-    # first used, which a stream under capture must not be the first to do.
-    cdef int load_kernels(self) except -1
     cdef str problem(self)
     cdef str machine(self)
     # Notes the arrays of a weight that this plan is for, borrowed: the weight is immutable.

@@ -28,13 +28,7 @@ from baracuda_cy.stream cimport cuda_ordinal, stream_of
 
 from baracuda_cy import _cpu as _cpu_module
 from baracuda_cy import _cuda as _cuda_module
-from baracuda_cy.errors import (
-    BaracudaError,
-    InvalidProblem,
-    ReadOnlyArray,
-    Unsupported,
-    WorkspaceTooSmall,
-)
+from baracuda_cy.errors import InvalidProblem, ReadOnlyArray, Unsupported, WorkspaceTooSmall
 from baracuda_cy.formats import ElementKind
 from baracuda_cy.sku import (
     ArchSku,
@@ -75,8 +69,6 @@ cdef enum Fault:
     OVERLAPPING
 
 cdef int64_t LARGEST = 0x7fffffffffffffff
-# An address as good as any where nothing is read or written.
-cdef char* ALIGNED = <char*>256
 
 # NAMES borrows from it, so that no call looks into a tuple.
 NAME_TABLE = (
@@ -595,27 +587,6 @@ cdef class Plan:
                 bit_stable_across_hardware=math is None,
             ),
         )
-
-    cdef int load_kernels(self) except -1:
-        cdef Call call
-        cdef int slot
-        if self.device_type == HOST or self.idle:
-            return 0
-        memset(&call, 0, sizeof(Call))
-        call.nested_block = 1
-        for slot in range(self.slots):
-            if self.operands[slot].role != ABSENT:
-                call.data[slot] = ALIGNED
-                call.stride[slot] = self.operands[slot].cols
-        _cuda.only_load(True)
-        try:
-            with nogil:
-                self.launch(&call)
-        except BaracudaError:
-            pass  # `run` says what it cannot launch
-        finally:
-            _cuda.only_load(False)
-        return 0
 
     cdef int lend(self, Call* call, object weight) except -1:
         cdef object data = weight.data

@@ -54,8 +54,6 @@ int bcy_cuda_memset(int, void*, int, int64_t, void*) { return BCY_ERROR_NO_CUDA;
 int bcy_cuda_pointer_device(const void*, int*, int*) { return BCY_ERROR_NO_CUDA; }
 const void* bcy_cuda_probe_kernel(void) { return nullptr; }
 
-void bcy_cuda_only_load(int) {}
-
 int64_t bcy_cuda_gguf_workspace_size(int32_t, int64_t, int64_t) { return BCY_ERROR_NO_CUDA; }
 int bcy_cuda_gguf_needs_no_workspace(int32_t, int32_t, int64_t, int64_t, int32_t*) {
   return BCY_ERROR_NO_CUDA;

@@ -27,7 +27,6 @@ Encode find_encode() {
 
 int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int rows,
                    bool neighbours, CUtensorMap& map) {
-  if (only_load) return BCY_OK;
   static const Encode encode = find_encode();
   if (encode == nullptr) return cudaErrorSymbolNotFound;
   const cuuint64_t sizes[] = {cuuint64_t(bytes_of_row), cuuint64_t(nrows)};

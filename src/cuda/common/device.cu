@@ -54,15 +54,3 @@ int look_at_device(int device, Device& found) {
 }
 
 }  // namespace bcy
-
-void bcy_cuda_only_load(int only) {
-  // Loading would invalidate a capture in the default mode, too, were it not set aside.
-  static thread_local cudaStreamCaptureMode callers;
-  if (only) {
-    callers = cudaStreamCaptureModeRelaxed;
-    cudaThreadExchangeStreamCaptureMode(&callers);
-  } else {
-    cudaThreadExchangeStreamCaptureMode(&callers);
-  }
-  bcy::only_load = only != 0;
-}

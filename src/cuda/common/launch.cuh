@@ -37,10 +37,6 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Set while a thread wants kernels loaded and nothing launched: the driver loads a kernel when it
-// is first used, which a stream under capture must not be the first to do.
-inline thread_local bool only_load = false;
-
 // Launches and reports this launch's own error. A failure is taken out of the runtime's last-error
 // slot, so that the next library to look there does not take it for its own. early: the kernel may
 // start before the one ahead of it is done (programmatic dependent launch), and waits for it
@@ -48,10 +44,6 @@ inline thread_local bool only_load = false;
 template <class... Parameters, class... Arguments>
 int launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
                     size_t shared_bytes, bool early, int cluster, Arguments... arguments) {
-  if (only_load) {
-    cudaFuncAttributes loaded;
-    return cudaFuncGetAttributes(&loaded, kernel);
-  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;

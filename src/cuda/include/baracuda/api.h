@@ -73,10 +73,6 @@ int64_t bcy_gguf_block_bytes(int32_t format);
 int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m);
 int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m);
 
-// From 1 to 0, the CUDA operations that this thread calls load their kernels and launch nothing;
-// what their arguments point to does not matter, but for its alignment.
-void bcy_cuda_only_load(int only);
-
 // Whether bcy_cuda_gguf_matmul stages in the product itself and wants no workspace.
 int bcy_cuda_gguf_needs_no_workspace(int32_t device, int32_t format, int64_t ncols, int64_t m,
                                      int32_t* answer);
