@@ -23,22 +23,35 @@ Encode find_encode() {
   return reinterpret_cast<Encode>(function);
 }
 
+int describe(CUtensorMapDataType type, int element_bytes, const void* matrix, int64_t bytes_of_row,
+             int64_t nrows, int box_bytes, int box_rows, CUtensorMapSwizzle swizzle,
+             CUtensorMapL2promotion promotion, CUtensorMap& map) {
+  static const Encode encode = find_encode();
+  if (encode == nullptr) return cudaErrorSymbolNotFound;
+  const cuuint64_t sizes[] = {cuuint64_t(bytes_of_row / element_bytes), cuuint64_t(nrows)};
+  const cuuint64_t strides[] = {cuuint64_t(bytes_of_row)};
+  const cuuint32_t box[] = {cuuint32_t(box_bytes / element_bytes), cuuint32_t(box_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult status =
+      encode(&map, type, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? int(BCY_OK) : int(cudaErrorInvalidValue);
+}
+
 }  // namespace
 
 int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int rows,
                    bool neighbours, CUtensorMap& map) {
-  static const Encode encode = find_encode();
-  if (encode == nullptr) return cudaErrorSymbolNotFound;
-  const cuuint64_t sizes[] = {cuuint64_t(bytes_of_row), cuuint64_t(nrows)};
-  const cuuint64_t strides[] = {cuuint64_t(bytes_of_row)};
-  const cuuint32_t box[] = {kBoxBytes, cuuint32_t(rows)};
-  const cuuint32_t steps[] = {1, 1};
-  const CUresult status =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes, strides, box,
-             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             neighbours ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? int(BCY_OK) : int(cudaErrorInvalidValue);
+  return describe(
+      CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix, bytes_of_row, nrows, kBoxBytes, rows,
+      CU_TENSOR_MAP_SWIZZLE_128B,
+      neighbours ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B, map);
+}
+
+int describe_plain_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int bytes,
+                         int rows, CUtensorMap& map) {
+  return describe(CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, matrix, bytes_of_row, nrows, bytes, rows,
+                  CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, map);
 }
 
 }  // namespace bcy

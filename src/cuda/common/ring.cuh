@@ -11,7 +11,8 @@
 //
 // BoxRing has the copy engine arrange boxes of 128 bytes by the tile's rows so that eight rows are
 // read without bank conflicts; it copies fastest. RowRing copies row by row, to rows that are
-// padded for the same end; it takes rows at any address.
+// padded for the same end; it takes rows at any address. UnitRing gives each lane a row of its own:
+// a box is one unit of 32 rows.
 #pragma once
 
 #include <cuda.h>
@@ -38,6 +39,10 @@ __device__ __forceinline__ uint32_t round_length(int64_t ncols, int round) {
                       row_bytes<Format>(ncols) - int64_t{round} * kRoundBytes<Format>));
 }
 
+constexpr int greatest_power_of_two_in(int n, int most) {
+  return most == 1 || n % most == 0 ? most : greatest_power_of_two_in(n, most / 2);
+}
+
 // What is known of the address of a unit in a row on a 16-byte boundary.
 template <class Format>
 constexpr int kUnitAlignment = kUnitBytes<Format> % 4 == 0 ? 4 : 2;
@@ -54,6 +59,11 @@ constexpr int kBoxBytes = 128;
 int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int rows,
                    bool neighbours, CUtensorMap& map);
 
+// The same in boxes of `bytes`, a multiple of 16 up to 512, whose rows follow each other; places
+// are counted in two bytes.
+int describe_plain_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int bytes,
+                         int rows, CUtensorMap& map);
+
 // ---- boxes ------------------------------------------------------------------------------------------------------
 
 // Bytes of one row that lies in boxes: byte o of a row is in box o / 128, whose 16-byte pieces are
@@ -62,9 +72,9 @@ template <int Alignment, int Rows>
 struct BoxBytes {
   static constexpr int kAlignment = Alignment;
   const uint8_t* base;  // of this row in the first box
-  uint32_t exchange;    // 16 * (row % 8)
-  int lane;             // a multiple of Alignment
-  int at;               // a constant where it is used
+  uint32_t exchange;  // 16 * (row % 8)
+  int lane;  // a multiple of Alignment
+  int at;  // a constant where it is used
 
   __device__ __forceinline__ BoxBytes operator+(int offset) const {
     return {base, exchange, lane, at + offset};
@@ -227,6 +237,56 @@ struct RowRing {
         to += 16;
         bytes -= 16;
       }
+    }
+  };
+};
+
+// ---- units ------------------------------------------------------------------------------------------------------
+
+template <class Format>
+struct UnitRing {
+  using Source = CUtensorMap;
+  static constexpr int kOldestArch = 900;
+  static constexpr int kRows = 32;
+  // Boxes begin on boundaries of 16 bytes, at the unit or before it. Rows are an odd number of such
+  // pieces apart: then eight of them are read without bank conflicts.
+  static constexpr int kAlignment = greatest_power_of_two_in(kUnitBytes<Format>, 16);
+  static constexpr int kPieces = (kUnitBytes<Format> + 16 - kAlignment + 15) / 16 | 1;
+  static constexpr int kPitch = kPieces * 16;
+  static constexpr int kUnitBoxBytes = kRows * kPitch;
+  static constexpr int kStageBytes = kPartials * kUnitBoxBytes;
+  static_assert(kUnitBytes<Format> % 2 == 0 && kRoundBytes<Format> % 16 == 0);
+
+  static int describe(const bcy_gguf_matmul_args& args, Source& source) {
+    return describe_plain_boxes(args.weight, row_bytes<Format>(args.ncols), args.nrows, kPitch,
+                                kRows, source);
+  }
+
+  // What a box holds past its unit is the next one's; what lies past the matrix is zeros.
+  static __device__ __forceinline__ void fetch(const bcy_gguf_matmul_args& args,
+                                               const Source& source, int64_t first_row, int round,
+                                               uint8_t* to, uint64_t* filled) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const int lane = threadIdx.x % 32;
+    const int units =
+        int(round_length<Format>(args.ncols, round) + kUnitBytes<Format> - 1) / kUnitBytes<Format>;
+    expect_copies(filled, lane < units ? kUnitBoxBytes : 0);
+    if (lane < units) {
+      copy_box(to + lane * kUnitBoxBytes, &source,
+               (round * kRoundBytes<Format> + lane * kUnitBytes<Format> / 16 * 16) / 2,
+               int(first_row), filled);
+    }
+#endif
+  }
+
+  struct Lane {
+    int at;
+    __device__ __forceinline__ Lane(const bcy_gguf_matmul_args&, int64_t)
+        : at(int(threadIdx.x / 32) * kUnitBoxBytes + int(threadIdx.x % 32) * kPitch +
+             int(threadIdx.x / 32) * kUnitBytes<Format> % 16) {}
+    // This lane's row of this warp's unit.
+    __device__ __forceinline__ const uint8_t* rows(const uint8_t* stage) const {
+      return stage + at;
     }
   };
 };

@@ -7,6 +7,7 @@
 
 #include "cuda/common/mma.cuh"
 #include "cuda/common/product.cuh"
+#include "lanes.cuh"
 #include "operations.h"
 #include "staged.cuh"
 
@@ -27,24 +28,11 @@ class StagedTile {
 
   static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const Staged&,
                                                   int64_t, int) {}
-  // Stages the units of this warp, where the product does so itself.
-  static constexpr int kStagedAtOnce = 4;
   static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args& args,
                                                  const Staged& staged, uint8_t* memory) {
     wait_for_previous_kernel();
     if constexpr (Tokens <= kTileTokens) {
-      if (!staged.fused) return;
-      const int warp = threadIdx.x / 32;
-      const int tokens = int(args.m);
-      const int count = (int(staged.units) - warp + kPartials - 1) / kPartials * tokens;
-      for (int first = 0; first < count; first += kStagedAtOnce) {
-        stage_units<Tokens, kMinima, kStagedAtOnce>(args, staged, memory, first, count,
-                                                    [&](int64_t i, int64_t& token, int64_t& unit) {
-                                                      token = int(i) % tokens;
-                                                      unit = int(i) / tokens * kPartials + warp;
-                                                    });
-      }
-      __syncwarp();
+      if (staged.fused) stage_own_units<Tokens, kMinima>(args, staged, memory);
     }
   }
 
@@ -221,8 +209,8 @@ class StagedTile {
     const int t = threadIdx.x % 4;
     uint32_t a[4];
     if constexpr (gives_turns<Format>) {
-      const uint2 turns[2] = {Format::codes_by_turns(upper, g, t),
-                              Format::codes_by_turns(lower, g, t)};
+      const uint2 turns[2] = {look_up_by_turns(Format::table(), Format::nibbles(upper, g, t)),
+                              look_up_by_turns(Format::table(), Format::nibbles(lower, g, t))};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         a[i] = turns[i].x;
@@ -306,6 +294,8 @@ class StagedTile {
 
 // ---- launch -----------------------------------------------------------------------------------------------------
 
+constexpr int64_t kMostStagedInLanes = 64 << 10;
+
 template <class Format>
 int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
   Device device;
@@ -318,14 +308,17 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
       return status;
   }
   const Staged staged = staged_of(args, gives_turns<Format>, fused);
-  const int extra = fused ? int(staged_bytes(args.ncols, args.m, Format::kMinima)) : 0;
+  const int64_t staged_size = staged_bytes(args.ncols, args.m, Format::kMinima);
   // After this call's own staging the product may start early: only activations come from there.
   const bool early = args.overlap != 0 || unstaged;
-  const auto streamed = [&](auto* tile, auto* ring) {
+  const auto run = [&](auto* tile, auto* ring, int64_t extra) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     using Ring = std::remove_pointer_t<decltype(ring)>;
-    return launch_streamed<Tile, Ring>(args, staged, device, extra, early,
+    return launch_streamed<Tile, Ring>(args, staged, device, int(extra), early,
                                        args.overlap != 0 && !unstaged, stream);
+  };
+  const auto streamed = [&](auto* tile, auto* ring) {
+    return run(tile, ring, fused ? staged_size : 0);
   };
   // Two tiles to choose from, and three rings. The bits are the same.
   constexpr auto narrow = [](auto tokens) {
@@ -351,6 +344,11 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   if (!rows_on_boundaries<Format>(args)) {
     RowRing<Format, 16, false>* const any_rows = nullptr;
     return args.m == 1 ? streamed(narrow(one), any_rows) : streamed(narrow(eight), any_rows);
+  }
+  if (args.m == 1 && device.arch >= 900 && args.nrows <= INT32_MAX &&
+      staged_size <= kMostStagedInLanes && getenv("BCY_OLD") == nullptr) {
+    return run(static_cast<LaneTile<Format>*>(nullptr), static_cast<UnitRing<Format>*>(nullptr),
+               staged_size);
   }
   constexpr auto rows_for = [](auto* tile) {
     return static_cast<RowRing<Format, std::remove_pointer_t<decltype(tile)>::kRows, true>*>(

@@ -187,4 +187,39 @@ __device__ __forceinline__ void stage_units(const bcy_gguf_matmul_args& args, co
   }
 }
 
+// The units that a warp of a product takes, into shared memory: it alone reads them there.
+template <int Tokens, int Minima>
+__device__ __forceinline__ void stage_own_units(const bcy_gguf_matmul_args& args,
+                                                const Staged& staged, uint8_t* memory) {
+  constexpr int kAtOnce = 4;
+  const int warp = threadIdx.x / 32;
+  const int tokens = int(args.m);
+  const int count = (int(staged.units) - warp + kPartials - 1) / kPartials * tokens;
+  for (int first = 0; first < count; first += kAtOnce) {
+    stage_units<Tokens, Minima, kAtOnce>(args, staged, memory, first, count,
+                                         [&](int64_t i, int64_t& token, int64_t& unit) {
+                                           token = int(i) % tokens;
+                                           unit = int(i) / tokens * kPartials + warp;
+                                         });
+  }
+  __syncwarp();
+}
+
+// The same of a token that was staged before.
+template <int Minima>
+__device__ __forceinline__ void copy_own_units(const Staged& staged, uint8_t* memory) {
+  using Record = StagedRecord<1, Minima>;
+  constexpr int kPieces = Record::kBytes / 16;
+  static_assert(Record::kBytes % 16 == 0 && kPieces <= 32);
+  const int lane = threadIdx.x % 32;
+  if (lane < kPieces) {
+#pragma unroll 4
+    for (int64_t unit = threadIdx.x / 32; unit < staged.units; unit += kPartials) {
+      const int64_t at = unit * Record::kBytes + lane * 16;
+      *reinterpret_cast<uint4*>(memory + at) = *reinterpret_cast<const uint4*>(staged.records + at);
+    }
+  }
+  __syncwarp();
+}
+
 }  // namespace bcy

@@ -39,9 +39,10 @@
 
 namespace bcy {
 
-// Whether the format gives words of both halves' codes by turns, codes_by_turns(block, group,
-// word): elements e, e + 16, e + 1, e + 17 of the group and the next four, e = 4 word. It takes
-// fewer instructions than to sort them.
+// Whether codes are entries of a table of sixteen, Format::table(), that nibbles(block, group,
+// word) choose: in the low nibbles elements e .. e + 3 of the group, e = 4 word, in the high ones
+// those plus 16. It takes fewer instructions to look up both by turns, elements e, e + 16, e + 1, e
+// + 17 and the next four, than to sort them.
 template <class Format>
 constexpr bool gives_turns = false;
 template <>

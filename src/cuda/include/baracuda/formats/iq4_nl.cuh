@@ -14,16 +14,15 @@ struct IQ4_NL {
   static constexpr int kScaleElements = 32, kMinima = 0;
   static constexpr bool kUnsignedCodes = false;
 
+  static BCY_INLINE constexpr Table16 table() { return iq4_table(); }
   template <class Block>
-  static BCY_INLINE uint32_t codes(Block block, int, int half, int word) {
-    return look_up_nibbles(iq4_table(), block.load32(2, 4 * word), half);
+  static BCY_INLINE uint32_t nibbles(Block block, int, int word) {
+    return block.load32(2, 4 * word);
   }
-#ifdef __CUDACC__
   template <class Block>
-  static __device__ __forceinline__ uint2 codes_by_turns(Block block, int, int word) {
-    return look_up_by_turns(iq4_table(), block.load32(2, 4 * word));
+  static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
+    return look_up_nibbles(table(), nibbles(block, group, word), half);
   }
-#endif
   static BCY_INLINE constexpr int shift(int) { return 0; }
   template <class Block>
   static BCY_INLINE float scale(Block block, int) {

@@ -12,6 +12,14 @@ struct Table16 {
 
 #ifdef __CUDACC__
 
+// The same table in registers: a constant would be moved there again for each look-up, and what
+// comes from another lane is none.
+__device__ __forceinline__ Table16 in_registers(Table16 table) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) table.words[i] = __shfl_sync(~0u, table.words[i], 0);
+  return table;
+}
+
 // The entries of both nibbles of four bytes, low and high by turns: bytes 0 and 1 in the first
 // word, 2 and 3 in the second.
 __device__ __forceinline__ uint2 look_up_by_turns(const Table16& table, uint32_t bytes) {
@@ -23,6 +31,46 @@ __device__ __forceinline__ uint2 look_up_by_turns(const Table16& table, uint32_t
                       __byte_perm(table.words[2], table.words[3], select), choose),
           __byte_perm(__byte_perm(table.words[0], table.words[1], select >> 16),
                       __byte_perm(table.words[2], table.words[3], select >> 16), choose >> 16)};
+}
+
+// A byte permute that fills a byte with the top bit of the one it picks where the fourth bit of its
+// selector is set.
+__device__ __forceinline__ uint32_t permute_or_fill(uint32_t low, uint32_t high, uint32_t select) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(select));
+  return result;
+}
+
+// The halves of a table so that an entry is the sum of what permute_or_fill makes of both: where
+// one picks a byte, the other fills in 0 or -1.
+BCY_INLINE constexpr Table16 in_two_parts(const Table16& table) {
+  Table16 parts = {};
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t first = table.words[i / 4] >> 8 * (i % 4) & 0xffu;
+    const uint32_t second = table.words[2 + i / 4] >> 8 * (i % 4) & 0xffu;
+    for (uint32_t tops = 0; tops < 4; ++tops) {
+      const uint32_t a = first + tops / 2 & 0xffu, b = second + tops % 2 & 0xffu;
+      if (a >> 7 != tops % 2 || b >> 7 != tops / 2) continue;
+      parts.words[i / 4] |= a << 8 * (i % 4);
+      parts.words[2 + i / 4] |= b << 8 * (i % 4);
+      break;
+    }
+  }
+  return parts;
+}
+
+// What look_up_by_turns gives, in two parts to be added: fewer instructions where sums are taken
+// anyway.
+struct TurnsInParts {
+  uint2 first;
+  uint2 second;
+};
+__device__ __forceinline__ TurnsInParts look_up_in_parts(const Table16& parts, uint32_t bytes) {
+  const uint32_t other = bytes ^ 0x88888888u;
+  return {{permute_or_fill(parts.words[0], parts.words[1], bytes),
+           permute_or_fill(parts.words[0], parts.words[1], bytes >> 16)},
+          {permute_or_fill(parts.words[2], parts.words[3], other),
+           permute_or_fill(parts.words[2], parts.words[3], other >> 16)}};
 }
 
 #endif
