@@ -12,7 +12,7 @@ SHELL   := bash
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test gpu-test sanitize bench wheel lint clean
+.PHONY: demo test emulated-test gpu-test sanitize bench wheel lint clean
 
 # The whole log is in build/install.log; what is shown is how far it is.
 define install
@@ -39,6 +39,13 @@ test: $(BIN)/pip
 	  && pip install --quiet --only-binary :all: $(BITSANDBYTES) 2>/dev/null; } \
 	  || echo "no $(BITSANDBYTES) to be had here: the tests that run bitsandbytes itself are skipped"
 	pytest
+	$(MAKE) emulated-test
+
+# The tests marked gpu, on the kernels' own source compiled for the CPU.
+emulated-test: export BARACUDA_CUDA := emulated
+emulated-test: $(BIN)/pip
+	$(call install,--no-deps --upgrade --target build/emulated .)
+	PYTHONPATH=$(abspath build/emulated) pytest -m gpu
 
 gpu-test: $(BIN)/pip
 	$(call install,".[test]")
@@ -73,7 +80,7 @@ lint: $(BIN)/pip
 	ruff format --check .
 	mypy
 	cython-lint src/baracuda_cy
-	find src/cuda src/cpu -regex '.*\.\(cu\|cuh\|cpp\|h\|def\)' | xargs clang-format --dry-run -Werror
+	find src/cuda src/cpu tests/emulator -regex '.*\.\(cu\|cuh\|cpp\|h\|def\)' | xargs clang-format --dry-run -Werror
 
 clean:
 	rm -rf build dist wheelhouse $(VENV) src/*.egg-info src/baracuda_cy/*.so

@@ -3,7 +3,9 @@
 
 Environment
     BARACUDA_CUDA=0       build the CPU backend only; no toolkit is looked for
-    BARACUDA_CUDA_ARCHS   "80;90;90-virtual", "native" (the GPUs of this machine) or "release"
+    BARACUDA_CUDA=emulated  compile the kernels for tests/emulator, a GPU on the CPU; no toolkit
+    BARACUDA_CUDA_ARCHS   "80;90;90-virtual", "native" (the GPUs of this machine) or "release";
+                          emulated: the one to emulate, 90 unless said
     CUDA_HOME, CUDA_PATH  a toolkit to prefer over nvcc on PATH and over the wheels from PyPI
     CXX                   the C++ compiler, g++ unless said
     MAX_JOBS              compilers at once, one per CPU unless said
@@ -68,12 +70,28 @@ NVCC_FLAGS = [
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", "--compress-mode=size"),
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# To test with: what it computes matters, and how long it takes to compile.
+EMULATOR = Path("tests/emulator")
+EMULATOR_FLAGS = [
+    *(flag for flag in CXX_FLAGS if flag != "-O3"),
+    *(
+        "-O1",
+        "-Wno-unknown-pragmas",
+        "-Wno-unused-parameter",
+        "-Wno-parentheses",
+        "-Wno-sign-compare",
+        "-D__CUDACC__",
+    ),
+    *(f"-I{EMULATOR}/include", f"-I{EMULATOR}"),
+]
 ISA_FLAGS = {  # by the end of the file's name; the caller asks the CPU before it enters such a file
     "_avx2": AVX2,
     "_avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
 }
 
-WITH_CUDA = os.environ.get("BARACUDA_CUDA", "1").strip().lower() not in ("0", "off", "no", "false")
+CUDA = os.environ.get("BARACUDA_CUDA", "1").strip().lower()
+EMULATED = CUDA == "emulated"
+WITH_CUDA = not EMULATED and CUDA not in ("0", "off", "no", "false")
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 X86_64 = platform.machine() in ("x86_64", "AMD64")
 
@@ -252,6 +270,13 @@ def native_objects(toolkit: Toolkit | None) -> list[Object]:
         for source in sorted(set(cuda.rglob("*.cpp")) - {cuda / "absent.cpp"}):
             define = f'-DBCY_CUDA_ARCHS="{";".join(archs)}"'
             commands[source] = [*cxx, *CXX_FLAGS, define, f"-isystem{toolkit.include}"]
+    elif EMULATED:
+        arch = os.environ.get("BARACUDA_CUDA_ARCHS") or "90"
+        print(f"CUDA {arch}, emulated", flush=True)
+        flags = [*EMULATOR_FLAGS, f"-D__CUDA_ARCH__={arch}0", f'-DBCY_CUDA_ARCHS="{arch}"']
+        flags += AVX2 if X86_64 else []
+        for source in [*sorted(cuda.rglob("*.cu")), cuda / "runtime.cpp", *EMULATOR.glob("*.cpp")]:
+            commands[source] = [*cxx, *flags, "-x", "c++"]
     else:
         print("CPU only (BARACUDA_CUDA=0)", flush=True)
         commands[cuda / "absent.cpp"] = [*cxx, *CXX_FLAGS]
@@ -261,7 +286,7 @@ def native_objects(toolkit: Toolkit | None) -> list[Object]:
             commands[source] = [*cxx, *CXX_FLAGS, *isa]
     objects = []
     for source, command in commands.items():
-        folder = BUILD / "native" / ("cuda" if toolkit else "cpu")
+        folder = BUILD / "native" / ("cuda" if toolkit else "emulated" if EMULATED else "cpu")
         output = folder / source.with_suffix(source.suffix + ".o")
         command += [f"-I{INCLUDE}", "-Isrc", "-c", str(source), "-o", str(output)]
         recipe = shlex.join(command)

@@ -11,8 +11,12 @@ hypothesis.settings.load_profile("default")
 
 def pytest_collection_modifyitems(items):
     reason = _cuda.why_unavailable()
-    if reason is None:
-        return
+    emulated = reason is None and _cuda.device_name() == "Emulated GPU"
     for item in items:
-        if item.get_closest_marker("gpu"):
+        mark = item.get_closest_marker("gpu")
+        if mark is None:
+            continue
+        if reason is not None:
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
+        elif emulated and "real" in mark.kwargs:
+            item.add_marker(pytest.mark.skip(reason=f"needs a real GPU: {mark.kwargs['real']}"))

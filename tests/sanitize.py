@@ -10,9 +10,10 @@ import sys
 import numpy as np
 
 import baracuda_cy as bcy
+from baracuda_cy import _cuda
 
 NROWS = 19  # one whole tile of rows and a part of one
-MANY_ROWS = 3 * 32 * 160 + 19  # enough for boxes of 32 rows on GPUs with up to 160 multiprocessors
+MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
 
 
 def columns(block_format):

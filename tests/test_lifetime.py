@@ -241,7 +241,7 @@ def test_fork():
 # ---- on a GPU --------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real="an emulated one outlives a fork")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_fork_leaves_the_parents_cuda_alone():
     run_python(

@@ -585,6 +585,30 @@ def device_name(int device=0):
     return (<bytes>info.name).decode(errors="replace")
 
 
+def multiprocessors(int device=0):
+    """Number of multiprocessors of a device, by which kernels choose how many blocks they launch.
+
+    Parameters
+    ----------
+    device : int
+        Ordinal.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    Unsupported
+        There is no CUDA here; the message says why.
+    InvalidProblem
+        There is no such device.
+    """
+    cdef bcy_device_info info
+    read_device(device, &info)
+    return info.multiprocessors
+
+
 def compute_capability(int device=0):
     """Compute capability of a device.
 

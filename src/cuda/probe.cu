@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // An empty kernel, built for the same architectures as all others.
+#include <cuda_runtime.h>
+
 #include "baracuda/runtime.h"
 
 namespace {

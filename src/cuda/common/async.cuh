@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What lets copies and kernels overlap: mbarriers and copies to shared memory that complete on them
-// (Ampere and later, bulk copies from Hopper on), and programmatic dependent launch (Hopper).
+// Shared memory, and what lets copies and kernels overlap: mbarriers and copies to shared memory
+// that complete on them (Ampere and later, bulk copies from Hopper on), clusters of blocks and
+// programmatic dependent launch (Hopper).
 #pragma once
 
 #include <stdint.h>
@@ -21,11 +22,27 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// Does nothing but bring the line into the L2 cache.
+__device__ __forceinline__ void prefetch_to_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// Declares the shared memory that the launch asked for. In the kernel itself: from a function the
+// compiler would take it for any address.
+#define BCY_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
+
+// By its shared address: a generic one takes an addition more.
+__device__ __forceinline__ uint2 load_shared(uint32_t address) {
+  uint2 two;
+  asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(two.x), "=r"(two.y) : "r"(address));
+  return two;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -68,6 +85,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       "r"(parity)
       : "memory");
 #endif
+}
+
+// A barrier among the first Threads threads of the block.
+template <int Threads>
+__device__ __forceinline__ void consumers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
 }
 
 // ---- copies of a warp that complete on a barrier ----------------------------------------------------------------
@@ -140,11 +163,38 @@ __device__ __forceinline__ void copies_issued(uint64_t* barrier) {
 
 #endif
 
-// A barrier among the first Threads threads of the block.
-template <int Threads>
-__device__ __forceinline__ void consumers_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
+// ---- clusters ---------------------------------------------------------------------------------------------------
+
+#if __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
 }
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+// A shared address of this block in another one of the cluster.
+__device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
+  uint32_t result;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+  return result;
+}
+__device__ __forceinline__ void arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// A store to another block that completes on a barrier there.
+__device__ __forceinline__ void store_in_cluster(uint32_t address, float value, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+          address),
+      "f"(value), "r"(barrier)
+      : "memory");
+}
+
+#endif
 
 #endif
 

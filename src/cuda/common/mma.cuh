@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Integer tensor-core products of 16 weight rows by 8 tokens, exact in int32.
+// Tensor-core products of 16 weight rows by 8 tokens: of integers, exact in int32, and of 16-bit
+// floats.
 //
 // A warp holds the operands as PTX defines them for mma.m16n8k32: with r = lane / 4 and t = lane %
 // 4, word t of a half is its elements 4t .. 4t + 3.
@@ -9,6 +10,10 @@
 #pragma once
 
 #include <stdint.h>
+
+#include <type_traits>
+
+#include "baracuda/numeric.h"
 
 namespace bcy {
 
@@ -69,6 +74,29 @@ __device__ __forceinline__ void mma_group(int (&c)[4], const uint32_t (&a)[4],
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#endif
+}
+
+// ---- floats -----------------------------------------------------------------------------------------------------
+
+// c += a * b, 16 rows by 16 elements times 8 tokens: a holds rows r and r + 8 of elements 2 t and
+// 2 t + 1, then of elements 8 on, b those elements of token r; c tokens 2 t and 2 t + 1 of row r,
+// then of row r + 8.
+template <class X>
+__device__ __forceinline__ void mma_floats(float (&c)[4], uint2 a, uint2 a8, uint32_t b,
+                                           uint32_t b8) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<X, F16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a8.x), "r"(a8.y), "r"(b), "r"(b8));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a8.x), "r"(a8.y), "r"(b), "r"(b8));
   }
 #endif
 }

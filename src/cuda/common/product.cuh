@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (__CUDA_ARCH__ < Ring::kOldestArch) return;
   using Sums = typename Shared<Tile>::Sums;
-  extern __shared__ __align__(1024) uint8_t shared[];
+  BCY_DYNAMIC_SHARED(shared);
   auto* const filled = reinterpret_cast<uint64_t*>(shared);
   uint64_t* const emptied = filled + kMaxStages;
   auto* const meetings = reinterpret_cast<Sums*>(emptied + kMaxStages);

@@ -15,12 +15,8 @@ namespace bcy {
 // Four codes times four activations.
 template <bool UnsignedWeights>
 __device__ __forceinline__ int dot_of_four(uint32_t codes, uint32_t x, int sum) {
-  if constexpr (UnsignedWeights) {
-    asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
-    return sum;
-  } else {
-    return __dp4a(int(codes), int(x), sum);
-  }
+  if constexpr (UnsignedWeights) return dot_of_unsigned(codes, x, sum);
+  return __dp4a(int(codes), int(x), sum);
 }
 
 // A unit's bytes in registers, as Bytes: all offsets are constants where they are used.

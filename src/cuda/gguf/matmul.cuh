@@ -53,7 +53,7 @@ class StagedTile {
       const int64_t tile = min(first_token / kTileTokens + n, (args.m - 1) / kTileTokens);
       start_[n] = records + tile * staged.units * Record::kBytes + lane;
       // Or the compiler works it out again for every unit.
-      asm volatile("" : "+l"(start_[n]));
+      keep_in_register(start_[n]);
     }
     if (Ahead && first_unit < int(staged.units)) next_ = load(0, 0);
   }

@@ -82,15 +82,10 @@ __device__ __forceinline__ void fill_table(uint8_t* table, const CodeWords& code
 class Table {
  public:
   __device__ __forceinline__ explicit Table(const uint8_t* table)
-      : copy_(uint32_t(__cvta_generic_to_shared(table)) +
-              threadIdx.x % kTableCopies * uint32_t(sizeof(uint2))) {}
+      : copy_(shared_address(table) + threadIdx.x % kTableCopies * uint32_t(sizeof(uint2))) {}
   // Of byte i of a word.
   __device__ __forceinline__ uint2 operator()(uint32_t word, int i) const {
-    uint2 entry;
-    asm("ld.shared.v2.u32 {%0, %1}, [%2];"
-        : "=r"(entry.x), "=r"(entry.y)
-        : "r"(copy_ + byte_of(word, i) * kTableStride));
-    return entry;
+    return load_shared(copy_ + byte_of(word, i) * kTableStride);
   }
 
  private:

@@ -8,30 +8,10 @@
 // partial sum and the partial sums as in order.cuh.
 #pragma once
 
+#include "cuda/common/mma.cuh"
 #include "tile.cuh"
 
 namespace bcy {
-
-// c += a * b, 16 rows by 16 elements times 8 tokens: a holds rows r and r + 8 of elements 2 t and
-// 2 t + 1, then of elements 8 on, b those elements of token r; c tokens 2 t and 2 t + 1 of row r,
-// then of row r + 8.
-template <class X>
-__device__ __forceinline__ void mma_floats(float (&c)[4], uint2 a, uint2 a8, uint32_t b,
-                                           uint32_t b8) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<X, F16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a8.x), "r"(a8.y), "r"(b), "r"(b8));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a8.x), "r"(a8.y), "r"(b), "r"(b8));
-  }
-#endif
-}
 
 // A group of an octet of rows, one for each r, times what lane (r, t) has of it: elements 8 t ..
 // 8 t + 7 of column r of each eight.

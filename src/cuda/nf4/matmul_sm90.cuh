@@ -49,37 +49,6 @@ struct Nf4Geometry {
   }
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-}
-// A shared address of this block in another one of the cluster.
-__device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
-  uint32_t result;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
-  return result;
-}
-__device__ __forceinline__ void arrive_in_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// A store to another block that completes on a barrier there.
-__device__ __forceinline__ void store_in_cluster(uint32_t address, float value, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-          address),
-      "f"(value), "r"(barrier)
-      : "memory");
-}
-
-#endif
-
 template <class X, int Tokens, int Cluster>
 __global__ void __launch_bounds__(kNf4Threads, 1)
     nf4_product_sm90(const __grid_constant__ bcy_gguf_matmul_args args,
@@ -90,7 +59,7 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
   using Partials = typename G::Partials;
   constexpr int kOctets = kTileRows / 8;
   constexpr int kTiles = Tokens / 8;
-  extern __shared__ __align__(1024) uint8_t shared[];
+  BCY_DYNAMIC_SHARED(shared);
   auto* const ready = reinterpret_cast<uint64_t*>(shared + G::kBarriers);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint64_t* const freed = ready + 2;

@@ -4,6 +4,7 @@
 
 #include "baracuda/codebooks.h"
 #include "baracuda/order.cuh"
+#include "cuda/common/async.cuh"
 #include "cuda/common/launch.cuh"
 
 namespace bcy {
@@ -57,7 +58,7 @@ struct Scales {
     const int bytes = nested_absmax == nullptr ? sizeof(float) : 1;
     const auto* const base = static_cast<const char*>(absmax);
     for (int64_t at = begin * bytes + lane * kSector; at < end * bytes; at += step * kSector) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(base + at));
+      prefetch_to_l2(base + at);
     }
   }
 };

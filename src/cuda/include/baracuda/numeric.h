@@ -13,6 +13,8 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "baracuda/instructions.cuh"
 #define BCY_INLINE __host__ __device__ __forceinline__
 #else
 #include <cmath>
@@ -172,12 +174,10 @@ BCY_INLINE float byte_to_float(uint32_t word, int i, int offset = 0) {
 #endif
 }
 
-// (x & mask) ^ flip in one instruction: compilers make two of it when both are constants.
+// (x & mask) ^ flip.
 BCY_INLINE uint32_t mask_and_flip(uint32_t x, uint32_t mask, uint32_t flip) {
 #ifdef __CUDA_ARCH__
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(flip));
-  return result;
+  return mask_and_flip_words(x, mask, flip);
 #else
   return (x & mask) ^ flip;
 #endif

@@ -33,14 +33,6 @@ __device__ __forceinline__ uint2 look_up_by_turns(const Table16& table, uint32_t
                       __byte_perm(table.words[2], table.words[3], select >> 16), choose >> 16)};
 }
 
-// A byte permute that fills a byte with the top bit of the one it picks where the fourth bit of its
-// selector is set.
-__device__ __forceinline__ uint32_t permute_or_fill(uint32_t low, uint32_t high, uint32_t select) {
-  uint32_t result;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(select));
-  return result;
-}
-
 // The halves of a table so that an entry is the sum of what permute_or_fill makes of both: where
 // one picks a byte, the other fills in 0 or -1.
 BCY_INLINE constexpr Table16 in_two_parts(const Table16& table) {

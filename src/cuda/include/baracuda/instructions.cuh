@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// Instructions on words that CUDA C++ has no name for. PTX is written in three files: this one,
+// mma.cuh and async.cuh in src/cuda/common.
+#pragma once
+
+#include <stdint.h>
+
+namespace bcy {
+
+// (x & mask) ^ flip in one instruction: compilers make two of it when both are constants.
+__device__ __forceinline__ uint32_t mask_and_flip_words(uint32_t x, uint32_t mask, uint32_t flip) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(flip));
+  return result;
+}
+
+// A byte permute that fills a byte with the top bit of the one it picks where the fourth bit of its
+// selector is set.
+__device__ __forceinline__ uint32_t permute_or_fill(uint32_t low, uint32_t high, uint32_t select) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(select));
+  return result;
+}
+
+// sum + four unsigned codes times four signed activations.
+__device__ __forceinline__ int dot_of_unsigned(uint32_t codes, uint32_t x, int sum) {
+  asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
+  return sum;
+}
+
+// The compiler takes a pointer for one that it cannot work out again.
+template <class T>
+__device__ __forceinline__ void keep_in_register(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
+}  // namespace bcy

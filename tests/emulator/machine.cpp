@@ -1,0 +1,483 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "machine.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+namespace emulator {
+
+thread_local const Thread* this_thread;
+
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kRankShift = 24;                        // of a shared address
+constexpr uint32_t kOffsets = (1u << kRankShift) - 1;
+constexpr size_t kStackBytes = 256 << 10;
+constexpr auto kPatience = std::chrono::seconds(60);  // for the other blocks of a cluster
+
+// As the hardware has it, in the 64 bits that the program gives it.
+struct Barrier {
+  uint64_t phase : 1, expected : 20, pending : 20;
+  int64_t bytes : 23;  // still to come; copies may be done before they are announced
+
+  void settle() {
+    if (pending > 0 || bytes != 0) return;
+    phase ^= 1;
+    pending = expected;
+  }
+};
+static_assert(sizeof(Barrier) == sizeof(uint64_t));
+
+struct Fiber {
+  Thread thread;
+  jmp_buf state;
+  bool started = false;
+  std::vector<std::function<void()>> copies;  // of its own, not yet promised to a barrier
+};
+
+// Stacks are kept for the blocks to come. A thread that returns leaves its own to the next one.
+class Stacks {
+ public:
+  ~Stacks() {
+    for (void* stack : all_) munmap(stack, kStackBytes);
+  }
+  void clear() { used_ = 0; }
+  void* take() {
+    if (used_ == all_.size()) {
+      void* const stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (stack == MAP_FAILED) abort();
+      mprotect(stack, 4096, PROT_NONE);
+      all_.push_back(stack);
+    }
+    return all_[used_++];
+  }
+
+ private:
+  std::vector<void*> all_;
+  size_t used_ = 0;
+};
+thread_local Stacks stacks;
+
+struct Warp {
+  Operands operands[2][kLanes];  // by turns: a lane may be at the next instruction already
+  const char* instruction = nullptr;
+  int arrived = 0, exited = 0;
+  unsigned turn = 0;
+};
+
+// Threads that wait for a number of them.
+struct Meeting {
+  int arrived = 0;
+  std::vector<Fiber*> waiting;
+};
+
+struct Waiter {
+  Fiber* fiber;
+  uint32_t barrier;
+  uint32_t parity;
+};
+
+class Block;
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::mutex mutex;  // of barriers, and of what blocks write into each other
+  std::atomic<int> arrived{0};
+  std::atomic<bool> failed{false};
+};
+
+thread_local Block* this_block;
+std::atomic<uint64_t> launches{0};
+
+class Block {
+ public:
+  Block(Cluster& cluster, const Launch& launch, Index index, unsigned rank, uint64_t seed,
+        const std::function<void()>& kernel)
+      : cluster_(cluster),
+        kernel_(kernel),
+        random_(seed),
+        rank_(rank),
+        shared_bytes_(launch.shared_bytes),
+        memory_(launch.shared_bytes + 1024, 0xff) {
+    const size_t threads = size_t{launch.block.x};
+    fibers_.resize(threads);
+    warps_.resize((threads + kLanes - 1) / kLanes);
+    shared_ = memory_.data() + (1024 - reinterpret_cast<uintptr_t>(memory_.data()) % 1024);
+    for (size_t i = 0; i < threads; ++i) {
+      fibers_[i].thread = {{unsigned(i), 0, 0}, index, launch.grid};
+      ready_.push_back(&fibers_[i]);
+    }
+  }
+
+  // On an operating-system thread of its own where the cluster has more blocks.
+  void run() {
+    this_block = this;
+    stacks.clear();
+    if (_setjmp(finished_) == 0) resume(pick());
+    this_block = nullptr;
+    this_thread = nullptr;
+  }
+
+  const Operands* meet_warp(const char* instruction, const Operands& mine) {
+    const int thread = current_->thread.thread.x;
+    Warp& warp = warps_[thread / kLanes];
+    if (warp.exited > 0) fail("%s: a lane of the warp has returned", instruction);
+    if (warp.arrived == 0) {
+      warp.instruction = instruction;
+    } else if (strcmp(warp.instruction, instruction) != 0) {
+      fail("lanes of a warp are at %s and at %s", warp.instruction, instruction);
+    }
+    Operands* const all = warp.operands[warp.turn % 2];
+    all[thread % kLanes] = mine;
+    if (++warp.arrived < kLanes) {
+      wait();
+      return all;
+    }
+    warp.arrived = 0;
+    ++warp.turn;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      Fiber& fiber = fibers_[thread / kLanes * kLanes + lane];
+      if (&fiber != current_) ready_.push_back(&fiber);
+    }
+    maybe_copy();
+    return all;
+  }
+
+  void sync(int barrier, int threads) {
+    Meeting& meeting = meetings_[barrier];
+    if (++meeting.arrived < threads) {
+      meeting.waiting.push_back(current_);
+      wait();
+      return;
+    }
+    meeting.arrived = 0;
+    ready_.insert(ready_.end(), meeting.waiting.begin(), meeting.waiting.end());
+    meeting.waiting.clear();
+  }
+  int threads() const { return int(fibers_.size()); }
+
+  void sync_cluster() {
+    sync(0, threads());
+    if (cluster_.blocks.size() == 1) return;
+    // One thread speaks for the block.
+    if (current_->thread.thread.x == 0) {
+      const int blocks = int(cluster_.blocks.size());
+      const int turn = cluster_.arrived.fetch_add(1) / blocks;
+      const auto until = std::chrono::steady_clock::now() + kPatience;
+      while (cluster_.arrived.load() < (turn + 1) * blocks) {
+        if (cluster_.failed) leave();
+        if (std::chrono::steady_clock::now() > until) fail("blocks of a cluster do not meet");
+        std::this_thread::yield();
+      }
+    }
+    sync(0, threads());
+  }
+
+  uint8_t* shared() const { return shared_; }
+  unsigned rank() const { return rank_; }
+  Cluster& cluster() const { return cluster_; }
+  std::mt19937_64& random() { return random_; }
+  Fiber& current() const { return *current_; }
+
+  uint32_t offset_of(const void* p) const {
+    const auto* const byte = static_cast<const uint8_t*>(p);
+    if (byte < shared_ || byte >= shared_ + shared_bytes_) fail("not an address of shared memory");
+    return uint32_t(byte - shared_);
+  }
+  uint8_t* at(uint32_t address) const {
+    const unsigned rank = address >> kRankShift;
+    if (rank >= cluster_.blocks.size()) fail("no block %u in the cluster", rank);
+    const Block& block = *cluster_.blocks[rank];
+    if ((address & kOffsets) >= block.shared_bytes_) fail("an offset beyond shared memory");
+    return block.shared_ + (address & kOffsets);
+  }
+  Barrier* barrier(uint32_t address) const {
+    if (address % sizeof(Barrier) != 0) fail("a barrier off its boundary");
+    return reinterpret_cast<Barrier*>(at(address));
+  }
+
+  void wait_for(uint32_t address, uint32_t parity) {
+    if (passed(address, parity)) return;
+    waiters_.push_back({current_, address, parity});
+    wait();
+  }
+
+  void later(std::function<void()> copy) { copies_.push_back(std::move(copy)); }
+
+  [[noreturn]] void leave() {
+    cluster_.failed = true;
+    _longjmp(finished_, 1);
+  }
+
+ private:
+  bool passed(uint32_t address, uint32_t parity) {
+    const Barrier* const barrier = this->barrier(address);
+    const std::lock_guard<std::mutex> lock(cluster_.mutex);
+    return barrier->phase != (parity & 1);
+  }
+
+  // The running thread gives way until something makes it ready.
+  void wait() {
+    Fiber* const next = pick();
+    if (next == current_) return;
+    if (_setjmp(current_->state) == 0) resume(next);
+  }
+
+  Fiber* pick() {
+    maybe_copy();
+    const auto until = std::chrono::steady_clock::now() + kPatience;
+    for (;;) {
+      if (!ready_.empty()) {
+        std::swap(ready_[random_() % ready_.size()], ready_.back());
+        Fiber* const next = ready_.back();
+        ready_.pop_back();
+        return next;
+      }
+      if (cluster_.failed) leave();
+      for (size_t i = 0; i < waiters_.size();) {
+        if (passed(waiters_[i].barrier, waiters_[i].parity)) {
+          ready_.push_back(waiters_[i].fiber);
+          waiters_[i] = waiters_.back();
+          waiters_.pop_back();
+        } else {
+          ++i;
+        }
+      }
+      if (!ready_.empty()) continue;
+      if (!copies_.empty()) {
+        copy_one();
+      } else if (finished_count_ == fibers_.size()) {
+        _longjmp(finished_, 1);
+      } else if (cluster_.blocks.size() == 1 || std::chrono::steady_clock::now() > until) {
+        fail("all threads wait: %zu of %zu have returned, %zu are at barriers", finished_count_,
+             fibers_.size(), waiters_.size());
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+  void maybe_copy() {
+    if (!copies_.empty() && random_() % 8 == 0) copy_one();
+  }
+  void copy_one() {
+    std::swap(copies_[random_() % copies_.size()], copies_.back());
+    const auto copy = std::move(copies_.back());
+    copies_.pop_back();
+    copy();
+  }
+
+  [[noreturn]] void resume(Fiber* fiber) {
+    const bool started = fiber->started;
+    make_current(fiber);
+    if (started) _longjmp(fiber->state, 1);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks.take();
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, &Block::enter, 0);
+    setcontext(&context);
+    abort();
+  }
+
+  void make_current(Fiber* fiber) {
+    current_ = fiber;
+    this_thread = &fiber->thread;
+    fiber->started = true;
+  }
+
+  static void enter() { this_block->run_threads(); }
+
+  void run_threads() {
+    for (;;) {
+      kernel_();
+      if (!current_->copies.empty()) fail("a thread returned with copies that nothing waits for");
+      Warp& warp = warps_[current_->thread.thread.x / kLanes];
+      ++warp.exited;
+      if (warp.arrived > 0) fail("%s: a lane of the warp has returned", warp.instruction);
+      ++finished_count_;
+      Fiber* const next = pick();
+      if (next->started) resume(next);
+      make_current(next);
+    }
+  }
+
+  Cluster& cluster_;
+  const std::function<void()>& kernel_;
+  std::mt19937_64 random_;
+  unsigned rank_;
+  size_t shared_bytes_;
+  std::vector<uint8_t> memory_;
+  uint8_t* shared_;
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<Fiber*> ready_;
+  Meeting meetings_[16];
+  std::vector<Waiter> waiters_;
+  std::vector<std::function<void()>> copies_;
+  Fiber* current_ = nullptr;
+  size_t finished_count_ = 0;
+  jmp_buf finished_;
+};
+
+void arrive(Block& block, uint32_t address, uint32_t expected_bytes) {
+  Barrier* const barrier = block.barrier(address);
+  block.cluster().mutex.lock();
+  const bool counted = barrier->pending > 0;
+  barrier->bytes += expected_bytes;
+  barrier->pending -= 1;
+  barrier->settle();
+  block.cluster().mutex.unlock();
+  if (!counted) fail("more arrivals at a barrier than it counts");
+}
+
+void complete(Block& block, uint32_t address, uint32_t bytes) {
+  Barrier* const barrier = block.barrier(address);
+  const std::lock_guard<std::mutex> lock(block.cluster().mutex);
+  barrier->bytes -= bytes;
+  barrier->settle();
+}
+
+}  // namespace
+
+void fail(const char* format, ...) {
+  const Index thread = this_thread ? this_thread->thread : Index{};
+  const Index block = this_thread ? this_thread->block : Index{};
+  fprintf(stderr, "emulated GPU: block %u, thread %u: ", block.x, thread.x);
+  va_list arguments;
+  va_start(arguments, format);
+  vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  fputc('\n', stderr);
+  if (this_block == nullptr) abort();
+  this_block->leave();
+}
+
+uint8_t* dynamic_shared() { return this_block->shared(); }
+
+const Operands* meet_warp(const char* instruction, const Operands& mine) {
+  return this_block->meet_warp(instruction, mine);
+}
+void sync_block() { this_block->sync(0, this_block->threads()); }
+void sync_named(int barrier, int threads) { this_block->sync(barrier, threads); }
+void sync_cluster() { this_block->sync_cluster(); }
+unsigned cluster_rank() { return this_block->rank(); }
+
+uint32_t shared_address(const void* p) {
+  return this_block->rank() << kRankShift | this_block->offset_of(p);
+}
+uint8_t* shared_pointer(uint32_t address) { return this_block->at(address); }
+uint32_t shared_address_in(uint32_t address, unsigned rank) {
+  return rank << kRankShift | (address & kOffsets);
+}
+
+void barrier_init(uint32_t barrier, int arrivals) {
+  Barrier* const there = this_block->barrier(barrier);
+  const std::lock_guard<std::mutex> lock(this_block->cluster().mutex);
+  *there = {0, uint64_t(arrivals), uint64_t(arrivals), 0};
+}
+void barrier_arrive(uint32_t barrier, uint32_t expected_bytes) {
+  arrive(*this_block, barrier, expected_bytes);
+}
+void barrier_wait(uint32_t barrier, uint32_t parity) { this_block->wait_for(barrier, parity); }
+
+void copy_async(std::function<void()> copy, uint32_t barrier, uint32_t bytes) {
+  Block& block = *this_block;
+  auto whole = [&block, copy = std::move(copy), barrier, bytes] {
+    copy();
+    complete(block, barrier, bytes);
+  };
+  if (block.random()() % 2) {
+    whole();
+  } else {
+    block.later(std::move(whole));
+  }
+}
+
+void copy_own(std::function<void()> copy) {
+  this_block->current().copies.push_back(std::move(copy));
+}
+
+void arrive_after_copies(uint32_t barrier) {
+  Block& block = *this_block;
+  auto whole = [&block, copies = std::move(block.current().copies), barrier] {
+    for (const auto& copy : copies) copy();
+    arrive(block, barrier, 0);
+  };
+  block.current().copies.clear();
+  block.later(std::move(whole));
+}
+
+void store_remote(uint32_t address, uint32_t value, uint32_t barrier) {
+  Block& block = *this_block;
+  uint8_t* const to = block.at(address);
+  copy_async(
+      [&block, to, value] {
+        const std::lock_guard<std::mutex> lock(block.cluster().mutex);
+        memcpy(to, &value, sizeof value);
+      },
+      barrier, sizeof value);
+}
+
+// Launches of several threads take turns, first come, first served: the machine is one.
+class Turn {
+ public:
+  Turn() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const uint64_t mine = last_++;
+    next_.wait(lock, [&] { return serving_ == mine; });
+  }
+  ~Turn() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++serving_;
+    next_.notify_all();
+  }
+
+ private:
+  static std::mutex mutex_;
+  static std::condition_variable next_;
+  static uint64_t last_, serving_;
+};
+std::mutex Turn::mutex_;
+std::condition_variable Turn::next_;
+uint64_t Turn::last_ = 0, Turn::serving_ = 0;
+
+bool run(const Launch& launch, const std::function<void()>& kernel) {
+  const Turn turn;
+  const char* const given = getenv("BARACUDA_EMULATOR_SEED");
+  uint64_t seed = (given ? strtoull(given, nullptr, 10) : 0) + launches++ * 0x9e3779b97f4a7c15u;
+  for (unsigned first = 0; first < launch.grid.x; first += launch.cluster) {
+    Cluster cluster;
+    for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+      cluster.blocks.push_back(std::make_unique<Block>(cluster, launch, Index{first + rank, 0, 0},
+                                                       rank, ++seed, kernel));
+    }
+    if (launch.cluster == 1) {
+      cluster.blocks[0]->run();
+    } else {
+      std::vector<std::thread> threads;
+      for (auto& block : cluster.blocks) threads.emplace_back([&block] { block->run(); });
+      for (auto& thread : threads) thread.join();
+    }
+    if (cluster.failed) return false;
+  }
+  return true;
+}
+
+}  // namespace emulator
