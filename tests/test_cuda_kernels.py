@@ -40,7 +40,7 @@ def widths(name):
     return [block, 256 + block, 2048 + 256 + block]
 
 
-@pytest.mark.parametrize("m", [1, 3, 8, 16, 17])
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 16, 17])
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_rows(cpu, gpu, name, m):
     """Rows on 16-byte boundaries come in boxes where there are enough of them."""
@@ -54,7 +54,16 @@ def test_many_rows(cpu, gpu, name, m):
     expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
 
 
-@pytest.mark.parametrize("m", [1, 5, 16, 33])
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 17])
+def test_many_rows_without_columns(gpu, m):
+    nrows = 3 * 32 * _cuda.multiprocessors() + 5
+    weight, x = np.zeros(0, np.uint8), np.zeros((m, 0), np.float32)
+    for make in problems.staged_plan, problems.float_plan:
+        y = gpu.run(make("cuda", "Q4_0", nrows, 0, m), weight, x)
+        np.testing.assert_array_equal(bits(y), 0)
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 33])
 @pytest.mark.parametrize("name", FORMATS)
 def test_ends_of_rows(cpu, gpu, name, m):
     for ncols in widths(name):
@@ -65,7 +74,7 @@ def test_ends_of_rows(cpu, gpu, name, m):
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "MXFP4"])
 def test_long_rows(cpu, gpu, name):
     """K = 2**20: many laps of the ring."""
-    for m in (1, 9):
+    for m in (1, 2, 9):
         expect_same_bits(cpu, gpu, problems.staged_plan, name, 3, 1 << 20, m)
 
 
@@ -76,7 +85,7 @@ def test_weights_at_any_address(cpu, gpu, make, name):
     block_format = bcy.GgufBlockFormat(name)
     nrows, ncols = 35, 512
     weight = random_weight(name, nrows, ncols)
-    for m in (1, 12):
+    for m in (1, 2, 12):
         x = random_activations(m, ncols, "float32")
         expected = bits(cpu.run(make("cpu", name, nrows, ncols, m), weight, x))
         for offset in (block_format.alignment, 16 - block_format.alignment, 16):
@@ -103,11 +112,22 @@ def test_extreme_activations(cpu, gpu, name, scale):
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q2_K"])
 def test_staging_inside_and_outside(cpu, gpu, name):
     """Small products stage for themselves and need no workspace; larger ones do."""
-    inside = expect_same_bits(cpu, gpu, problems.staged_plan, name, 40, 4096, 1, "bfloat16")
-    assert inside.workspace_size == 0
-    for ncols, m in (4096, 2), (16384, 1):
-        outside = expect_same_bits(cpu, gpu, problems.staged_plan, name, 40, ncols, m, "bfloat16")
-        assert outside.workspace_size > 0
+    lanes = _cuda.compute_capability() >= (9, 0)
+    for nrows in 40, 3 * 32 * _cuda.multiprocessors() + 40:
+        for ncols, m in (
+            (4096, 1),
+            (4096, 2),
+            (4096, 3),
+            (8192, 1),
+            (8192, 2),
+            (16384, 1),
+            (16384, 2),
+        ):
+            plan = expect_same_bits(
+                cpu, gpu, problems.staged_plan, name, nrows, ncols, m, "bfloat16"
+            )
+            inside = ncols * m <= 8192 and m <= (2 if lanes else 1)
+            assert (plan.workspace_size == 0) == inside
 
 
 @pytest.mark.gpu(real="nothing overlaps on an emulated one")

@@ -57,8 +57,8 @@ int bcy_cuda_gguf_needs_no_workspace(int32_t device, int32_t format, int64_t nco
   if (guard.status() != cudaSuccess) return guard.status();
   Device looked;
   if (const int status = look_at_device(device, looked)) return status;
-  return with_format(format, [&](auto) {
-    *answer = stages_inside(looked.arch, ncols, m);
+  return with_format(format, [&](auto f) {
+    *answer = stages_inside<decltype(f)>(looked.arch, ncols, m);
     return int(BCY_OK);
   });
 }
@@ -80,8 +80,7 @@ int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream) {
 int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream) {
   if (is_empty(args) || args->ncols == 0) return BCY_OK;
   return run(args, [&](auto format) {
-    return gguf_stage(*args, decltype(format)::kMinima, gives_turns<decltype(format)>,
-                      static_cast<cudaStream_t>(stream));
+    return GgufOperations<decltype(format)>::stage(*args, static_cast<cudaStream_t>(stream));
   });
 }
 

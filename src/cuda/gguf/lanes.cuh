@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product of one staged token with a row of weights to each lane.
+// The product of one or two staged tokens with a row of weights to each lane.
 //
 // Tensor cores take eight tokens at a time, and four lanes each unpack the scales of a row for
-// them. A single token takes half the instructions where a lane has the row to itself and
+// them. Where there are fewer it takes half the instructions that a lane has the row to itself and
 // multiplies four codes at a time: the integers of a group are exact either way, and the order in
 // which groups are added is the same, so the bits are too.
 #pragma once
@@ -44,13 +44,67 @@ struct WordBytes {
   }
 };
 
-// 32 rows by one token, for a UnitRing.
-template <class F>
+template <class Format>
+constexpr int kUnitWords = (kUnitBytes<Format> + 3) / 4;
+
+// A unit of this lane's row into registers, by loads as wide as its alignment in a UnitRing allows.
+template <class Format>
+__device__ __forceinline__ void load_unit_words(const uint8_t* row,
+                                                uint32_t (&words)[kUnitWords<Format>]) {
+  constexpr int kWords = kUnitWords<Format>;
+  constexpr int kAlignment = UnitRing<Format>::kAlignment;
+  if constexpr (kAlignment == 16) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 piece = *reinterpret_cast<const uint4*>(row + 4 * i);
+      words[i] = piece.x;
+      words[i + 1] = piece.y;
+      words[i + 2] = piece.z;
+      words[i + 3] = piece.w;
+    }
+  } else if constexpr (kAlignment == 8) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 2) {
+      const uint2 piece = *reinterpret_cast<const uint2*>(row + 4 * i);
+      words[i] = piece.x;
+      words[i + 1] = piece.y;
+    }
+  } else if constexpr (kAlignment == 4) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(row)[i];
+  } else {
+    const uint32_t odd = uint32_t(reinterpret_cast<uintptr_t>(row)) & 2;
+    const uint32_t select = odd ? 0x5432 : 0x3210;
+    const auto* const pairs = reinterpret_cast<const uint32_t*>(row - odd);
+    uint32_t word = pairs[0];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint32_t next = pairs[i + 1];
+      words[i] = __byte_perm(word, next, select);
+      word = next;
+    }
+  }
+}
+
+// Of all tokens, which lie in shared memory, each in records of its own.
+constexpr int64_t kMostStagedInLanes = 64 << 10;
+
+// Whether a product takes lanes. Then its activations are staged in records of single tokens.
+template <class Format>
+bool takes_lanes(const bcy_gguf_matmul_args& args, const Device& device) {
+  return device.arch >= UnitRing<Format>::kOldestArch && args.m <= kLaneTokens<Format> &&
+         args.ncols > 0 && rows_on_boundaries<Format>(args) &&
+         args.nrows <= INT32_MAX &&  // places in boxes
+         args.m * staged_bytes(args.ncols, 1, Format::kMinima) <= kMostStagedInLanes;
+}
+
+// 32 rows by one token or two, for a UnitRing.
+template <class F, int Tokens>
 class LaneTile {
  public:
   using Format = F;
   using Inputs = Staged;
-  static constexpr int kTokens = 1;
+  static constexpr int kTokens = Tokens;
   static constexpr int kRows = UnitRing<Format>::kRows;
   static constexpr int kBlocks = 2;
 
@@ -62,26 +116,31 @@ class LaneTile {
     if (staged.fused) {
       stage_own_units<1, kMinima>(args, staged, memory);
     } else {
-      copy_own_units<kMinima>(staged, memory);
+      copy_own_units<Tokens, kMinima>(staged, memory);
     }
   }
 
-  __device__ __forceinline__ LaneTile(const bcy_gguf_matmul_args&, const Staged&, int64_t, int64_t,
-                                      int first_unit, const uint8_t* memory)
-      : records_(memory + first_unit * Record::kBytes) {
+  __device__ __forceinline__ LaneTile(const bcy_gguf_matmul_args&, const Staged& staged, int64_t,
+                                      int64_t, int first_unit, const uint8_t* memory) {
+#pragma unroll
+    for (int token = 0; token < Tokens; ++token) {
+      records_[token] = memory + (token * int(staged.units) + first_unit) * Record::kBytes;
+    }
     if constexpr (gives_turns<Format>) table_ = in_registers(in_two_parts(Format::table()));
   }
 
-  __device__ __forceinline__ void clear(int64_t) { partial_ = 0.0f; }
+  __device__ __forceinline__ void clear(int64_t) {
+#pragma unroll
+    for (int token = 0; token < Tokens; ++token) partial_[token] = 0.0f;
+  }
 
   // row: of this lane, one unit.
   __device__ __forceinline__ void add_unit(const uint8_t* row, int round, int groups, int) {
-    const uint8_t* const record = records_ + round * (kPartials * Record::kBytes);
     // Only formats whose blocks are groups have units that end early.
     if (kBlockGroups == 1 && groups < kUnitGroups) {
 #pragma unroll 1
       for (int group = 0; group < groups; ++group) {
-        const Activations x(record, group / 2);
+        const Activations x(records_, round, group / 2);
         const Bytes<Format::kAlignment> block(row + group * Format::kBytes);
         if (group % 2 == 0) {
           add_group<0>(block, 0, x);
@@ -91,21 +150,25 @@ class LaneTile {
       }
       return;
     }
-    uint32_t words[kWords];
-    load_words(row, words);
+    uint32_t words[kUnitWords<Format>];
+    load_unit_words<Format>(row, words);
     const auto block = [&](int group) {
       return WordBytes{words, group / kBlockGroups * Format::kBytes};
     };
 #pragma unroll
     for (int group = 0; group < kUnitGroups; group += 2) {
-      const Activations x(record, group / 2);
+      const Activations x(records_, round, group / 2);
       add_group<0>(block(group), group % kBlockGroups, x);
       add_group<1>(block(group + 1), (group + 1) % kBlockGroups, x);
     }
   }
 
-  __device__ __forceinline__ void store(float (&partials)[1][Meeting<kRows, 1>::kPitch]) const {
-    partials[0][threadIdx.x % 32] = partial_;
+  __device__ __forceinline__ void store(
+      float (&partials)[Tokens][Meeting<kRows, Tokens>::kPitch]) const {
+#pragma unroll
+    for (int token = 0; token < Tokens; ++token) {
+      partials[token][threadIdx.x % 32] = partial_[token];
+    }
   }
 
  private:
@@ -113,62 +176,30 @@ class LaneTile {
   static constexpr int kMinima = Format::kMinima;
   static constexpr int kBlockGroups = Format::kElements / kGroup;
   static constexpr bool kHalves = Format::kScaleElements == 16;
-  static constexpr int kAlignment = UnitRing<Format>::kAlignment;
-  static constexpr int kWords = (kUnitBytes<Format> + 3) / 4;
-
-  // By loads as wide as the alignment of a unit allows.
-  static __device__ __forceinline__ void load_words(const uint8_t* row, uint32_t (&words)[kWords]) {
-    if constexpr (kAlignment == 16) {
-#pragma unroll
-      for (int i = 0; i < kWords; i += 4) {
-        const uint4 piece = *reinterpret_cast<const uint4*>(row + 4 * i);
-        words[i] = piece.x;
-        words[i + 1] = piece.y;
-        words[i + 2] = piece.z;
-        words[i + 3] = piece.w;
-      }
-    } else if constexpr (kAlignment == 8) {
-#pragma unroll
-      for (int i = 0; i < kWords; i += 2) {
-        const uint2 piece = *reinterpret_cast<const uint2*>(row + 4 * i);
-        words[i] = piece.x;
-        words[i + 1] = piece.y;
-      }
-    } else if constexpr (kAlignment == 4) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(row)[i];
-    } else {
-      const uint32_t odd = uint32_t(reinterpret_cast<uintptr_t>(row)) & 2;
-      const uint32_t select = odd ? 0x5432 : 0x3210;
-      const auto* const pairs = reinterpret_cast<const uint32_t*>(row - odd);
-      uint32_t word = pairs[0];
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        const uint32_t next = pairs[i + 1];
-        words[i] = __byte_perm(word, next, select);
-        word = next;
-      }
-    }
-  }
 
   // Staged activations of two groups: words t and t + 4 of the first, then of the second.
   struct Activations {
-    uint4 codes[4];
-    float2 scales;
-    float2 sums[kMinima > 0 ? kMinima : 1];
+    uint4 codes[Tokens][4];
+    float2 scales[Tokens];
+    float2 sums[Tokens][kMinima > 0 ? kMinima : 1];
 
-    __device__ __forceinline__ Activations(const uint8_t* record, int pair) {
+    __device__ __forceinline__ Activations(const uint8_t* const (&records)[Tokens], int round,
+                                           int pair) {
 #pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        codes[t] = reinterpret_cast<const uint4*>(record + pair * Record::kCodes)[t];
-      }
-      const auto floats = [&](int plane) {
-        return *reinterpret_cast<const float2*>(record + plane);
-      };
-      scales = floats(Record::kScalesAt + pair * Record::kScales);
+      for (int token = 0; token < Tokens; ++token) {
+        const uint8_t* const record = records[token] + round * (kPartials * Record::kBytes);
 #pragma unroll
-      for (int i = 0; i < kMinima; ++i) {
-        sums[i] = floats(Record::kSumsAt + (pair * kMinima + i) * Record::kScales);
+        for (int t = 0; t < 4; ++t) {
+          codes[token][t] = reinterpret_cast<const uint4*>(record + pair * Record::kCodes)[t];
+        }
+        const auto floats = [&](int plane) {
+          return *reinterpret_cast<const float2*>(record + plane);
+        };
+        scales[token] = floats(Record::kScalesAt + pair * Record::kScales);
+#pragma unroll
+        for (int i = 0; i < kMinima; ++i) {
+          sums[token][i] = floats(Record::kSumsAt + (pair * kMinima + i) * Record::kScales);
+        }
       }
     }
   };
@@ -179,46 +210,69 @@ class LaneTile {
     const int shift = Format::shift(g);
     // An integer in the low mantissa bits of 1.5 * 2^(23 - shift), where every sum of a group fits.
     const float bias = as_float(0x4b400000u - (uint32_t(shift) << 23));
-    int dots[2] = {kHalves ? 0 : int(as_bits(bias)), 0};
+    int dots[Tokens][2];
+#pragma unroll
+    for (int token = 0; token < Tokens; ++token) {
+      dots[token][0] = kHalves ? 0 : int(as_bits(bias));
+      dots[token][1] = 0;
+    }
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      constexpr bool kUnsigned = Format::kUnsignedCodes;
-      const uint32_t words[2] = {Which ? x.codes[t].z : x.codes[t].x,
-                                 Which ? x.codes[t].w : x.codes[t].y};
-      int& second = dots[kHalves ? 1 : 0];
+      // In one part or two, which add up to the codes.
+      constexpr int kParts = gives_turns<Format> ? 2 : 1;
+      uint32_t codes[kParts][2];
       if constexpr (gives_turns<Format>) {
-        const TurnsInParts codes = look_up_in_parts(table_, Format::nibbles(block, g, t));
-        dots[0] = dot_of_four<kUnsigned>(codes.first.x, words[0], dots[0]);
-        dots[0] = dot_of_four<kUnsigned>(codes.second.x, words[0], dots[0]);
-        second = dot_of_four<kUnsigned>(codes.first.y, words[1], second);
-        second = dot_of_four<kUnsigned>(codes.second.y, words[1], second);
+        const TurnsInParts parts = look_up_in_parts(table_, Format::nibbles(block, g, t));
+        codes[0][0] = parts.first.x;
+        codes[0][1] = parts.first.y;
+        codes[1][0] = parts.second.x;
+        codes[1][1] = parts.second.y;
       } else {
-        dots[0] = dot_of_four<kUnsigned>(Format::codes(block, g, 0, t), words[0], dots[0]);
-        second = dot_of_four<kUnsigned>(Format::codes(block, g, 1, t), words[1], second);
+        codes[0][0] = Format::codes(block, g, 0, t);
+        codes[0][1] = Format::codes(block, g, 1, t);
+      }
+#pragma unroll
+      for (int token = 0; token < Tokens; ++token) {
+        const uint4 words = x.codes[token][t];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t word = Which ? (half ? words.w : words.z) : (half ? words.y : words.x);
+          int& dot = dots[token][kHalves ? half : 0];
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            dot = dot_of_four<Format::kUnsignedCodes>(codes[part][half], word, dot);
+          }
+        }
       }
     }
-    float value;
-    if constexpr (kHalves) {
-      // Below 2^24 but for the factor 2^shift.
-      const int dot =
-          half_scale<Format>(block, g, 0) * dots[0] + half_scale<Format>(block, g, 1) * dots[1];
-      value = mul(float(dot), as_float(uint32_t(127 - shift) << 23));
-    } else {
-      value = add(as_float(uint32_t(dots[0])), -bias);
-    }
+    const float scale = Format::scale(block, g);
     const auto element = [](float2 two) { return Which ? two.y : two.x; };
-    partial_ = fma(value, mul(Format::scale(block, g), element(x.scales)), partial_);
-    if constexpr (kMinima > 0) {
 #pragma unroll
-      for (int half = 0; half < kMinima; ++half) {
-        partial_ = add_minimum(partial_, Format::minimum(block, g, half), element(x.sums[half]));
+    for (int token = 0; token < Tokens; ++token) {
+      float value;
+      if constexpr (kHalves) {
+        // Below 2^24 but for the factor 2^shift.
+        const int dot = half_scale<Format>(block, g, 0) * dots[token][0] +
+                        half_scale<Format>(block, g, 1) * dots[token][1];
+        value = mul(float(dot), as_float(uint32_t(127 - shift) << 23));
+      } else {
+        value = add(as_float(uint32_t(dots[token][0])), -bias);
+      }
+      float& partial = partial_[token];
+      partial = fma(value, mul(scale, element(x.scales[token])), partial);
+      if constexpr (kMinima > 0) {
+#pragma unroll
+        for (int half = 0; half < kMinima; ++half) {
+          partial =
+              add_minimum(partial, Format::minimum(block, g, half), element(x.sums[token][half]));
+        }
       }
     }
   }
 
-  const uint8_t* records_;  // of this warp's first unit
-  Table16 table_;  // in two parts, of formats that have one
-  float partial_ = 0.0f;
+  const uint8_t* records_[Tokens];  // of this warp's first unit
+  Table16 table_;                   // in two parts, of formats that have one
+  float partial_[Tokens];
 };
 
 }  // namespace bcy

@@ -294,7 +294,13 @@ class StagedTile {
 
 // ---- launch -----------------------------------------------------------------------------------------------------
 
-constexpr int64_t kMostStagedInLanes = 64 << 10;
+template <class Format>
+int GgufOperations<Format>::stage(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
+  Device device;
+  if (const int status = look_at_device(args.device, device)) return status;
+  const bool single = args.m == 1 || takes_lanes<Format>(args, device);
+  return gguf_stage(args, Format::kMinima, gives_turns<Format>, single, stream);
+}
 
 template <class Format>
 int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
@@ -302,15 +308,15 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   if (const int status = look_at_device(args.device, device)) return status;
   const bool fused = args.workspace == nullptr && args.ncols > 0;
   const bool unstaged = !fused && args.x != nullptr && args.ncols > 0;
-  if (fused && !stages_inside(device.arch, args.ncols, args.m)) return BCY_ERROR_INVALID_ARGUMENT;
+  if (fused && !stages_inside<Format>(device.arch, args.ncols, args.m))
+    return BCY_ERROR_INVALID_ARGUMENT;
   if (unstaged) {
-    if (const int status = gguf_stage(args, Format::kMinima, gives_turns<Format>, stream))
-      return status;
+    if (const int status = stage(args, stream)) return status;
   }
   const Staged staged = staged_of(args, gives_turns<Format>, fused);
-  const int64_t staged_size = staged_bytes(args.ncols, args.m, Format::kMinima);
   // After this call's own staging the product may start early: only activations come from there.
   const bool early = args.overlap != 0 || unstaged;
+  // extra: bytes of activations in shared memory.
   const auto run = [&](auto* tile, auto* ring, int64_t extra) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     using Ring = std::remove_pointer_t<decltype(ring)>;
@@ -318,7 +324,7 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
                                        args.overlap != 0 && !unstaged, stream);
   };
   const auto streamed = [&](auto* tile, auto* ring) {
-    return run(tile, ring, fused ? staged_size : 0);
+    return run(tile, ring, fused ? staged_bytes(args.ncols, args.m, Format::kMinima) : 0);
   };
   // Two tiles to choose from, and three rings. The bits are the same.
   constexpr auto narrow = [](auto tokens) {
@@ -345,10 +351,12 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
     RowRing<Format, 16, false>* const any_rows = nullptr;
     return args.m == 1 ? streamed(narrow(one), any_rows) : streamed(narrow(eight), any_rows);
   }
-  if (args.m == 1 && device.arch >= 900 && args.nrows <= INT32_MAX &&
-      staged_size <= kMostStagedInLanes && getenv("BCY_OLD") == nullptr) {
-    return run(static_cast<LaneTile<Format>*>(nullptr), static_cast<UnitRing<Format>*>(nullptr),
-               staged_size);
+  if (takes_lanes<Format>(args, device)) {
+    UnitRing<Format>* const units = nullptr;
+    const int64_t extra = args.m * staged_bytes(args.ncols, 1, Format::kMinima);
+    constexpr int kMost = kLaneTokens<Format>;
+    return args.m == 1 ? run(static_cast<LaneTile<Format, 1>*>(nullptr), units, extra)
+                       : run(static_cast<LaneTile<Format, kMost>*>(nullptr), units, extra);
   }
   constexpr auto rows_for = [](auto* tile) {
     return static_cast<RowRing<Format, std::remove_pointer_t<decltype(tile)>::kRows, true>*>(
@@ -359,7 +367,8 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   if (args.m > 16) return by_rows(wide(thirty_two));
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side.
   const bool boxed = device.arch >= 900 && args.nrows >= 3 * 32 * int64_t{device.processors} &&
-                     args.nrows <= INT32_MAX;  // places in boxes are 32 bits
+                     args.nrows <= INT32_MAX &&  // places in boxes are 32 bits
+                     args.ncols > 0;             // nothing cannot be described
   if (args.m > 8) {
     // Where 32 rows of scales of halves leave no registers for the places in boxes.
     constexpr bool kHalves = Format::kScaleElements == 16 && !scales_fit_codes<Format>;
@@ -367,7 +376,7 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
     return boxed ? streamed(wide(sixteen), boxes) : by_rows(wide(sixteen));
   }
   if (args.m > 1) return boxed ? streamed(wide(eight), boxes) : by_rows(narrow(eight));
-  return boxed ? streamed(wide(one), boxes) : by_rows(narrow(one));
+  return by_rows(narrow(one));
 }
 
 }  // namespace bcy

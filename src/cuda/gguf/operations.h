@@ -13,11 +13,13 @@ template <class Format>
 struct GgufOperations {
   static int dequantize(const bcy_gguf_dequantize_args& args, cudaStream_t stream);
   static int matvec(const bcy_gguf_matmul_args& args, cudaStream_t stream);
+  static int stage(const bcy_gguf_matmul_args& args, cudaStream_t stream);
   static int matmul(const bcy_gguf_matmul_args& args, cudaStream_t stream);
 };
 
 // Staging depends on the format only through its number of minima per group and on whether it gives
-// codes by turns.
-int gguf_stage(const bcy_gguf_matmul_args& args, int minima, bool turns, cudaStream_t stream);
+// codes by turns. single: in records of single tokens.
+int gguf_stage(const bcy_gguf_matmul_args& args, int minima, bool turns, bool single,
+               cudaStream_t stream);
 
 }  // namespace bcy

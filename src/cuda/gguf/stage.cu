@@ -40,9 +40,10 @@ int stage(const bcy_gguf_matmul_args& args, int minima, bool turns, cudaStream_t
 
 }  // namespace
 
-int gguf_stage(const bcy_gguf_matmul_args& args, int minima, bool turns, cudaStream_t stream) {
-  return args.m == 1 ? stage<1>(args, minima, turns, stream)
-                     : stage<kTileTokens>(args, minima, turns, stream);
+int gguf_stage(const bcy_gguf_matmul_args& args, int minima, bool turns, bool single,
+               cudaStream_t stream) {
+  return single ? stage<1>(args, minima, turns, stream)
+                : stage<kTileTokens>(args, minima, turns, stream);
 }
 
 }  // namespace bcy

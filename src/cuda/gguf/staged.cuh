@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How staged activations lie: a record of what a warp takes with one unit of weights, for each unit
-// of each eight tokens; for M = 1 records of a single token.
+// of each eight tokens; records of single tokens, one token's after the other's, for M = 1 and
+// where the product takes lanes.
 //
 //   codes   [4 pairs of groups][token][4 lanes][2 groups][2 halves][4]: of the four lanes that hold
 //   a
@@ -52,11 +53,18 @@ inline int64_t staged_bytes(int64_t ncols, int64_t m, int minima) {
   return token_tiles(m) * unit_count(ncols) * record;
 }
 
-// A single token of up to kFusedElements is staged by the product itself: that every thread block
-// does it takes less time than a kernel of its own.
+// Tokens that a product in lanes takes at a time: as many as there are registers for.
+template <class Format>
+constexpr int kLaneTokens = 2;
+template <>
+inline constexpr int kLaneTokens<Q6_K> = 1;
+
+// Up to kFusedElements of a single token, or of those that lanes take, are staged by the product
+// itself: that every thread block does it takes less time than a kernel of its own.
 constexpr int64_t kFusedElements = 8192;
-inline bool stages_inside(int arch, int64_t ncols, int64_t m) {
-  return arch >= 800 && m == 1 && ncols <= kFusedElements;
+template <class Format>
+bool stages_inside(int arch, int64_t ncols, int64_t m) {
+  return arch >= 800 && m <= (arch >= 900 ? kLaneTokens<Format> : 1) && ncols <= kFusedElements / m;
 }
 
 struct Staged {
@@ -205,8 +213,8 @@ __device__ __forceinline__ void stage_own_units(const bcy_gguf_matmul_args& args
   __syncwarp();
 }
 
-// The same of a token that was staged before.
-template <int Minima>
+// The same of tokens that were staged before, each in records of its own.
+template <int Tokens, int Minima>
 __device__ __forceinline__ void copy_own_units(const Staged& staged, uint8_t* memory) {
   using Record = StagedRecord<1, Minima>;
   constexpr int kPieces = Record::kBytes / 16;
@@ -215,8 +223,12 @@ __device__ __forceinline__ void copy_own_units(const Staged& staged, uint8_t* me
   if (lane < kPieces) {
 #pragma unroll 4
     for (int64_t unit = threadIdx.x / 32; unit < staged.units; unit += kPartials) {
-      const int64_t at = unit * Record::kBytes + lane * 16;
-      *reinterpret_cast<uint4*>(memory + at) = *reinterpret_cast<const uint4*>(staged.records + at);
+#pragma unroll
+      for (int token = 0; token < Tokens; ++token) {
+        const int64_t at = (token * staged.units + unit) * Record::kBytes + lane * 16;
+        *reinterpret_cast<uint4*>(memory + at) =
+            *reinterpret_cast<const uint4*>(staged.records + at);
+      }
     }
   }
   __syncwarp();

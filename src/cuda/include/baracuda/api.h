@@ -82,7 +82,7 @@ int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream);  // fl
 int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream);  // x -> workspace
 
 // x -> y; without a workspace only where none is needed. With x NULL the workspace is staged
-// already.
+// already, for the same problem and weights on 16-byte boundaries where these are.
 int bcy_cuda_gguf_matmul(const bcy_gguf_matmul_args* args, void* stream);
 
 // threads <= 0 takes the size of the pool (bcy_cpu_default_threads).
