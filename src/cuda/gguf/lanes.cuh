@@ -9,6 +9,7 @@
 
 #include "cuda/common/product.cuh"
 #include "staged.cuh"
+#include "unit_words.cuh"
 
 namespace bcy {
 
@@ -17,73 +18,6 @@ template <bool UnsignedWeights>
 __device__ __forceinline__ int dot_of_four(uint32_t codes, uint32_t x, int sum) {
   if constexpr (UnsignedWeights) return dot_of_unsigned(codes, x, sum);
   return __dp4a(int(codes), int(x), sum);
-}
-
-// A unit's bytes in registers, as Bytes: all offsets are constants where they are used.
-struct WordBytes {
-  const uint32_t* words;
-  int at;
-
-  __device__ __forceinline__ WordBytes operator+(int offset) const { return {words, at + offset}; }
-  __device__ __forceinline__ uint32_t load32(int offset, int more) const {
-    const int start = at + offset + more;
-    const uint32_t* const word = words + start / 4;
-    if (start % 4 == 0) return word[0];
-    return __byte_perm(word[0], word[1], 0x3210 + 0x1111 * (start % 4));
-  }
-  __device__ __forceinline__ uint32_t load16(int offset) const {
-    const int start = at + offset;
-    if (start % 4 == 3) return load32(offset, 0) & 0xffffu;
-    return words[start / 4] >> 8 * (start % 4) & 0xffffu;
-  }
-  __device__ __forceinline__ uint32_t load8(int offset) const {
-    return words[(at + offset) / 4] >> 8 * ((at + offset) % 4) & 0xffu;
-  }
-  __device__ __forceinline__ float load_half(int offset) const {
-    return half_to_float(uint16_t(load16(offset)));
-  }
-};
-
-template <class Format>
-constexpr int kUnitWords = (kUnitBytes<Format> + 3) / 4;
-
-// A unit of this lane's row into registers, by loads as wide as its alignment in a UnitRing allows.
-template <class Format>
-__device__ __forceinline__ void load_unit_words(const uint8_t* row,
-                                                uint32_t (&words)[kUnitWords<Format>]) {
-  constexpr int kWords = kUnitWords<Format>;
-  constexpr int kAlignment = UnitRing<Format>::kAlignment;
-  if constexpr (kAlignment == 16) {
-#pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      const uint4 piece = *reinterpret_cast<const uint4*>(row + 4 * i);
-      words[i] = piece.x;
-      words[i + 1] = piece.y;
-      words[i + 2] = piece.z;
-      words[i + 3] = piece.w;
-    }
-  } else if constexpr (kAlignment == 8) {
-#pragma unroll
-    for (int i = 0; i < kWords; i += 2) {
-      const uint2 piece = *reinterpret_cast<const uint2*>(row + 4 * i);
-      words[i] = piece.x;
-      words[i + 1] = piece.y;
-    }
-  } else if constexpr (kAlignment == 4) {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(row)[i];
-  } else {
-    const uint32_t odd = uint32_t(reinterpret_cast<uintptr_t>(row)) & 2;
-    const uint32_t select = odd ? 0x5432 : 0x3210;
-    const auto* const pairs = reinterpret_cast<const uint32_t*>(row - odd);
-    uint32_t word = pairs[0];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const uint32_t next = pairs[i + 1];
-      words[i] = __byte_perm(word, next, select);
-      word = next;
-    }
-  }
 }
 
 // Of all tokens, which lie in shared memory, each in records of its own.

@@ -7,22 +7,23 @@
 #include "cuda/common/activations.cuh"
 #include "cuda/common/product.cuh"
 #include "operations.h"
+#include "unit_words.cuh"
 
 namespace bcy {
 
 struct FloatInputs {};
 
-// A lane holds rows r, r + 8, r + 16, ... and eight element positions of a group: 4 t .. 4 t + 3
+// A lane holds rows r and r + 8 and eight element positions of a group: 4 t .. 4 t + 3
 // and those plus 16, the two words that packed nibbles keep together (r = lane / 4, t = lane % 4).
 // Each position is a partial sum of its own. AtOnce: four elements of x from a multiple of four on
 // can be loaded at once.
-template <class F, class X, int Tokens, int RowTiles, bool AtOnce>
+template <class F, class X, int Tokens, bool AtOnce>
 class FloatTile {
  public:
   using Format = F;
   using Inputs = FloatInputs;
   static constexpr int kTokens = Tokens;
-  static constexpr int kRows = RowTiles * kTileRows;
+  static constexpr int kRows = kTileRows;
   static constexpr int kBlocks = Tokens == 1 ? 2 : 1;
 
   static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const FloatInputs&,
@@ -48,7 +49,7 @@ class FloatTile {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
 #pragma unroll
-      for (int i = 0; i < 2 * RowTiles; ++i) {
+      for (int i = 0; i < kOctets; ++i) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) sums_[token][i][j] = 0.0f;
       }
@@ -64,7 +65,7 @@ class FloatTile {
         using Moved = decltype(rows.row[0].template moved<Format::kAlignment>(0));
         RowsOf<Moved, kRows> blocks;
 #pragma unroll
-        for (int i = 0; i < 2 * RowTiles; ++i) {
+        for (int i = 0; i < kOctets; ++i) {
           blocks.row[i] = rows.row[i].template moved<Format::kAlignment>(group * Format::kBytes);
         }
         add_group(blocks, 0, round * kPartials * kUnit + group * kGroup);
@@ -84,7 +85,7 @@ class FloatTile {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
 #pragma unroll
-      for (int i = 0; i < 2 * RowTiles; ++i) {
+      for (int i = 0; i < kOctets; ++i) {
         float s[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -102,6 +103,7 @@ class FloatTile {
  private:
   using Storage = typename X::Storage;
   static constexpr int kBlockGroups = Format::kElements / kGroup;
+  static constexpr int kOctets = kRows / 8;
 
   template <class Row>
   __device__ __forceinline__ void add_group(const RowsOf<Row, kRows>& rows, int group,
@@ -114,7 +116,7 @@ class FloatTile {
       load_four<X>(x_[token] + first_element + 16, AtOnce, values[token] + 4);
     }
 #pragma unroll
-    for (int i = 0; i < 2 * RowTiles; ++i) {
+    for (int i = 0; i < kOctets; ++i) {
       const auto block = rows.row[i] + group / kBlockGroups * Format::kBytes;
       float weights[8];
       dequantize_word<Format>(block, group % kBlockGroups, 0, t, weights);
@@ -130,41 +132,152 @@ class FloatTile {
   }
 
   const Storage* x_[Tokens];  // this lane's first element in this warp's first unit
-  float sums_[Tokens][2 * RowTiles][8];
+  float sums_[Tokens][kOctets][8];
 };
+
+// One token, a row of weights to each lane: the 32 element positions of a group are sums of its
+// own, and the activations, which all lanes share, lie in shared memory as float32. For a UnitRing.
+template <class F, class X>
+class FloatLaneTile {
+ public:
+  using Format = F;
+  using Inputs = FloatInputs;
+  static constexpr int kTokens = 1;
+  static constexpr int kRows = UnitRing<Format>::kRows;
+  static constexpr int kBlocks = 2;
+
+  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const FloatInputs&,
+                                                  int64_t, int) {}
+  // Each warp brings in the units that it alone reads.
+  static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args& args,
+                                                 const FloatInputs&, uint8_t* memory) {
+    wait_for_previous_kernel();
+    const auto* const x = static_cast<const typename X::Storage*>(args.x);
+    const int ncols = int(args.ncols);
+#pragma unroll 2
+    for (int unit = threadIdx.x / 32; unit * kUnit < ncols; unit += kPartials) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int k = unit * kUnit + half * (kUnit / 2) + threadIdx.x % 32 * 4;
+        if (k >= ncols) continue;
+        float four[4];
+        load_four<X>(x + k, true, four);
+        reinterpret_cast<float4*>(memory)[k / 4] = {four[0], four[1], four[2], four[3]};
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ FloatLaneTile(const bcy_gguf_matmul_args&, const FloatInputs&, int64_t,
+                                           int64_t, int first_unit, const uint8_t* memory)
+      : x_(reinterpret_cast<const float4*>(memory) + first_unit * (kUnit / 4)) {}
+
+  __device__ __forceinline__ void clear(int64_t) {
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) sums_[e] = 0.0f;
+  }
+
+  // row: of this lane, one unit.
+  __device__ __forceinline__ void add_unit(const uint8_t* row, int round, int groups, int) {
+    const float4* const x = x_ + round * (kPartials * kUnit / 4);
+    // Only formats whose blocks are groups have units that end early.
+    if (kBlockGroups == 1 && groups < kUnitGroups) {
+#pragma unroll 1
+      for (int group = 0; group < groups; ++group) {
+        add_group(Bytes<Format::kAlignment>(row + group * Format::kBytes), 0,
+                  x + group * (kGroup / 4));
+      }
+      return;
+    }
+    uint32_t words[kUnitWords<Format>];
+    load_unit_words<Format>(row, words);
+#pragma unroll
+    for (int group = 0; group < kUnitGroups; ++group) {
+      add_group(WordBytes{words, group / kBlockGroups * Format::kBytes}, group % kBlockGroups,
+                x + group * (kGroup / 4));
+    }
+  }
+
+  // Element positions meet, halved: 16 apart, then 8, 4, 2 and 1.
+  __device__ __forceinline__ void store(float (&partials)[1][Meeting<kRows, 1>::kPitch]) const {
+    float s[kGroup / 2];
+#pragma unroll
+    for (int e = 0; e < kGroup / 2; ++e) s[e] = add(sums_[e], sums_[e + kGroup / 2]);
+#pragma unroll
+    for (int halving = 0; halving < 4; ++halving) {
+      const int apart = kGroup / 4 >> halving;
+#pragma unroll
+      for (int e = 0; e < kGroup / 4; ++e) {
+        if (e < apart) s[e] = add(s[e], s[e + apart]);
+      }
+    }
+    partials[0][threadIdx.x % 32] = s[0];
+  }
+
+ private:
+  static constexpr int kBlockGroups = Format::kElements / kGroup;
+
+  template <class Block>
+  __device__ __forceinline__ void add_group(Block block, int group, const float4* x) {
+#pragma unroll
+    for (int word = 0; word < kGroup / 4; ++word) {
+      const float4 four = x[word];
+      float weights[4];
+      dequantize_word<Format>(block, group, word / 4, word % 4, weights);
+      float* const sums = sums_ + 4 * word;
+      sums[0] = fma(weights[0], four.x, sums[0]);
+      sums[1] = fma(weights[1], four.y, sums[1]);
+      sums[2] = fma(weights[2], four.z, sums[2]);
+      sums[3] = fma(weights[3], four.w, sums[3]);
+    }
+  }
+
+  const float4* x_;  // of this warp's first unit
+  float sums_[kGroup];
+};
+
+// Whether a lane has the registers for a row.
+template <class Format>
+constexpr bool kFloatsInLanes = true;
+template <>
+inline constexpr bool kFloatsInLanes<Q6_K> = false;
+
+// Activations of a token that lie in shared memory.
+constexpr int64_t kMostFloatsInLanes = 16 << 10;
 
 template <class Format>
 int GgufOperations<Format>::matvec(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
   Device device;
   if (const int status = look_at_device(args.device, device)) return status;
-  const bool regular = rows_on_boundaries<Format>(args) && loads_at_once(args, 4);
   return with_element(args.x_type, [&](auto x) {
     using X = decltype(x);
-    const auto run = [&](auto* tile, auto* ring) {
+    // extra: bytes of activations in shared memory.
+    const auto streamed = [&](auto* tile, auto* ring, int64_t extra) {
       using Tile = std::remove_pointer_t<decltype(tile)>;
       using Ring = std::remove_pointer_t<decltype(ring)>;
-      if (device.arch < 800) return launch_direct(tile, args, FloatInputs{}, stream);
       const bool overlap = args.overlap != 0;
-      return launch_streamed<Tile, Ring>(args, FloatInputs{}, device, 0, overlap, overlap, stream);
+      return launch_streamed<Tile, Ring>(args, FloatInputs{}, device, int(extra), overlap, overlap,
+                                         stream);
     };
     constexpr int kMany = sizeof(typename X::Storage) == 4 ? 2 : 4;  // tokens
-    if (!regular || device.arch < 800) {
-      return run(static_cast<FloatTile<Format, X, kMany, 1, false>*>(nullptr),
-                 static_cast<RowRing<Format, 16, false>*>(nullptr));
+    FloatTile<Format, X, kMany, false>* const any_tokens = nullptr;
+    if (device.arch < 800) return launch_direct(any_tokens, args, FloatInputs{}, stream);
+    if (!rows_on_boundaries<Format>(args) || !loads_at_once(args, 4)) {
+      return streamed(any_tokens, static_cast<RowRing<Format, 16, false>*>(nullptr), 0);
     }
+    RowRing<Format, 16, true>* const rows = nullptr;
     if (args.m > 1) {
-      return run(static_cast<FloatTile<Format, X, kMany, 1, true>*>(nullptr),
-                 static_cast<RowRing<Format, 16, true>*>(nullptr));
+      return streamed(static_cast<FloatTile<Format, X, kMany, true>*>(nullptr), rows, 0);
     }
-    // Two tiles of rows share what is loaded of x, where there are rows enough, and registers.
-    constexpr bool kLarge = Format::kMinima > 0 || Format::kScaleElements == 16;
-    if (!kLarge && args.nrows >= 3 * 32 * int64_t{device.processors}) {
-      constexpr int kRowTiles = kLarge ? 1 : 2;
-      return run(static_cast<FloatTile<Format, X, 1, kRowTiles, true>*>(nullptr),
-                 static_cast<RowRing<Format, kRowTiles * kTileRows, true>*>(nullptr));
+    if constexpr (kFloatsInLanes<Format>) {
+      if (device.arch >= UnitRing<Format>::kOldestArch && args.ncols > 0 &&
+          args.ncols <= kMostFloatsInLanes && args.nrows <= INT32_MAX) {  // places in boxes
+        return streamed(static_cast<FloatLaneTile<Format, X>*>(nullptr),
+                        static_cast<UnitRing<Format>*>(nullptr),
+                        ceil_div(args.ncols, kUnit) * kUnit * sizeof(float));
+      }
     }
-    return run(static_cast<FloatTile<Format, X, 1, 1, true>*>(nullptr),
-               static_cast<RowRing<Format, 16, true>*>(nullptr));
+    return streamed(static_cast<FloatTile<Format, X, 1, true>*>(nullptr), rows, 0);
   });
 }
 

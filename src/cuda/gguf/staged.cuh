@@ -64,7 +64,8 @@ inline constexpr int kLaneTokens<Q6_K> = 1;
 constexpr int64_t kFusedElements = 8192;
 template <class Format>
 bool stages_inside(int arch, int64_t ncols, int64_t m) {
-  return arch >= 800 && m <= (arch >= 900 ? kLaneTokens<Format> : 1) && ncols <= kFusedElements / m;
+  return arch >= 800 && m <= (arch >= 900 ? kLaneTokens<Format> : 1) && ncols <= kFusedElements &&
+         ncols * m <= kFusedElements;
 }
 
 struct Staged {
