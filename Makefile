@@ -7,6 +7,7 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 TORCH   ?= torch==2.13.0+cpu
 BITSANDBYTES ?= bitsandbytes==0.50.2 transformers==5.24.0 accelerate==1.15.0
+EMULATED ?= 90
 SHELL   := bash
 .SHELLFLAGS := -o pipefail -c
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -43,6 +44,7 @@ test: $(BIN)/pip
 
 # The tests marked gpu, on the kernels' own source compiled for the CPU.
 emulated-test: export BARACUDA_CUDA := emulated
+emulated-test: export BARACUDA_CUDA_ARCHS := $(EMULATED)
 emulated-test: $(BIN)/pip
 	$(call install,--no-deps --upgrade --target build/emulated .)
 	PYTHONPATH=$(abspath build/emulated) pytest -m gpu

@@ -262,6 +262,7 @@ def native_objects(toolkit: Toolkit | None) -> list[Object]:
     cuda, cpu = Path("src/cuda"), Path("src/cpu")
     commands: dict[Path, list[str]] = {}
     if toolkit:
+        kind = "cuda"
         archs = cuda_archs(toolkit.nvcc)
         version = "{}.{}".format(*toolkit.version)
         print(f"CUDA {version} ({toolkit.nvcc}) for {' '.join(archs)}", flush=True)
@@ -272,12 +273,16 @@ def native_objects(toolkit: Toolkit | None) -> list[Object]:
             commands[source] = [*cxx, *CXX_FLAGS, define, f"-isystem{toolkit.include}"]
     elif EMULATED:
         arch = os.environ.get("BARACUDA_CUDA_ARCHS") or "90"
+        if not re.fullmatch(r"7[5-9]|[89]\d", arch):
+            sys.exit(f"BARACUDA_CUDA_ARCHS: expected one of 75 to 90 to emulate, got {arch!r}")
+        kind = f"emulated-{arch}"
         print(f"CUDA {arch}, emulated", flush=True)
         flags = [*EMULATOR_FLAGS, f"-D__CUDA_ARCH__={arch}0", f'-DBCY_CUDA_ARCHS="{arch}"']
         flags += AVX2 if X86_64 else []
         for source in [*sorted(cuda.rglob("*.cu")), cuda / "runtime.cpp", *EMULATOR.glob("*.cpp")]:
             commands[source] = [*cxx, *flags, "-x", "c++"]
     else:
+        kind = "cpu"
         print("CPU only (BARACUDA_CUDA=0)", flush=True)
         commands[cuda / "absent.cpp"] = [*cxx, *CXX_FLAGS]
     for source in sorted(cpu.rglob("*.cpp")):
@@ -286,8 +291,7 @@ def native_objects(toolkit: Toolkit | None) -> list[Object]:
             commands[source] = [*cxx, *CXX_FLAGS, *isa]
     objects = []
     for source, command in commands.items():
-        folder = BUILD / "native" / ("cuda" if toolkit else "emulated" if EMULATED else "cpu")
-        output = folder / source.with_suffix(source.suffix + ".o")
+        output = BUILD / "native" / kind / source.with_suffix(source.suffix + ".o")
         command += [f"-I{INCLUDE}", "-Isrc", "-c", str(source), "-o", str(output)]
         recipe = shlex.join(command)
         if toolkit:  # pip unpacks the wheels somewhere else for every build
