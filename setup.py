@@ -81,6 +81,8 @@ EMULATOR_FLAGS = [
         "-Wno-parentheses",
         "-Wno-sign-compare",
         "-D__CUDACC__",
+        "-fsanitize=alignment",  # as on a GPU, a load or a store off its boundary ends the program
+        "-fsanitize-undefined-trap-on-error",
     ),
     *(f"-I{EMULATOR}/include", f"-I{EMULATOR}"),
 ]

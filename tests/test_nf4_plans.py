@@ -28,6 +28,7 @@ from problems import (
 )
 
 import baracuda_cy as bcy
+from baracuda_cy import _cuda
 
 MS = (0, 1, 3, 8, 13, 33)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -649,6 +650,24 @@ def test_a_row_does_not_depend_on_the_others(path, rows, m):
     np.testing.assert_array_equal(bits(part.product(backend, x, pref=pref)), bits(want))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, activation", [(8, "float16"), (13, "bfloat16"), (33, "float16")])
+def test_many_rows(m, activation):
+    """A kernel for many rows, in clusters where there are many tokens, has the bits of few."""
+    backend, some = Backend("cuda"), 500
+    n = 3 * 32 * _cuda.multiprocessors() + 5
+    for k in (192, 2304):
+        whole = Nf4Weight(n, k)
+        x = random_activations(m, k, activation)
+        got = whole.product(backend, x)
+        for first in range(0, n, some):
+            part = Nf4Weight(min(some, n - first), k)
+            part.data = whole.data[first * k // 2 :][: part.n * k // 2]
+            part.absmax = whole.absmax[first * k // 64 :][: part.n * k // 64]
+            want = part.product(backend, x)
+            np.testing.assert_array_equal(bits(got[:, first : first + some]), bits(want))
+
+
 # ---- bit_stable_across_hardware ------------------------------------------------------------------
 
 
@@ -808,8 +827,6 @@ def test_sku_on_the_cpu():
 
 @pytest.mark.gpu
 def test_sku_on_cuda():
-    from baracuda_cy import _cuda
-
     major, minor = _cuda.compute_capability(0)
     for pref in (None, EXACT):
         sku = Nf4Weight(8, 64).plan("cuda", 4, pref=pref).sku

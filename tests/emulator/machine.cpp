@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -20,6 +21,7 @@
 namespace emulator {
 
 thread_local const Thread* this_thread;
+struct Kernel;
 
 namespace {
 
@@ -27,6 +29,8 @@ constexpr int kLanes = 32;
 constexpr int kRankShift = 24;                        // of a shared address
 constexpr uint32_t kOffsets = (1u << kRankShift) - 1;
 constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kPage = 4096;
+constexpr size_t kBoundary = 16;  // of shared memory, as the host sees it
 constexpr auto kPatience = std::chrono::seconds(60);  // for the other blocks of a cluster
 
 // As the hardware has it, in the 64 bits that the program gives it.
@@ -46,7 +50,31 @@ struct Fiber {
   Thread thread;
   jmp_buf state;
   bool started = false;
+  uint64_t turn = 0;
   std::vector<std::function<void()>> copies;  // of its own, not yet promised to a barrier
+};
+
+// Memory that ends where a page does that must not be touched, and holds 0xff until it is written.
+class Shared {
+ public:
+  explicit Shared(size_t bytes)
+      : room_((bytes + kBoundary - 1) / kBoundary * kBoundary),
+        mapped_((room_ + 2 * kPage - 1) / kPage * kPage) {
+    void* const pages =
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) abort();
+    end_ = static_cast<uint8_t*>(pages) + mapped_ - kPage;
+    mprotect(end_, kPage, PROT_NONE);
+    memset(start(), 0xff, room_);
+  }
+  ~Shared() { munmap(end_ + kPage - mapped_, mapped_); }
+  Shared(const Shared&) = delete;
+  Shared& operator=(const Shared&) = delete;
+  uint8_t* start() const { return end_ - room_; }
+
+ private:
+  size_t room_, mapped_;
+  uint8_t* end_;
 };
 
 // Stacks are kept for the blocks to come. A thread that returns leaves its own to the next one.
@@ -61,7 +89,7 @@ class Stacks {
       void* const stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (stack == MAP_FAILED) abort();
-      mprotect(stack, 4096, PROT_NONE);
+      mprotect(stack, kPage, PROT_NONE);
       all_.push_back(stack);
     }
     return all_[used_++];
@@ -76,6 +104,7 @@ thread_local Stacks stacks;
 struct Warp {
   Operands operands[2][kLanes];  // by turns: a lane may be at the next instruction already
   const char* instruction = nullptr;
+  int line = 0;
   int arrived = 0, exited = 0;
   unsigned turn = 0;
 };
@@ -95,6 +124,7 @@ struct Waiter {
 class Block;
 
 struct Cluster {
+  Kernel* kernel;
   std::vector<std::unique_ptr<Block>> blocks;
   std::mutex mutex;  // of barriers, and of what blocks write into each other
   std::atomic<int> arrived{0};
@@ -102,7 +132,6 @@ struct Cluster {
 };
 
 thread_local Block* this_block;
-std::atomic<uint64_t> launches{0};
 
 class Block {
  public:
@@ -111,16 +140,18 @@ class Block {
       : cluster_(cluster),
         kernel_(kernel),
         random_(seed),
+        fair_(random_() % 2),
+        eager_(random_() % 3),
         rank_(rank),
         shared_bytes_(launch.shared_bytes),
-        memory_(launch.shared_bytes + 1024, 0xff) {
+        memory_(launch.shared_bytes),
+        shared_(memory_.start()) {
     const size_t threads = size_t{launch.block.x};
     fibers_.resize(threads);
     warps_.resize((threads + kLanes - 1) / kLanes);
-    shared_ = memory_.data() + (1024 - reinterpret_cast<uintptr_t>(memory_.data()) % 1024);
     for (size_t i = 0; i < threads; ++i) {
       fibers_[i].thread = {{unsigned(i), 0, 0}, index, launch.grid};
-      ready_.push_back(&fibers_[i]);
+      make_ready(&fibers_[i]);
     }
   }
 
@@ -129,18 +160,21 @@ class Block {
     this_block = this;
     stacks.clear();
     if (_setjmp(finished_) == 0) resume(pick());
+    gone_ = true;
     this_block = nullptr;
     this_thread = nullptr;
   }
 
-  const Operands* meet_warp(const char* instruction, const Operands& mine) {
+  const Operands* meet_warp(const char* instruction, int line, const Operands& mine) {
     const int thread = current_->thread.thread.x;
     Warp& warp = warps_[thread / kLanes];
     if (warp.exited > 0) fail("%s: a lane of the warp has returned", instruction);
     if (warp.arrived == 0) {
       warp.instruction = instruction;
-    } else if (strcmp(warp.instruction, instruction) != 0) {
-      fail("lanes of a warp are at %s and at %s", warp.instruction, instruction);
+      warp.line = line;
+    } else if (strcmp(warp.instruction, instruction) != 0 || warp.line != line) {
+      fail("lanes of a warp are at %s, line %d, and at %s, line %d", warp.instruction, warp.line,
+           instruction, line);
     }
     Operands* const all = warp.operands[warp.turn % 2];
     all[thread % kLanes] = mine;
@@ -152,7 +186,7 @@ class Block {
     ++warp.turn;
     for (int lane = 0; lane < kLanes; ++lane) {
       Fiber& fiber = fibers_[thread / kLanes * kLanes + lane];
-      if (&fiber != current_) ready_.push_back(&fiber);
+      if (&fiber != current_) make_ready(&fiber);
     }
     maybe_copy();
     return all;
@@ -166,7 +200,7 @@ class Block {
       return;
     }
     meeting.arrived = 0;
-    ready_.insert(ready_.end(), meeting.waiting.begin(), meeting.waiting.end());
+    for (Fiber* const fiber : meeting.waiting) make_ready(fiber);
     meeting.waiting.clear();
   }
   int threads() const { return int(fibers_.size()); }
@@ -182,7 +216,11 @@ class Block {
       while (cluster_.arrived.load() < (turn + 1) * blocks) {
         if (cluster_.failed) leave();
         if (std::chrono::steady_clock::now() > until) fail("blocks of a cluster do not meet");
-        std::this_thread::yield();
+        if (copies_.empty()) {
+          std::this_thread::yield();
+        } else {
+          copy_one();
+        }
       }
     }
     sync(0, threads());
@@ -191,7 +229,6 @@ class Block {
   uint8_t* shared() const { return shared_; }
   unsigned rank() const { return rank_; }
   Cluster& cluster() const { return cluster_; }
-  std::mt19937_64& random() { return random_; }
   Fiber& current() const { return *current_; }
 
   uint32_t offset_of(const void* p) const {
@@ -203,6 +240,7 @@ class Block {
     const unsigned rank = address >> kRankShift;
     if (rank >= cluster_.blocks.size()) fail("no block %u in the cluster", rank);
     const Block& block = *cluster_.blocks[rank];
+    if (block.gone_) fail("block %u of the cluster has returned", rank);
     if ((address & kOffsets) >= block.shared_bytes_) fail("an offset beyond shared memory");
     return block.shared_ + (address & kOffsets);
   }
@@ -217,7 +255,13 @@ class Block {
     wait();
   }
 
-  void later(std::function<void()> copy) { copies_.push_back(std::move(copy)); }
+  void start(std::function<void()> copy) {
+    if (random_() % 2 < eager_) {
+      copy();
+    } else {
+      copies_.push_back(std::move(copy));
+    }
+  }
 
   [[noreturn]] void leave() {
     cluster_.failed = true;
@@ -238,26 +282,39 @@ class Block {
     if (_setjmp(current_->state) == 0) resume(next);
   }
 
+  // Either draws lots each time, or some threads are behind the others for long.
+  void make_ready(Fiber* fiber) {
+    if (fiber->turn == 0 || random_() % (fair_ ? 1 : 256) == 0) fiber->turn = random_();
+    ready_.push_back(fiber);
+    std::push_heap(ready_.begin(), ready_.end(), later_than);
+  }
+  static bool later_than(const Fiber* a, const Fiber* b) { return a->turn > b->turn; }
+
+  void look_at_barriers() {
+    for (size_t i = 0; i < waiters_.size();) {
+      if (passed(waiters_[i].barrier, waiters_[i].parity)) {
+        make_ready(waiters_[i].fiber);
+        waiters_[i] = waiters_.back();
+        waiters_.pop_back();
+      } else {
+        ++i;
+      }
+    }
+  }
+
   Fiber* pick() {
     maybe_copy();
+    if (random_() % 16 == 0) look_at_barriers();
     const auto until = std::chrono::steady_clock::now() + kPatience;
     for (;;) {
       if (!ready_.empty()) {
-        std::swap(ready_[random_() % ready_.size()], ready_.back());
+        std::pop_heap(ready_.begin(), ready_.end(), later_than);
         Fiber* const next = ready_.back();
         ready_.pop_back();
         return next;
       }
       if (cluster_.failed) leave();
-      for (size_t i = 0; i < waiters_.size();) {
-        if (passed(waiters_[i].barrier, waiters_[i].parity)) {
-          ready_.push_back(waiters_[i].fiber);
-          waiters_[i] = waiters_.back();
-          waiters_.pop_back();
-        } else {
-          ++i;
-        }
-      }
+      look_at_barriers();
       if (!ready_.empty()) continue;
       if (!copies_.empty()) {
         copy_one();
@@ -273,7 +330,7 @@ class Block {
   }
 
   void maybe_copy() {
-    if (!copies_.empty() && random_() % 8 == 0) copy_one();
+    if (!copies_.empty() && eager_ > 0 && random_() % 8 == 0) copy_one();
   }
   void copy_one() {
     std::swap(copies_[random_() % copies_.size()], copies_.back());
@@ -321,9 +378,11 @@ class Block {
   Cluster& cluster_;
   const std::function<void()>& kernel_;
   std::mt19937_64 random_;
+  bool fair_;       // to threads
+  unsigned eager_;  // of 2: how many copies are made at once
   unsigned rank_;
   size_t shared_bytes_;
-  std::vector<uint8_t> memory_;
+  Shared memory_;
   uint8_t* shared_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
@@ -333,6 +392,7 @@ class Block {
   std::vector<std::function<void()>> copies_;
   Fiber* current_ = nullptr;
   size_t finished_count_ = 0;
+  std::atomic<bool> gone_{false};
   jmp_buf finished_;
 };
 
@@ -371,8 +431,8 @@ void fail(const char* format, ...) {
 
 uint8_t* dynamic_shared() { return this_block->shared(); }
 
-const Operands* meet_warp(const char* instruction, const Operands& mine) {
-  return this_block->meet_warp(instruction, mine);
+const Operands* meet_warp(const char* instruction, int line, const Operands& mine) {
+  return this_block->meet_warp(instruction, line, mine);
 }
 void sync_block() { this_block->sync(0, this_block->threads()); }
 void sync_named(int barrier, int threads) { this_block->sync(barrier, threads); }
@@ -403,11 +463,7 @@ void copy_async(std::function<void()> copy, uint32_t barrier, uint32_t bytes) {
     copy();
     complete(block, barrier, bytes);
   };
-  if (block.random()() % 2) {
-    whole();
-  } else {
-    block.later(std::move(whole));
-  }
+  block.start(std::move(whole));
 }
 
 void copy_own(std::function<void()> copy) {
@@ -421,7 +477,7 @@ void arrive_after_copies(uint32_t barrier) {
     arrive(block, barrier, 0);
   };
   block.current().copies.clear();
-  block.later(std::move(whole));
+  block.start(std::move(whole));
 }
 
 void store_remote(uint32_t address, uint32_t value, uint32_t barrier) {
@@ -458,26 +514,78 @@ std::mutex Turn::mutex_;
 std::condition_variable Turn::next_;
 uint64_t Turn::last_ = 0, Turn::serving_ = 0;
 
-bool run(const Launch& launch, const std::function<void()>& kernel) {
-  const Turn turn;
-  const char* const given = getenv("BARACUDA_EMULATOR_SEED");
-  uint64_t seed = (given ? strtoull(given, nullptr, 10) : 0) + launches++ * 0x9e3779b97f4a7c15u;
-  for (unsigned first = 0; first < launch.grid.x; first += launch.cluster) {
+// A kernel that was launched, and the one ahead of it where it need not wait for its end.
+struct Kernel {
+  Launch launch;
+  std::function<void()> threads;
+  uint64_t seed;
+  std::unique_ptr<Kernel> previous;
+  std::once_flag previous_ran;
+
+  Kernel(const Launch& launch, std::function<void()> threads, uint64_t seed)
+      : launch(launch), threads(std::move(threads)), seed(seed) {}
+
+  void run();
+  void run_previous() {
+    std::call_once(previous_ran, [&] {
+      // What waits is a fiber of this thread.
+      if (previous) std::thread([&] { previous->run(); }).join();
+    });
+  }
+};
+
+std::unique_ptr<Kernel> last;  // launched, not run
+std::atomic<bool> failed{false};
+
+void Kernel::run() {
+  std::mt19937_64 random(seed);
+  std::vector<unsigned> firsts(launch.grid.x / launch.cluster);
+  for (size_t i = 0; i < firsts.size(); ++i) firsts[i] = unsigned(i) * launch.cluster;
+  std::shuffle(firsts.begin(), firsts.end(), random);
+  for (const unsigned first : firsts) {
     Cluster cluster;
+    cluster.kernel = this;
     for (unsigned rank = 0; rank < launch.cluster; ++rank) {
       cluster.blocks.push_back(std::make_unique<Block>(cluster, launch, Index{first + rank, 0, 0},
-                                                       rank, ++seed, kernel));
+                                                       rank, random(), threads));
     }
     if (launch.cluster == 1) {
       cluster.blocks[0]->run();
     } else {
-      std::vector<std::thread> threads;
-      for (auto& block : cluster.blocks) threads.emplace_back([&block] { block->run(); });
-      for (auto& thread : threads) thread.join();
+      std::vector<std::thread> blocks;
+      for (auto& block : cluster.blocks) blocks.emplace_back([&block] { block->run(); });
+      for (auto& block : blocks) block.join();
     }
-    if (cluster.failed) return false;
+    if (!cluster.failed) continue;
+    failed = true;
+    break;
   }
-  return true;
+  run_previous();
 }
+
+void run_last() {
+  if (const auto kernel = std::move(last)) kernel->run();
+}
+
+bool launch(const Launch& launch, std::function<void()> threads) {
+  static const char* const given = getenv("BARACUDA_EMULATOR_SEED");
+  static std::mt19937_64 random(given ? strtoull(given, nullptr, 10) : 0);
+  const Turn turn;
+  // Chains end now and then: all kernels of one may be under way.
+  const bool overlaps = launch.early && last && last->launch.stream == launch.stream;
+  if (!overlaps || random() % 4 == 0) run_last();
+  auto kernel = std::make_unique<Kernel>(launch, std::move(threads), random());
+  kernel->previous = std::move(last);
+  last = std::move(kernel);
+  return !failed;
+}
+
+bool finish() {
+  const Turn turn;
+  run_last();
+  return !failed;
+}
+
+void wait_for_previous_kernel() { this_block->cluster().kernel->run_previous(); }
 
 }  // namespace emulator

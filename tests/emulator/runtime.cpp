@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA runtime on a CPU. Everything is done before a call returns, so that streams are always
-// idle and events always passed. Memory ends where a page does that must not be touched, and holds
-// 0xff until it is written.
+// The CUDA runtime on a CPU. What was launched is done before a call returns that could tell, so
+// that streams are always idle and events always passed. Memory ends where a page does that must
+// not be touched, and holds 0xff until it is written.
 #include <cuda.h>
 #include <stdio.h>
 #include <sys/mman.h>
@@ -24,13 +24,13 @@ struct EmulatedPool {};
 namespace {
 
 constexpr int kArch = __CUDA_ARCH__;
-constexpr int kProcessors = 4;  // few: a block takes many tiles
+constexpr int kProcessors = 8;  // few: a block takes many tiles; the largest cluster fits
 constexpr int kSharedPerProcessor = kArch >= 900 ? 228 << 10 : kArch >= 800 ? 164 << 10 : 64 << 10;
 constexpr int kReserved = kArch >= 800 ? 1 << 10 : 0;
 constexpr int kLeast = 0, kGreatest = -5;  // priorities of streams
 constexpr size_t kTotalMemory = size_t{8} << 30;
 constexpr size_t kBoundary = 256;  // of what cudaMalloc returns
-constexpr int kGuard = 0xa5;       // between the end of an allocation and the page after it
+constexpr int kGuard = 0xa5;       // what else there is in its pages
 
 thread_local cudaError_t last_error = cudaSuccess;
 
@@ -38,6 +38,9 @@ cudaError_t done(cudaError_t status) {
   if (status != cudaSuccess) last_error = status;
   return status;
 }
+
+// All that was launched; as on a GPU, nothing goes on after a failure.
+cudaError_t finish() { return done(emulator::finish() ? cudaSuccess : cudaErrorLaunchFailure); }
 
 // ---- memory -----------------------------------------------------------------------------------------------------
 
@@ -59,40 +62,61 @@ cudaError_t allocate(void** pointer, size_t bytes, cudaMemoryType type) {
   if (bytes > kTotalMemory) return done(cudaErrorMemoryAllocation);
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
   const size_t room = round_up(bytes, kBoundary);
-  const size_t mapped = round_up(room, page) + page;
+  const size_t mapped = page + round_up(room, page) + page;
   const std::lock_guard<std::mutex> lock(mutex);
   if (allocated + bytes > kTotalMemory) return done(cudaErrorMemoryAllocation);
   void* const memory =
       mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return done(cudaErrorMemoryAllocation);
   auto* const pages = static_cast<uint8_t*>(memory);
-  mprotect(pages + mapped - page, page, PROT_NONE);
-  uint8_t* const start = pages + mapped - page - room;
-  memset(pages, 0xff, mapped - page);
-  memset(start + bytes, kGuard, room - bytes);
+  uint8_t* const last = pages + mapped - page;
+  mprotect(pages, page, PROT_NONE);
+  mprotect(last, page, PROT_NONE);
+  uint8_t* const start = last - room;
+  memset(pages + page, kGuard, mapped - 2 * page);
+  memset(start, 0xff, bytes);
   allocations[start] = {bytes, pages, mapped, type};
   allocated += bytes;
   *pointer = start;
   return cudaSuccess;
 }
 
+void expect_untouched(const uint8_t* from, const uint8_t* to, const uint8_t* start) {
+  for (; from < to; ++from) {
+    if (*from == kGuard) continue;
+    fprintf(stderr, "emulated GPU: byte %td of an allocation was written\n", from - start);
+    abort();
+  }
+}
+
 cudaError_t release(void* pointer) {
   if (pointer == nullptr) return cudaSuccess;
+  if (const cudaError_t status = finish()) return status;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = allocations.find(static_cast<uint8_t*>(pointer));
   if (found == allocations.end()) return done(cudaErrorInvalidValue);
   const auto& [start, allocation] = *found;
-  for (size_t i = allocation.bytes; i < round_up(allocation.bytes, kBoundary); ++i) {
-    if (start[i] == kGuard) continue;
-    fprintf(stderr, "emulated GPU: byte %zu past the end of %zu was written\n",
-            i - allocation.bytes, allocation.bytes);
-    abort();
-  }
+  const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  expect_untouched(allocation.pages + page, start, start);
+  expect_untouched(start + allocation.bytes, allocation.pages + allocation.mapped - page, start);
   munmap(allocation.pages, allocation.mapped);
   allocated -= allocation.bytes;
   allocations.erase(found);
   return cudaSuccess;
 }
+
+}  // namespace
+
+bool emulator::is_allocated(const void* p, size_t bytes) {
+  const auto* const byte = static_cast<const uint8_t*>(p);
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto after = allocations.upper_bound(const_cast<uint8_t*>(byte));
+  if (after == allocations.begin()) return false;
+  const auto& [start, allocation] = *--after;
+  return byte + bytes <= start + allocation.bytes;
+}
+
+namespace {
 
 // ---- descriptors for the copy engine ----------------------------------------------------------------------------
 
@@ -127,9 +151,13 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
 cudaError_t check_launch(const cudaLaunchConfig_t& config, emulator::Launch& launch) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   unsigned cluster = 1;
+  bool early = false;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
-    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) {
-      cluster = config.attrs[i].val.clusterDim.x;
+    const auto& [id, value] = config.attrs[i];
+    if (id == cudaLaunchAttributeClusterDimension) {
+      cluster = value.clusterDim.x;
+    } else {
+      early = value.programmaticStreamSerializationAllowed != 0;
     }
   }
   if (grid.x < 1 || grid.x > 0x7fffffffu || grid.y != 1 || grid.z != 1 || block.x < 1 ||
@@ -137,7 +165,8 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, emulator::Launch& lau
       grid.x % cluster != 0 || config.dynamicSmemBytes > size_t(kSharedPerProcessor - kReserved)) {
     return done(cudaErrorInvalidConfiguration);
   }
-  launch = {{grid.x, 1, 1}, {block.x, 1, 1}, cluster, config.dynamicSmemBytes};
+  launch = {{grid.x, 1, 1},          {block.x, 1, 1}, cluster,
+            config.dynamicSmemBytes, early,           config.stream};
   return cudaSuccess;
 }
 
@@ -236,11 +265,12 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int pri
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  const cudaError_t status = finish();
   delete stream;
-  return cudaSuccess;
+  return status;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return finish(); }
+cudaError_t cudaStreamQuery(cudaStream_t) { return finish(); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
@@ -274,8 +304,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
   event->recorded = std::chrono::steady_clock::now();
   return cudaSuccess;
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return finish(); }
+cudaError_t cudaEventQuery(cudaEvent_t) { return finish(); }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
   const std::chrono::steady_clock::time_point never;
   if (start->recorded == never || end->recorded == never) {
@@ -302,10 +332,12 @@ cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
 cudaError_t cudaFreeHost(void* pointer) { return release(pointer); }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t) {
+  if (const cudaError_t status = finish()) return status;
   memmove(to, from, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  if (const cudaError_t status = finish()) return status;
   memset(to, value, bytes);
   return cudaSuccess;
 }

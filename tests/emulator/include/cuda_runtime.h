@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <tuple>
 #include <type_traits>
 
 #include "cuda_runtime_api.h"
@@ -31,13 +32,13 @@ inline constexpr EmulatedIndex<&emulator::Thread::thread> threadIdx{};
 inline constexpr EmulatedIndex<&emulator::Thread::block> blockIdx{};
 inline constexpr EmulatedIndex<&emulator::Thread::grid_dim> gridDim{};
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 struct alignas(16) float4 {
@@ -84,22 +85,22 @@ inline int __dp4a(int a, int b, int sum) {
 }
 
 inline void __syncthreads() { emulator::sync_block(); }
-inline void __syncwarp() { emulator::meet_warp("__syncwarp"); }
+inline void __syncwarp(int line = __builtin_LINE()) { emulator::meet_warp("__syncwarp", line); }
 
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
+T __shfl_sync(unsigned, T value, int lane, int line = __builtin_LINE()) {
   static_assert(sizeof(T) == sizeof(uint32_t));
   emulator::Operands mine = {};
   memcpy(&mine.words[0], &value, sizeof value);
-  memcpy(&value, &emulator::meet_warp("__shfl_sync", mine)[lane & 31].words[0], sizeof value);
+  memcpy(&value, &emulator::meet_warp("__shfl_sync", line, mine)[lane & 31].words[0], sizeof value);
   return value;
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ lanes);
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
+  return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ lanes, line);
 }
-inline unsigned __reduce_add_sync(unsigned, unsigned value) {
-  const emulator::Operands* const all = emulator::meet_warp("__reduce_add_sync", {{value}});
+inline unsigned __reduce_add_sync(unsigned, unsigned value, int line = __builtin_LINE()) {
+  const emulator::Operands* const all = emulator::meet_warp("__reduce_add_sync", line, {{value}});
   unsigned sum = 0;
   for (int lane = 0; lane < 32; ++lane) sum += all[lane].words[0];
   return sum;
@@ -120,8 +121,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments... arguments) {
   emulator::Launch launch;
   if (const cudaError_t status = check_launch(*config, launch)) return status;
-  const bool ran = emulator::run(launch, [&] { kernel(Parameters(arguments)...); });
-  return ran ? cudaSuccess : cudaErrorLaunchFailure;
+  std::tuple<Parameters...> values(arguments...);
+  const bool well = emulator::launch(
+      launch, [kernel, values = std::move(values)] { std::apply(kernel, values); });
+  return well ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 template <class... Parameters>

@@ -10,13 +10,18 @@
 namespace bcy {
 
 inline void let_next_kernel_start() {}
-inline void wait_for_previous_kernel() {}
+using emulator::wait_for_previous_kernel;
 
 #define BCY_DYNAMIC_SHARED(name) uint8_t* const name = emulator::dynamic_shared()
+
+inline void check_boundary(const char* what, uintptr_t value, unsigned boundary) {
+  if (value % boundary != 0) emulator::fail("%s is not a multiple of %u bytes", what, boundary);
+}
 
 inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
 inline uint2 load_shared(uint32_t address) {
   uint2 two;
+  check_boundary("the address of a load", address, sizeof two);
   memcpy(&two, emulator::shared_pointer(address), sizeof two);
   return two;
 }
@@ -29,10 +34,6 @@ inline void barrier_init_fence() {}
 inline void barrier_arrive(uint64_t* barrier) { emulator::barrier_arrive(shared_address(barrier)); }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   emulator::barrier_wait(shared_address(barrier), parity);
-}
-
-inline void check_boundary(const char* what, uintptr_t value, unsigned boundary) {
-  if (value % boundary != 0) emulator::fail("%s is not a multiple of %u bytes", what, boundary);
 }
 
 constexpr int kCopyArrivals = __CUDA_ARCH__ >= 900 ? 1 : 32;
@@ -52,10 +53,15 @@ inline void expect_copies(uint64_t* barrier, uint32_t bytes) {
   __syncwarp();
 }
 
+inline void check_source(const void* from, size_t bytes) {
+  if (!emulator::is_allocated(from, bytes)) emulator::fail("a copy from beyond an allocation");
+}
+
 inline void copy_row(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  check_boundary("the target of a copy", reinterpret_cast<uintptr_t>(to), 16);
+  check_boundary("the target of a copy", shared_address(to), 16);
   check_boundary("the source of a copy", reinterpret_cast<uintptr_t>(from), 16);
   check_boundary("the size of a copy", bytes, 16);
+  check_source(from, bytes);
   const auto copy = [=] { memcpy(to, from, bytes); };
   if (__CUDA_ARCH__ >= 900) {
     emulator::copy_async(copy, shared_address(barrier), bytes);
@@ -67,8 +73,9 @@ inline void copy_row(void* to, const void* from, uint32_t bytes, uint64_t* barri
 // What lies outside the matrix is zeros.
 inline void copy_box(void* to, const void* matrix, int column, int row, uint64_t* barrier) {
   const CUtensorMap map = *static_cast<const CUtensorMap*>(matrix);
-  check_boundary("the target of a box", reinterpret_cast<uintptr_t>(to), 128);
+  check_boundary("the target of a box", shared_address(to), 128);
   const uint32_t width = map.box_columns * map.element_bytes;
+  check_source(map.matrix, (map.rows - 1) * map.pitch + map.columns * map.element_bytes);
   const auto copy = [=] {
     auto* const target = static_cast<uint8_t*>(to);
     for (uint32_t r = 0; r < map.box_rows; ++r) {

@@ -26,7 +26,7 @@ inline int dot_of_lanes(const emulator::Operands* all, int row_lane, int row_wor
 // Operands: words 0 to 3 as a, 4 and 5 as b; with Halves 1 only words 0, 1 and 4.
 template <bool UnsignedWeights, int Halves>
 inline void mma_integers(int (&c)[4], const emulator::Operands& mine) {
-  const emulator::Operands* const all = emulator::meet_warp("mma", mine);
+  const emulator::Operands* const all = emulator::meet_warp("mma", 0, mine);
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) {
     for (int half = 0; half < Halves; ++half) {
@@ -48,7 +48,8 @@ inline void mma_group(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 // The sums are exact but for one rounding; tensor cores round more often.
 template <class X>
 inline void mma_floats(float (&c)[4], uint2 a, uint2 a8, uint32_t b, uint32_t b8) {
-  const emulator::Operands* const all = emulator::meet_warp("mma", {{a.x, a.y, a8.x, a8.y, b, b8}});
+  const emulator::Operands* const all =
+      emulator::meet_warp("mma", 0, {{a.x, a.y, a8.x, a8.y, b, b8}});
   const int lane = threadIdx.x % 32;
   const auto element = [](uint32_t word, int i) {
     const uint16_t bits = uint16_t(word >> 16 * i);
