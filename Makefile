@@ -47,7 +47,7 @@ emulated-test: export BARACUDA_CUDA := emulated
 emulated-test: export BARACUDA_CUDA_ARCHS := $(EMULATED)
 emulated-test: $(BIN)/pip
 	$(call install,--no-deps --upgrade --target build/emulated .)
-	PYTHONPATH=$(abspath build/emulated) pytest -m gpu
+	PYTHONPATH=$(abspath build/emulated) pytest -m gpu -n auto
 
 gpu-test: $(BIN)/pip
 	$(call install,".[test]")
