@@ -130,9 +130,15 @@ def test_staging_inside_and_outside(cpu, gpu, name):
             assert (plan.workspace_size == 0) == inside
 
 
-@pytest.mark.parametrize("m", [1, 2, 8, 16, 32])
+@pytest.mark.parametrize(
+    ("make", "m"),
+    [
+        *((problems.staged_plan, m) for m in (1, 2, 8, 16, 32)),
+        *((problems.float_plan, m) for m in (1, 3)),
+    ],
+)
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q8_0"])
-def test_overlapping_calls(gpu, name, m):
+def test_overlapping_calls(gpu, name, make, m):
     """A chain of overlapping calls on one workspace, each with other activations than the last."""
     emulated = _cuda.device_name() == "Emulated GPU"
     nrows, ncols = (512, 256) if emulated else (4096, 2048)
@@ -142,8 +148,8 @@ def test_overlapping_calls(gpu, name, m):
     starts = [gpu.put(random_activations(m, ncols, seed=seed)) for seed in range(5)]
 
     def chain(preference):
-        forth = problems.staged_plan("cuda", name, nrows, ncols, m, pref=preference)
-        home = problems.staged_plan("cuda", name, ncols, nrows, m, pref=preference)
+        forth = make("cuda", name, nrows, ncols, m, pref=preference)
+        home = make("cuda", name, ncols, nrows, m, pref=preference)
         size = max(forth.workspace_size, home.workspace_size, 1)
         workspace = bcy.Workspace(size, device="cuda")
         stream = bcy.Stream()
