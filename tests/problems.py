@@ -2,6 +2,7 @@
 """Weights, activations and backends to test with, and ggml's own C code through ctypes."""
 
 import ctypes
+import functools
 import json
 import os
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 import reference
 
 import baracuda_cy as bcy
+from baracuda_cy import _cuda
 
 FORMATS = list(reference.FORMATS)
 FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 BITS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
+EMULATED = _cuda.why_unavailable() is None and _cuda.device_name() == "Emulated GPU"
 BACKENDS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # Byte offsets of a block's scales in half precision.
@@ -71,6 +74,14 @@ def random_activations(m, k, dtype="float32", seed=1):
     if m and k:
         x[-1, :32] = 0
     return x.astype(FLOATS[dtype])
+
+
+@functools.lru_cache(maxsize=1)
+def gaussian():
+    """A weight and tokens to measure errors with; an emulated GPU takes its time."""
+    rng = np.random.default_rng(11)
+    weight = rng.normal(0, 0.02, (128 if EMULATED else 1024, 4096)).astype(np.float32)
+    return weight, rng.standard_normal((16, 4096)).astype(np.float32)
 
 
 def bits(array):

@@ -140,8 +140,7 @@ def test_staging_inside_and_outside(cpu, gpu, name):
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q8_0"])
 def test_overlapping_calls(gpu, name, make, m):
     """A chain of overlapping calls on one workspace, each with other activations than the last."""
-    emulated = _cuda.device_name() == "Emulated GPU"
-    nrows, ncols = (512, 256) if emulated else (4096, 2048)
+    nrows, ncols = (512, 256) if problems.EMULATED else (4096, 2048)
     links = 5  # five dozen products would overflow
     weight = gpu.put(random_weight(name, nrows, ncols))
     back = gpu.put(random_weight(name, ncols, nrows))

@@ -23,6 +23,7 @@ from problems import (
     Load,
     Nf4Weight,
     bits,
+    gaussian,
     in_another_process,
     random_activations,
 )
@@ -165,13 +166,6 @@ def test_not_a_number_stays_in_its_row_and_token(path):
 # ---- size of the error ---------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def gaussian():
-    rng = np.random.default_rng(11)
-    weight = rng.normal(0, 0.02, (1024, 4096)).astype(np.float32)
-    return weight, rng.standard_normal((16, 4096)).astype(np.float32)
-
-
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("codebook", ["nf4", "fp4"])
 def test_error_is_within_bounds(path, codebook, nested):
@@ -190,7 +184,7 @@ def test_error_is_within_bounds(path, codebook, nested):
     def error(activation, output):
         stored = x.astype(FLOATS[activation])
         product = stored.astype(np.float64) @ values.T
-        y = backend.empty((16, 1024), output)
+        y = backend.empty((16, len(dense)), output)
         w.plan(16, activation, output, pref).run(w, backend.put(stored), y)
         return np.linalg.norm(backend.get(y) - product) / np.linalg.norm(product)
 
@@ -651,7 +645,7 @@ def test_a_row_does_not_depend_on_the_others(path, rows, m):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m, activation", [(8, "float16"), (13, "bfloat16"), (33, "float16")])
+@pytest.mark.parametrize(("m", "activation"), [(8, "float16"), (13, "bfloat16"), (33, "float16")])
 def test_many_rows(m, activation):
     """A kernel for many rows, in clusters where there are many tokens, has the bits of few."""
     backend, some = Backend("cuda"), 500

@@ -182,16 +182,9 @@ def test_blocks_of_every_bit_pattern(backend, name):
 # ---- size of the error ---------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def gaussian():
-    rng = np.random.default_rng(11)
-    weight = rng.normal(0, 0.02, (1024, 4096)).astype(np.float32)
-    return weight, rng.standard_normal((16, 4096)).astype(np.float32)
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_error_is_within_bounds(backend, ggml, name):
-    weight, x = gaussian()
+    weight, x = problems.gaussian()
     data = ggml.quantize(name, weight)
     dense = ggml.dequantize(name, data, weight.size).reshape(weight.shape).astype(np.float64)
     packed = bcy.GgufTensor(data, name, weight.shape)

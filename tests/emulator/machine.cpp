@@ -31,7 +31,7 @@ constexpr uint32_t kOffsets = (1u << kRankShift) - 1;
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kPage = 4096;
 constexpr size_t kBoundary = 16;  // of shared memory, as the host sees it
-constexpr auto kPatience = std::chrono::seconds(60);  // for the other blocks of a cluster
+constexpr auto kPatience = std::chrono::minutes(5);  // for the other blocks of a cluster
 
 // As the hardware has it, in the 64 bits that the program gives it.
 struct Barrier {
