@@ -80,6 +80,7 @@ EMULATOR_FLAGS = [
         "-Wno-unused-parameter",
         "-Wno-parentheses",
         "-Wno-sign-compare",
+        "-Wno-psabi",
         "-D__CUDACC__",
         "-fsanitize=alignment",  # as on a GPU, a load or a store off its boundary ends the program
         "-fsanitize-undefined-trap-on-error",
