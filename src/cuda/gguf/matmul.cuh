@@ -326,7 +326,7 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   const auto streamed = [&](auto* tile, auto* ring) {
     return run(tile, ring, fused ? staged_bytes(args.ncols, args.m, Format::kMinima) : 0);
   };
-  // Two tiles to choose from, and three rings. The bits are the same.
+  // Tiles and rings to choose from. The bits are the same.
   constexpr auto narrow = [](auto tokens) {
     return static_cast<StagedTile<Format, decltype(tokens)::value, 1, 2>*>(nullptr);
   };
