@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// y[n, k] = weight[n, k] as floats. Four threads share a unit: each gives eight values in a row, 16
-// bytes of halves, of every group.
+// y[n, k] = weight[n, k] as floats. A warp brings eight units, whose bytes follow each other, into
+// shared memory in the widest pieces their boundary allows; there narrow loads at odd places cost
+// little. Then it writes one unit after the other, eight values a lane: memory takes whole lines
+// fastest.
 #pragma once
 
 #include "baracuda/order.cuh"
@@ -11,82 +13,142 @@
 
 namespace bcy {
 
-constexpr int kDequantizeThreads = 256;
-constexpr int kDequantizeEach = 8;
-constexpr int kUnitThreads = kGroup / kDequantizeEach;
+constexpr int kDequantizeWarps = 8;
+constexpr int kDequantizeThreads = kDequantizeWarps * 32;
+constexpr int kWarpUnits = 8;
+constexpr int64_t kBlockUnits = kDequantizeWarps * kWarpUnits;
 
-// Alignment: of every unit of the weight.
-template <class Format, class Y, int Alignment>
+template <int Bytes>
+struct PieceOf;
+template <>
+struct PieceOf<1> {
+  using Type = uint8_t;
+};
+template <>
+struct PieceOf<2> {
+  using Type = uint16_t;
+};
+template <>
+struct PieceOf<4> {
+  using Type = uint32_t;
+};
+template <>
+struct PieceOf<16> {
+  using Type = uint4;
+};
+
+// Four values of type Y to where they belong; at_once: on a boundary of as many bytes.
+template <class Y>
+__device__ __forceinline__ void store_four(typename Y::Storage* to, const float (&values)[4],
+                                           bool at_once) {
+  if (!at_once) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = Y::round(values[i]);
+  } else if constexpr (sizeof(*to) == 4) {
+    *reinterpret_cast<uint4*>(to) = {pack<Y>(values), pack<Y>(values + 1), pack<Y>(values + 2),
+                                     pack<Y>(values + 3)};
+  } else {
+    *reinterpret_cast<uint2*>(to) = {pack<Y>(values), pack<Y>(values + 2)};
+  }
+}
+
+// Piece: bytes that are copied at once, on whose boundary every eight units lie. Alignment: of a
+// block there. at_once: rows of y lie on boundaries of four values.
+template <class Format, class Y, int Piece, int Alignment>
 __global__ void __launch_bounds__(kDequantizeThreads)
-    dequantize_kernel(const __grid_constant__ bcy_gguf_dequantize_args args, int64_t units) {
-  using Storage = typename Y::Storage;
+    dequantize_kernel(const __grid_constant__ bcy_gguf_dequantize_args args, uint32_t row_units,
+                      bool at_once) {
+  constexpr int kMostBytes = kWarpUnits * kUnitBytes<Format>;
+  constexpr int kPieces = (kMostBytes + 32 * Piece - 1) / (32 * Piece);
   constexpr int kBlockGroups = Format::kElements / kGroup;
-  constexpr int kUnitBlocks = kUnitGroups / kBlockGroups;
-  const int64_t index = (int64_t{blockIdx.x} * kDequantizeThreads + threadIdx.x) / kUnitThreads;
-  if (index >= args.nrows * units) return;
-  const int64_t row = index / units, unit = index % units;
-  const int half = threadIdx.x % kUnitThreads / 2, word = threadIdx.x % 2 * 2;
-  const int64_t blocks = args.ncols / Format::kElements;
-  const Bytes<Alignment> bytes(static_cast<const uint8_t*>(args.weight) +
-                               (row * blocks + unit * kUnitBlocks) * Format::kBytes);
-  Storage* const y = static_cast<Storage*>(args.y) + row * args.y_stride + unit * kUnit +
-                     threadIdx.x % kUnitThreads * kDequantizeEach;
-  const bool vectors = reinterpret_cast<uintptr_t>(y) % 16 == 0;
-  const int64_t left = (args.ncols - unit * kUnit) / kGroup;
-  // All loads first: the compiler moves none of them ahead of a store.
-  constexpr int kWords = kDequantizeEach * sizeof(Storage) / 4;
-  constexpr int kInWord = 4 / sizeof(Storage);
-  uint32_t words[kUnitGroups][kWords];
+  __shared__ __align__(16) uint8_t copies[kDequantizeWarps][(kMostBytes + 15) / 16 * 16];
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t units = uint32_t(args.nrows) * row_units;
+  const int64_t bytes_of_row = row_bytes<Format>(args.ncols);
+  const uint32_t first = (blockIdx.x * kDequantizeWarps + warp) * kWarpUnits;
+  if (first >= units) return;
+  const auto place = [&](uint32_t unit) {
+    return unit / row_units * bytes_of_row + unit % row_units * int64_t{kUnitBytes<Format>};
+  };
+  const int64_t begin = place(first);
+  const int64_t end =
+      first + kWarpUnits < units ? place(first + kWarpUnits) : args.nrows * bytes_of_row;
+  {
+    using Type = typename PieceOf<Piece>::Type;
+    const auto* const from =
+        reinterpret_cast<const Type*>(static_cast<const uint8_t*>(args.weight) + begin);
+    auto* const to = reinterpret_cast<Type*>(copies[warp]);
+    const uint32_t count = uint32_t(end - begin) / Piece, rest = uint32_t(end - begin) % Piece;
+    constexpr int kAtOnce = kPieces < 8 ? kPieces : 8;
 #pragma unroll
-  for (int group = 0; group < kUnitGroups; ++group) {
-    if (kBlockGroups == 1 && group >= left) break;
-    const auto block = bytes + group / kBlockGroups * Format::kBytes;
-    float values[kDequantizeEach];
-    dequantize_word<Format>(block, group % kBlockGroups, half, word, values);
-    dequantize_word<Format>(block, group % kBlockGroups, half, word + 1, values + 4);
+    for (int i = 0; i < kPieces; i += kAtOnce) {
+      Type pieces[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      words[group][i] = pack<Y>(values + i * kInWord);
+      for (int j = 0; j < kAtOnce; ++j) {
+        const uint32_t at = lane + (i + j) * 32;
+        if (at < count) pieces[j] = from[at];
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const uint32_t at = lane + (i + j) * 32;
+        if (at < count) to[at] = pieces[j];
+      }
+    }
+    // The matrix need not end on a boundary.
+    if (lane < rest) {
+      reinterpret_cast<uint8_t*>(to + count)[lane] =
+          reinterpret_cast<const uint8_t*>(from + count)[lane];
     }
   }
-#pragma unroll
-  for (int group = 0; group < kUnitGroups; ++group) {
-    if (kBlockGroups == 1 && group >= left) return;
-    Storage* const to = y + group * kGroup;
-    if (vectors) {
-#pragma unroll
-      for (int i = 0; i < kWords; i += 4) {
-        *reinterpret_cast<uint4*>(to + i * kInWord) = {words[group][i], words[group][i + 1],
-                                                       words[group][i + 2], words[group][i + 3]};
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kDequantizeEach; ++i) {
-        const uint32_t bits = words[group][i / kInWord] >> 32 / kInWord * (i % kInWord);
-        if constexpr (sizeof(Storage) == 4) {
-          to[i] = as_float(bits);
-        } else {
-          to[i] = Storage(bits);
-        }
-      }
+  __syncwarp();
+
+  // Of every unit a lane has words t and t + 4 of a group: nibbles keep them together.
+  const int group = lane / 4, t = lane % 4;
+  const uint32_t row = first / row_units;
+  uint32_t unit = first % row_units;
+  const uint32_t count = min(units - first, uint32_t{kWarpUnits});
+  // Groups of a row's last unit: only formats whose blocks are groups have units that end early.
+  const int last_groups = int(args.ncols - int64_t{row_units - 1} * kUnit) / kGroup;
+  auto* y = static_cast<typename Y::Storage*>(args.y) + row * args.y_stride +
+            int64_t{unit} * kUnit + group * kGroup + t * 4;
+  const int64_t to_next_row = args.y_stride - int64_t{row_units - 1} * kUnit;
+  const uint8_t* bytes = copies[warp];
+#pragma unroll 1
+  for (uint32_t i = 0; i < count; ++i) {
+    const bool ends = ++unit == row_units;
+    const int groups = kBlockGroups == 1 && ends ? last_groups : kUnitGroups;
+    if (group < groups) {
+      const Bytes<Alignment> block(bytes + group / kBlockGroups * Format::kBytes);
+      float values[2][4];
+      dequantize_word<Format>(block, group % kBlockGroups, 0, t, values[0]);
+      dequantize_word<Format>(block, group % kBlockGroups, 1, t, values[1]);
+      store_four<Y>(y, values[0], at_once);
+      store_four<Y>(y + 16, values[1], at_once);
     }
+    bytes += kBlockGroups == 1 ? groups * Format::kBytes : kUnitBytes<Format>;
+    y += ends ? to_next_row : kUnit;
+    if (ends) unit = 0;
   }
 }
 
 template <class Format>
 int GgufOperations<Format>::dequantize(const bcy_gguf_dequantize_args& args, cudaStream_t stream) {
-  const int64_t units = ceil_div(args.ncols, kUnit);
-  const int64_t blocks = ceil_div(args.nrows * units * kUnitThreads, kDequantizeThreads);
-  if (blocks > kMaxGridX) return BCY_ERROR_TOO_LARGE;
-  constexpr int kAligned = kUnitAlignment<Format>;
-  const bool aligned = reinterpret_cast<uintptr_t>(args.weight) % kAligned == 0 &&
-                       row_bytes<Format>(args.ncols) % kAligned == 0;
+  const int64_t row_units = ceil_div(args.ncols, kUnit);
+  // Units are counted in 32 bits: enough for a terabyte of halves.
+  if (args.nrows > (UINT32_MAX - kBlockUnits) / row_units) return BCY_ERROR_TOO_LARGE;
+  const int64_t blocks = ceil_div(args.nrows * row_units, kBlockUnits);
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(args.weight) % 16 == 0 && args.ncols % kUnit == 0;
   return with_element(args.y_type, [&](auto y) {
     using Y = decltype(y);
-    auto* kernel = aligned ? dequantize_kernel<Format, Y, kAligned>
-                           : dequantize_kernel<Format, Y, Format::kAlignment>;
+    constexpr int kAny = Format::kAlignment;
+    constexpr int kAligned = greatest_power_of_two_in(Format::kBytes, 4);
+    auto* kernel = aligned ? dequantize_kernel<Format, Y, 16, kAligned>
+                           : dequantize_kernel<Format, Y, kAny, kAny>;
+    constexpr int kFour = 4 * sizeof(typename Y::Storage);
+    const bool at_once = reinterpret_cast<uintptr_t>(args.y) % kFour == 0 && args.y_stride % 4 == 0;
     return launch(kernel, dim3(unsigned(blocks)), dim3(kDequantizeThreads), stream, 0, false, args,
-                  units);
+                  uint32_t(row_units), at_once);
   });
 }
 
