@@ -50,8 +50,8 @@ int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int 
 
 int describe_plain_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int bytes,
                          int rows, CUtensorMap& map) {
-  return describe(CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, matrix, bytes_of_row, nrows, bytes, rows,
-                  CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, map);
+  return describe(CU_TENSOR_MAP_DATA_TYPE_UINT64, kPlainElement, matrix, bytes_of_row, nrows, bytes,
+                  rows, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, map);
 }
 
 }  // namespace bcy

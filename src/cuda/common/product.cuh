@@ -18,17 +18,21 @@
 //                                         for the units first_unit, first_unit + 8, ..., if there
 //                                         are any
 //   clear(following)                      sums to zero; following: first row of the tile after it
-//   add_unit(rows, round, groups, next)   unit first_unit + 8 round. rows: as Bytes, the unit in
-//   rows
-//                                         r, r + 8, r + 16, ..., r = lane / 4; groups: how many
-//                                         exist; next: round that comes next
+//   add_unit(rows, round, groups, next, read)
+//                                         unit first_unit + 8 round. rows: as Bytes, the unit in
+//                                         rows r, r + 8, r + 16, ..., r = lane / 4; groups: how
+//                                         many exist; next: round that comes next; read(): called
+//                                         when no byte of the unit is needed any more
 //   store(partials)                       this warp's sums, [token][row]
+// and, where it differs from TileDefaults, kStartsNextAtOnce and
 //   prefetch(args, inputs, first_row, round)
 //                                         by the warp that fetches a round's weights: asks for what
 //                                         else of them comes from memory
-//   prepare(args, inputs, memory)         once a thread block, by the consumers: fills shared
-//   memory
-//                                         of its own and waits for the previous kernel
+//   prepare(inputs, memory)               once a thread block, by the consumers: what shared memory
+//                                         holds of weights alone
+//   bring_activations(args, inputs, memory)
+//                                         once a thread block, by the consumers: what shared memory
+//                                         holds of them, after the previous kernel
 #pragma once
 
 #include "baracuda/order.cuh"
@@ -43,6 +47,20 @@ constexpr int kConsumers = kPartials * 32;  // threads
 constexpr int64_t kMaxColumns = 1 << 28;  // offsets inside a row or a block's tokens fit 32 bits
 constexpr int kMaxStages = 8;
 
+struct TileDefaults {
+  // Whether the next kernel starts its copies together with this one's, or not before this one may
+  // bring its activations, which would queue up behind them. Where those come a few at a time, in
+  // blocks that share a multiprocessor, the earlier start is worth more.
+  static constexpr bool kStartsNextAtOnce = false;
+
+  template <class Args, class Inputs>
+  static __device__ __forceinline__ void prefetch(const Args&, const Inputs&, int64_t, int) {}
+  template <class Inputs>
+  static __device__ __forceinline__ void prepare(const Inputs&, uint8_t*) {}
+  template <class Args, class Inputs>
+  static __device__ __forceinline__ void bring_activations(const Args&, const Inputs&, uint8_t*) {}
+};
+
 // Where a tile's eight partial sums meet. Rows are padded so that the lanes of a warp, which hold
 // eight rows of four pairs of tokens, write to different banks.
 template <int Rows, int Tokens>
@@ -53,11 +71,14 @@ struct Meeting {
   // By the consumers alone.
   __device__ __forceinline__ void write(const bcy_gguf_matmul_args& args, int64_t first_row,
                                         int64_t first_token) const {
+    const int rows = int(min(args.nrows - first_row, int64_t{Rows}));
     const int tokens = int(min(args.m - first_token, int64_t{Tokens}));
-    for (int i = threadIdx.x; i < Rows * tokens; i += kConsumers) {
+#pragma unroll 1
+    for (int first = 0; first < Rows * Tokens; first += kConsumers) {
+      const int i = first + int(threadIdx.x);
+      if (i % Rows >= rows || i / Rows >= tokens) continue;
       const int64_t row = first_row + i % Rows;
       const int64_t token = first_token + i / Rows;
-      if (row >= args.nrows) continue;
       float p[kPartials];
 #pragma unroll
       for (int j = 0; j < kPartials; ++j) p[j] = partials[j][i / Rows][i % Rows];
@@ -98,7 +119,7 @@ __global__ void __launch_bounds__(kConsumers)
       in_unit.row[i] = Bytes<Format::kAlignment>(rows[i] + int64_t{unit} * kUnitBytes<Format>);
     }
     const int next = (unit + kPartials) * kUnitGroups < groups ? round + 1 : round;
-    tile.add_unit(in_unit, round, groups - unit * kUnitGroups, next);
+    tile.add_unit(in_unit, round, groups - unit * kUnitGroups, next, [] {});
   }
   tile.store(meeting.partials[threadIdx.x / 32]);
   __syncthreads();
@@ -145,14 +166,21 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
     barrier_init_fence();
   }
   __syncthreads();
-  let_next_kernel_start();
+  if (Tile::kStartsNextAtOnce) let_next_kernel_start();
   int stage = 0;
   uint32_t phase = 0;
+  // Most often there is one pass, and a division takes as long as a unit's loads.
+  const auto first_row_of = [&](unsigned index) {
+    return (passes == 1 ? index : index / passes) * int64_t{Tile::kRows};
+  };
+  const auto first_token_of = [&](unsigned index) {
+    return passes == 1 ? 0 : index % passes * int64_t{Tile::kTokens};
+  };
 
   if (warp == kPartials) {
     bool first_lap = true;
     for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
-      const int64_t first_row = index / passes * int64_t{Tile::kRows};
+      const int64_t first_row = first_row_of(index);
       for (int round = 0; round < rounds; ++round) {
         Tile::prefetch(args, inputs, first_row, round);
         if (!first_lap) barrier_wait(&emptied[stage], phase ^ 1);
@@ -169,29 +197,33 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
   }
 
   uint8_t* const memory = ring + stages * Ring::kStageBytes;
-  Tile::prepare(args, inputs, memory);
+  Tile::prepare(inputs, memory);
+  wait_for_previous_kernel();
+  if (!Tile::kStartsNextAtOnce) let_next_kernel_start();
+  Tile::bring_activations(args, inputs, memory);
   // Warps without units, where K is short, add nothing: their sums stay zero.
   const int own_rounds = units > warp ? (units - warp + kPartials - 1) / kPartials : 0;
   int meeting = 0;
-  Tile tile(args, inputs, blockIdx.x / passes * int64_t{Tile::kRows},
-            blockIdx.x % passes * int64_t{Tile::kTokens}, warp, memory);
+  Tile tile(args, inputs, first_row_of(blockIdx.x), first_token_of(blockIdx.x), warp, memory);
   for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const int64_t first_row = index / passes * int64_t{Tile::kRows};
-    const int64_t first_token = index % passes * int64_t{Tile::kTokens};
+    const int64_t first_row = first_row_of(index);
+    const int64_t first_token = first_token_of(index);
     if (passes > 1 && index != blockIdx.x) {
       tile = Tile(args, inputs, first_row, first_token, warp, memory);
     }
-    tile.clear((index + gridDim.x) / passes * int64_t{Tile::kRows});
+    tile.clear(first_row_of(index + gridDim.x));
     const typename Ring::Lane lanes(args, first_row);
     for (int round = 0; round < rounds; ++round) {
       barrier_wait(&filled[stage], phase);
+      // Every lane for itself: that costs no more than to meet in the warp first.
+      const auto read = [&] { barrier_arrive(&emptied[stage]); };
       if (round < own_rounds) {
         const int left = groups - (round * kPartials + warp) * kUnitGroups;
         const int next = round + 1 < own_rounds ? round + 1 : 0;
-        tile.add_unit(lanes.rows(ring + stage * Ring::kStageBytes), round, left, next);
+        tile.add_unit(lanes.rows(ring + stage * Ring::kStageBytes), round, left, next, read);
+      } else {
+        read();
       }
-      // Every lane for itself: that costs no more than to meet in the warp first.
-      barrier_arrive(&emptied[stage]);
       if (++stage == stages) {
         stage = 0;
         phase ^= 1;
@@ -230,19 +262,22 @@ int geometry_of(const Device& device, int64_t tiles, int64_t rounds, int extra, 
                 Geometry& geometry) {
   const int fixed = Shared<Tile>::kBytes + kRingTail + extra;
   const int whole = device.shared_per_block;
-  const int share = device.shared_per_processor / Tile::kBlocks - device.shared_reserved;
+  const auto share = [&](int blocks) {
+    return min(device.shared_per_processor / blocks - device.shared_reserved, whole);
+  };
   const auto stages_in = [&](int bytes) { return (bytes - fixed) / Ring::kStageBytes; };
-  const bool shares = stages_in(share) >= 2;
-  const int most = stages_in(shares && share < whole ? share : whole);
+  int together = Tile::kBlocks;  // on a multiprocessor
+  while (together > 1 && stages_in(share(together)) < 2) --together;
+  const int most = stages_in(share(together));
   if (most < 1) return BCY_ERROR_TOO_LARGE;
-  constexpr int kBusy = (Tile::kBlocks > 1 ? 75 : 104) << 10;
+  constexpr int kBusy = (Tile::kBlocks > 1 ? 150 / Tile::kBlocks : 104) << 10;
   int stages = (kBusy + Ring::kStageBytes / 2) / Ring::kStageBytes;
   if (stages < 2) stages = 2;
   if (stages > kMaxStages) stages = kMaxStages;
   if (stages > most) stages = most;
   // Few: what a block takes of the matrix is little more than the ring holds.
   const bool leaves_room = alone && ceil_div(tiles, int64_t{device.processors}) * rounds <= stages;
-  const int64_t at_once = int64_t{device.processors} * (shares && !leaves_room ? Tile::kBlocks : 1);
+  const int64_t at_once = int64_t{device.processors} * (leaves_room ? 1 : together);
   geometry.blocks = unsigned(tiles < at_once ? tiles : at_once);
   const int64_t needed = ceil_div(tiles, geometry.blocks) * rounds;
   geometry.stages = int(needed < stages ? needed : stages);

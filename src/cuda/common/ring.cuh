@@ -11,11 +11,14 @@
 //
 // BoxRing has the copy engine arrange boxes of 128 bytes by the tile's rows so that eight rows are
 // read without bank conflicts; it copies fastest. RowRing copies row by row, to rows that are
-// padded for the same end; it takes rows at any address. UnitRing gives each lane a row of its own:
-// a box is one unit of 32 rows.
+// padded for the same end; it takes rows at any address. Two more give each lane a row of its own:
+// LaneBoxRing, boxes as those of BoxRing, and LaneRowRing, which copies whole rows, for units that
+// begin at odd places.
 #pragma once
 
 #include <cuda.h>
+
+#include <type_traits>
 
 #include "baracuda/order.cuh"
 #include "cuda/common/async.cuh"
@@ -59,8 +62,10 @@ constexpr int kBoxBytes = 128;
 int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int rows,
                    bool neighbours, CUtensorMap& map);
 
-// The same in boxes of `bytes`, a multiple of 16 up to 512, whose rows follow each other; places
-// are counted in two bytes.
+// The same in boxes of `bytes`, a multiple of 16, whose rows follow each other; places are counted
+// in elements of eight bytes.
+constexpr int kPlainElement = 8;
+constexpr int kMostPlainBoxBytes = 256 * kPlainElement;
 int describe_plain_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int bytes,
                          int rows, CUtensorMap& map);
 
@@ -89,6 +94,11 @@ struct BoxBytes {
   }
   __device__ __forceinline__ uint32_t word(int o) const {
     return *reinterpret_cast<const uint32_t*>(place(o));
+  }
+  // Up to 16 bytes at a multiple of their size, where the alignment is as much.
+  template <class Wide>
+  __device__ __forceinline__ Wide load(int offset) const {
+    return *reinterpret_cast<const Wide*>(place(lane + at + offset));
   }
 
   __device__ __forceinline__ uint32_t load8(int offset) const { return *place(lane + at + offset); }
@@ -241,58 +251,80 @@ struct RowRing {
   };
 };
 
-// ---- units ------------------------------------------------------------------------------------------------------
+// ---- a row to each lane ------------------------------------------------------------------------------------------
+
+constexpr int kLaneRows = 32;
 
 template <class Format>
-struct UnitRing {
+struct LaneBoxRing : BoxRing<Format, kLaneRows> {
+  static constexpr int kAlignment = greatest_power_of_two_in(kUnitBytes<Format>, 16);
+
+  struct Lane {
+    int row, exchange, unit;
+    __device__ __forceinline__ Lane(const bcy_gguf_matmul_args&, int64_t)
+        : row(int(threadIdx.x % kLaneRows) * kBoxBytes),
+          exchange(int(threadIdx.x % 8) * 16),
+          unit(int(threadIdx.x / 32) * kUnitBytes<Format>) {}
+    __device__ __forceinline__ BoxBytes<kAlignment, kLaneRows> rows(const uint8_t* stage) const {
+      return {stage + row, uint32_t(exchange), unit, 0};
+    }
+  };
+};
+
+// Rows of a round, or of half of one where that exceeds a box, follow each other an odd number of
+// 16-byte pieces apart: then eight of them are read without bank conflicts.
+template <class Format>
+struct LaneRowRing {
   using Source = CUtensorMap;
   static constexpr int kOldestArch = 900;
-  static constexpr int kRows = 32;
-  // Boxes begin on boundaries of 16 bytes, at the unit or before it. Rows are an odd number of such
-  // pieces apart: then eight of them are read without bank conflicts.
-  static constexpr int kAlignment = greatest_power_of_two_in(kUnitBytes<Format>, 16);
-  static constexpr int kPieces = (kUnitBytes<Format> + 16 - kAlignment + 15) / 16 | 1;
-  static constexpr int kPitch = kPieces * 16;
-  static constexpr int kUnitBoxBytes = kRows * kPitch;
-  static constexpr int kStageBytes = kPartials * kUnitBoxBytes;
-  static_assert(kUnitBytes<Format> % 2 == 0 && kRoundBytes<Format> % 16 == 0);
+  static constexpr int kBoxes = kRoundBytes<Format> + 16 > kMostPlainBoxBytes ? 2 : 1;
+  static constexpr int kBoxUnits = kPartials / kBoxes;
+  static constexpr int kBytes = kBoxUnits * kUnitBytes<Format>;
+  static constexpr int kPitch = (kBytes / 16 | 1) * 16;
+  static constexpr int kStageBytes = kBoxes * kLaneRows * kPitch;
+  static_assert(kBytes % 16 == 0 && kPitch <= kMostPlainBoxBytes);
 
   static int describe(const bcy_gguf_matmul_args& args, Source& source) {
     return describe_plain_boxes(args.weight, row_bytes<Format>(args.ncols), args.nrows, kPitch,
-                                kRows, source);
+                                kLaneRows, source);
   }
 
-  // What a box holds past its unit is the next one's; what lies past the matrix is zeros.
+  // What a box holds past its units is the next one's; what lies past the matrix is zeros.
   static __device__ __forceinline__ void fetch(const bcy_gguf_matmul_args& args,
                                                const Source& source, int64_t first_row, int round,
                                                uint8_t* to, uint64_t* filled) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     const int lane = threadIdx.x % 32;
-    const int units =
-        int(round_length<Format>(args.ncols, round) + kUnitBytes<Format> - 1) / kUnitBytes<Format>;
-    expect_copies(filled, lane < units ? kUnitBoxBytes : 0);
-    if (lane < units) {
-      copy_box(to + lane * kUnitBoxBytes, &source,
-               (round * kRoundBytes<Format> + lane * kUnitBytes<Format> / 16 * 16) / 2,
-               int(first_row), filled);
+    const bool copies =
+        lane < kBoxes && lane * kBytes < int(round_length<Format>(args.ncols, round));
+    expect_copies(filled, copies ? kLaneRows * kPitch : 0);
+    if (copies) {
+      copy_box(to + lane * (kLaneRows * kPitch), &source,
+               (round * kRoundBytes<Format> + lane * kBytes) / kPlainElement, int(first_row),
+               filled);
     }
 #endif
   }
 
   struct Lane {
     int at;
-    __device__ __forceinline__ Lane(const bcy_gguf_matmul_args&, int64_t)
-        : at(int(threadIdx.x / 32) * kUnitBoxBytes + int(threadIdx.x % 32) * kPitch +
-             int(threadIdx.x / 32) * kUnitBytes<Format> % 16) {}
-    // This lane's row of this warp's unit.
-    __device__ __forceinline__ const uint8_t* rows(const uint8_t* stage) const {
-      return stage + at;
+    __device__ __forceinline__ Lane(const bcy_gguf_matmul_args&, int64_t) {
+      const int warp = threadIdx.x / 32, row = threadIdx.x % 32;
+      at = (warp / kBoxUnits * kLaneRows + row) * kPitch + warp % kBoxUnits * kUnitBytes<Format>;
+    }
+    static constexpr int kAlignment = greatest_power_of_two_in(kUnitBytes<Format>, 16);
+    __device__ __forceinline__ Bytes<kAlignment> rows(const uint8_t* stage) const {
+      return Bytes<kAlignment>(stage + at);
     }
   };
 };
 
-// Whole 16-byte pieces that a lane reads past the last box of a stage stay inside the next stage,
-// or inside what follows the ring.
+template <class Format>
+using LaneRing =
+    std::conditional_t<kUnitBytes<Format> % 8 == 0, LaneBoxRing<Format>, LaneRowRing<Format>>;
+
+// What a lane reads past the last row of a stage stays inside the next stage, or inside what follows
+// the ring.
 constexpr int kRingTail = 128;
 
 }  // namespace bcy

@@ -26,29 +26,26 @@ constexpr int64_t kMostStagedInLanes = 64 << 10;
 // Whether a product takes lanes. Then its activations are staged in records of single tokens.
 template <class Format>
 bool takes_lanes(const bcy_gguf_matmul_args& args, const Device& device) {
-  return device.arch >= UnitRing<Format>::kOldestArch && args.m <= kLaneTokens<Format> &&
+  return device.arch >= LaneRing<Format>::kOldestArch && args.m <= kLaneTokens<Format> &&
          args.ncols > 0 && rows_on_boundaries<Format>(args) &&
          args.nrows <= INT32_MAX &&  // places in boxes
          args.m * staged_bytes(args.ncols, 1, Format::kMinima) <= kMostStagedInLanes;
 }
 
-// 32 rows by one token or two, for a UnitRing.
+// 32 rows by one token or two, for a LaneRing.
 template <class F, int Tokens>
-class LaneTile {
+class LaneTile : public TileDefaults {
  public:
   using Format = F;
   using Inputs = Staged;
   static constexpr int kTokens = Tokens;
-  static constexpr int kRows = UnitRing<Format>::kRows;
+  static constexpr int kRows = kLaneRows;
   static constexpr int kBlocks = 2;
 
-  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const Staged&,
-                                                  int64_t, int) {}
-  static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args& args,
-                                                 const Staged& staged, uint8_t* memory) {
-    wait_for_previous_kernel();
+  static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args& args,
+                                                           const Staged& staged, uint8_t* memory) {
     if (staged.fused) {
-      stage_own_units<1, kMinima>(args, staged, memory);
+      stage_own_units<1, kMinima>(args, staged, memory, Tokens);
     } else {
       copy_own_units<Tokens, kMinima>(staged, memory);
     }
@@ -69,23 +66,28 @@ class LaneTile {
   }
 
   // row: of this lane, one unit.
-  __device__ __forceinline__ void add_unit(const uint8_t* row, int round, int groups, int) {
+  template <class Row, class Read>
+  __device__ __forceinline__ void add_unit(const Row& row, int round, int groups, int, Read read) {
     // Only formats whose blocks are groups have units that end early.
     if (kBlockGroups == 1 && groups < kUnitGroups) {
 #pragma unroll 1
       for (int group = 0; group < groups; ++group) {
         const Activations x(records_, round, group / 2);
-        const Bytes<Format::kAlignment> block(row + group * Format::kBytes);
+        const auto block = row.template moved<Format::kAlignment>(group * Format::kBytes);
         if (group % 2 == 0) {
           add_group<0>(block, 0, x);
         } else {
           add_group<1>(block, 0, x);
         }
       }
+      read();
       return;
     }
     uint32_t words[kUnitWords<Format>];
     load_unit_words<Format>(row, words);
+    // Then all words are in registers, where there is room for them.
+    constexpr bool kAhead = kUnitWords<Format> <= 48;
+    if (kAhead) read();
     const auto block = [&](int group) {
       return WordBytes{words, group / kBlockGroups * Format::kBytes};
     };
@@ -95,6 +97,7 @@ class LaneTile {
       add_group<0>(block(group), group % kBlockGroups, x);
       add_group<1>(block(group + 1), (group + 1) % kBlockGroups, x);
     }
+    if (!kAhead) read();
   }
 
   __device__ __forceinline__ void store(

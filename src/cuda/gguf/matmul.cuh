@@ -18,21 +18,19 @@ namespace bcy {
 // with tokens 2 t and 2 t + 1 of each eight; of a single token only lanes with t = 0 hold sums that
 // count.
 template <class F, int Tokens, int RowTiles, int Blocks, bool Ahead = true>
-class StagedTile {
+class StagedTile : public TileDefaults {
  public:
   using Format = F;
   using Inputs = Staged;
   static constexpr int kTokens = Tokens;
   static constexpr int kRows = RowTiles * kTileRows;
   static constexpr int kBlocks = Blocks;
+  static constexpr bool kStartsNextAtOnce = Tokens == 8 && Blocks == 2;
 
-  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const Staged&,
-                                                  int64_t, int) {}
-  static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args& args,
-                                                 const Staged& staged, uint8_t* memory) {
-    wait_for_previous_kernel();
+  static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args& args,
+                                                           const Staged& staged, uint8_t* memory) {
     if constexpr (Tokens <= kTileTokens) {
-      if (staged.fused) stage_own_units<Tokens, kMinima>(args, staged, memory);
+      if (staged.fused) stage_own_units<Tokens, kMinima>(args, staged, memory, int(args.m));
     }
   }
 
@@ -70,15 +68,16 @@ class StagedTile {
   }
 
   // The unit that is `rounds` rounds after the first; `next` is that of the unit to come.
-  template <class Row>
+  template <class Row, class Read>
   __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int groups,
-                                           int next) {
+                                           int next, Read read) {
     const uint32_t offset = uint32_t(round) * (kPartials * Record::kBytes);
     const uint32_t next_offset = uint32_t(next) * (kPartials * Record::kBytes);
     // Only formats whose blocks are groups have units that end early.
     if (kBlockGroups == 1 && groups < kUnitGroups) {
       add_some(rows, offset, groups);
       if (Ahead) next_ = load(next_offset, 0);
+      read();
       return;
     }
 #pragma unroll
@@ -90,6 +89,7 @@ class StagedTile {
         add_group_rows(rows, 2 * pair + in_pair, x, in_pair);
       }
     }
+    read();
   }
 
   __device__ __forceinline__ void store(
@@ -352,7 +352,7 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
     return args.m == 1 ? streamed(narrow(one), any_rows) : streamed(narrow(eight), any_rows);
   }
   if (takes_lanes<Format>(args, device)) {
-    UnitRing<Format>* const units = nullptr;
+    LaneRing<Format>* const units = nullptr;
     const int64_t extra = args.m * staged_bytes(args.ncols, 1, Format::kMinima);
     constexpr int kMost = kLaneTokens<Format>;
     return args.m == 1 ? run(static_cast<LaneTile<Format, 1>*>(nullptr), units, extra)

@@ -18,20 +18,14 @@ struct FloatInputs {};
 // Each position is a partial sum of its own. AtOnce: four elements of x from a multiple of four on
 // can be loaded at once.
 template <class F, class X, int Tokens, bool AtOnce>
-class FloatTile {
+class FloatTile : public TileDefaults {
  public:
   using Format = F;
   using Inputs = FloatInputs;
   static constexpr int kTokens = Tokens;
   static constexpr int kRows = kTileRows;
   static constexpr int kBlocks = Tokens == 1 ? 2 : 1;
-
-  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const FloatInputs&,
-                                                  int64_t, int) {}
-  static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args&, const FloatInputs&,
-                                                 uint8_t*) {
-    wait_for_previous_kernel();
-  }
+  static constexpr bool kStartsNextAtOnce = Tokens == 1;
 
   // Tokens past the end repeat the last one; their sums are not stored.
   __device__ __forceinline__ FloatTile(const bcy_gguf_matmul_args& args, const FloatInputs&,
@@ -56,9 +50,9 @@ class FloatTile {
     }
   }
 
-  template <class Row>
+  template <class Row, class Read>
   __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int groups,
-                                           int) {
+                                           int, Read read) {
     if (kBlockGroups == 1 && groups < kUnitGroups) {
 #pragma unroll 1
       for (int group = 0; group < groups; ++group) {
@@ -70,12 +64,13 @@ class FloatTile {
         }
         add_group(blocks, 0, round * kPartials * kUnit + group * kGroup);
       }
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int group = 0; group < kUnitGroups; ++group) {
-      add_group(rows, group, round * kPartials * kUnit + group * kGroup);
+      for (int group = 0; group < kUnitGroups; ++group) {
+        add_group(rows, group, round * kPartials * kUnit + group * kGroup);
+      }
     }
+    read();
   }
 
   // Element positions meet, halved: 16 apart in this lane, 8 and 4 apart in its neighbours, then 2
@@ -136,22 +131,19 @@ class FloatTile {
 };
 
 // One token, a row of weights to each lane: the 32 element positions of a group are sums of its
-// own, and the activations, which all lanes share, lie in shared memory as float32. For a UnitRing.
+// own, and the activations, which all lanes share, lie in shared memory as float32. For a LaneRing.
 template <class F, class X>
-class FloatLaneTile {
+class FloatLaneTile : public TileDefaults {
  public:
   using Format = F;
   using Inputs = FloatInputs;
   static constexpr int kTokens = 1;
-  static constexpr int kRows = UnitRing<Format>::kRows;
+  static constexpr int kRows = kLaneRows;
   static constexpr int kBlocks = 2;
 
-  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const FloatInputs&,
-                                                  int64_t, int) {}
   // Each warp brings in the units that it alone reads.
-  static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args& args,
-                                                 const FloatInputs&, uint8_t* memory) {
-    wait_for_previous_kernel();
+  static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args& args,
+                                                           const FloatInputs&, uint8_t* memory) {
     const auto* const x = static_cast<const typename X::Storage*>(args.x);
     const int ncols = int(args.ncols);
 #pragma unroll 2
@@ -178,15 +170,17 @@ class FloatLaneTile {
   }
 
   // row: of this lane, one unit.
-  __device__ __forceinline__ void add_unit(const uint8_t* row, int round, int groups, int) {
+  template <class Row, class Read>
+  __device__ __forceinline__ void add_unit(const Row& row, int round, int groups, int, Read read) {
     const float4* const x = x_ + round * (kPartials * kUnit / 4);
     // Only formats whose blocks are groups have units that end early.
     if (kBlockGroups == 1 && groups < kUnitGroups) {
 #pragma unroll 1
       for (int group = 0; group < groups; ++group) {
-        add_group(Bytes<Format::kAlignment>(row + group * Format::kBytes), 0,
+        add_group(row.template moved<Format::kAlignment>(group * Format::kBytes), 0,
                   x + group * (kGroup / 4));
       }
+      read();
       return;
     }
     uint32_t words[kUnitWords<Format>];
@@ -196,6 +190,7 @@ class FloatLaneTile {
       add_group(WordBytes{words, group / kBlockGroups * Format::kBytes}, group % kBlockGroups,
                 x + group * (kGroup / 4));
     }
+    read();
   }
 
   // Element positions meet, halved: 16 apart, then 8, 4, 2 and 1.
@@ -270,10 +265,10 @@ int GgufOperations<Format>::matvec(const bcy_gguf_matmul_args& args, cudaStream_
       return streamed(static_cast<FloatTile<Format, X, kMany, true>*>(nullptr), rows, 0);
     }
     if constexpr (kFloatsInLanes<Format>) {
-      if (device.arch >= UnitRing<Format>::kOldestArch && args.ncols > 0 &&
+      if (device.arch >= LaneRing<Format>::kOldestArch && args.ncols > 0 &&
           args.ncols <= kMostFloatsInLanes && args.nrows <= INT32_MAX) {  // places in boxes
         return streamed(static_cast<FloatLaneTile<Format, X>*>(nullptr),
-                        static_cast<UnitRing<Format>*>(nullptr),
+                        static_cast<LaneRing<Format>*>(nullptr),
                         ceil_div(args.ncols, kUnit) * kUnit * sizeof(float));
       }
     }

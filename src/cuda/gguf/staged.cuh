@@ -196,13 +196,14 @@ __device__ __forceinline__ void stage_units(const bcy_gguf_matmul_args& args, co
   }
 }
 
-// The units that a warp of a product takes, into shared memory: it alone reads them there.
+// The units that a warp of a product takes, into shared memory: it alone reads them there. tokens:
+// best a constant, which divides without division.
 template <int Tokens, int Minima>
 __device__ __forceinline__ void stage_own_units(const bcy_gguf_matmul_args& args,
-                                                const Staged& staged, uint8_t* memory) {
+                                                const Staged& staged, uint8_t* memory,
+                                                int tokens) {
   constexpr int kAtOnce = 4;
   const int warp = threadIdx.x / 32;
-  const int tokens = int(args.m);
   const int count = (int(staged.units) - warp + kPartials - 1) / kPartials * tokens;
   for (int first = 0; first < count; first += kAtOnce) {
     stage_units<Tokens, Minima, kAtOnce>(args, staged, memory, first, count,
@@ -214,21 +215,36 @@ __device__ __forceinline__ void stage_own_units(const bcy_gguf_matmul_args& args
   __syncwarp();
 }
 
-// The same of tokens that were staged before, each in records of its own.
+// The same of tokens that were staged before. All loads come first, so that they wait together.
 template <int Tokens, int Minima>
 __device__ __forceinline__ void copy_own_units(const Staged& staged, uint8_t* memory) {
   using Record = StagedRecord<1, Minima>;
   constexpr int kPieces = Record::kBytes / 16;
   static_assert(Record::kBytes % 16 == 0 && kPieces <= 32);
-  const int lane = threadIdx.x % 32;
+  constexpr int kAtOnce = 8 / Tokens;  // units whose loads wait together
+  const int lane = threadIdx.x % 32, units = int(staged.units);
+  const auto place = [&](int token, int unit) {
+    return (token * units + unit) * Record::kBytes + lane * 16;
+  };
   if (lane < kPieces) {
-#pragma unroll 4
-    for (int64_t unit = threadIdx.x / 32; unit < staged.units; unit += kPartials) {
+    for (int first = threadIdx.x / 32; first < units; first += kAtOnce * kPartials) {
+      uint4 pieces[kAtOnce][Tokens];
 #pragma unroll
-      for (int token = 0; token < Tokens; ++token) {
-        const int64_t at = (token * staged.units + unit) * Record::kBytes + lane * 16;
-        *reinterpret_cast<uint4*>(memory + at) =
-            *reinterpret_cast<const uint4*>(staged.records + at);
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int unit = min(first + i * kPartials, units - 1);
+#pragma unroll
+        for (int token = 0; token < Tokens; ++token) {
+          pieces[i][token] = *reinterpret_cast<const uint4*>(staged.records + place(token, unit));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int unit = first + i * kPartials;
+        if (unit >= units) break;
+#pragma unroll
+        for (int token = 0; token < Tokens; ++token) {
+          *reinterpret_cast<uint4*>(memory + place(token, unit)) = pieces[i][token];
+        }
       }
     }
   }

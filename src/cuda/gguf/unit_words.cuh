@@ -34,35 +34,34 @@ struct WordBytes {
 template <class Format>
 constexpr int kUnitWords = (kUnitBytes<Format> + 3) / 4;
 
-// A unit of this lane's row into registers, by loads as wide as its alignment in a UnitRing allows.
-template <class Format>
-__device__ __forceinline__ void load_unit_words(const uint8_t* row,
+// A unit of this lane's row into registers, by loads as wide as its alignment in a ring allows.
+template <class Format, class Row>
+__device__ __forceinline__ void load_unit_words(const Row& row,
                                                 uint32_t (&words)[kUnitWords<Format>]) {
   constexpr int kWords = kUnitWords<Format>;
-  constexpr int kAlignment = UnitRing<Format>::kAlignment;
-  if constexpr (kAlignment == 16) {
+  if constexpr (Row::kAlignment == 16) {
 #pragma unroll
     for (int i = 0; i < kWords; i += 4) {
-      const uint4 piece = *reinterpret_cast<const uint4*>(row + 4 * i);
+      const uint4 piece = row.template load<uint4>(4 * i);
       words[i] = piece.x;
       words[i + 1] = piece.y;
       words[i + 2] = piece.z;
       words[i + 3] = piece.w;
     }
-  } else if constexpr (kAlignment == 8) {
+  } else if constexpr (Row::kAlignment == 8) {
 #pragma unroll
     for (int i = 0; i < kWords; i += 2) {
-      const uint2 piece = *reinterpret_cast<const uint2*>(row + 4 * i);
+      const uint2 piece = row.template load<uint2>(4 * i);
       words[i] = piece.x;
       words[i + 1] = piece.y;
     }
-  } else if constexpr (kAlignment == 4) {
+  } else if constexpr (Row::kAlignment == 4) {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(row)[i];
+    for (int i = 0; i < kWords; ++i) words[i] = row.template load<uint32_t>(4 * i);
   } else {
-    const uint32_t odd = uint32_t(reinterpret_cast<uintptr_t>(row)) & 2;
+    const uint32_t odd = uint32_t(reinterpret_cast<uintptr_t>(row.base)) & 2;
     const uint32_t select = odd ? 0x5432 : 0x3210;
-    const auto* const pairs = reinterpret_cast<const uint32_t*>(row - odd);
+    const auto* const pairs = reinterpret_cast<const uint32_t*>(row.base - odd);
     uint32_t word = pairs[0];
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {

@@ -12,7 +12,7 @@ namespace bcy {
 // each a partial sum of its own. AtOnce: four elements of x from a multiple of four on can be
 // loaded at once.
 template <class X, int Tokens, bool AtOnce>
-class Nf4ExactTile {
+class Nf4ExactTile : public TileDefaults {
  public:
   using Format = Nf4Rows;
   using Inputs = Nf4Inputs;
@@ -26,12 +26,10 @@ class Nf4ExactTile {
     UnitScales<kRows, kGroup>::prefetch(args, inputs, first_row, round);
   }
 
-  static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args&,
-                                                 const Nf4Inputs& inputs, uint8_t* memory) {
+  static __device__ __forceinline__ void prepare(const Nf4Inputs& inputs, uint8_t* memory) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     fill_table<kConsumers>(memory, inputs.codes, pair_of_words);
     consumers_sync<kConsumers>();
-    wait_for_previous_kernel();
 #endif
   }
 
@@ -60,9 +58,9 @@ class Nf4ExactTile {
     }
   }
 
-  template <class Row>
+  template <class Row, class Read>
   __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int groups,
-                                           int next) {
+                                           int next, Read read) {
     scales_.take(*inputs_, round, next, following_);
 #pragma unroll
     for (int group = 0; group < kUnitGroups; ++group) {
@@ -91,6 +89,7 @@ class Nf4ExactTile {
         }
       }
     }
+    read();
   }
 
   // Elements 16 and 8 apart meet in neighbouring lanes, those 4, 2 and 1 apart in this one.

@@ -149,13 +149,14 @@ struct Nf4TokenSums {
 
 // What the tiles share that product.cuh takes.
 template <int Tokens, int Chunk, int Blocks>
-struct Nf4TileBase {
+struct Nf4TileBase : TileDefaults {
   using Format = Nf4Rows;
   using Inputs = Nf4Inputs;
   using UnitScales = bcy::UnitScales<kTileRows, Chunk>;
   static constexpr int kTokens = Tokens;
   static constexpr int kRows = kTileRows;
   static constexpr int kBlocks = Blocks;
+  static constexpr bool kStartsNextAtOnce = Tokens == 8;
   using Partials = float[Tokens][Meeting<kRows, Tokens>::kPitch];
 
   static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args& args,
@@ -164,12 +165,10 @@ struct Nf4TileBase {
     UnitScales::prefetch(args, inputs, first_row, round);
   }
 
-  static __device__ __forceinline__ void prepare(const bcy_gguf_matmul_args&,
-                                                 const Nf4Inputs& inputs, uint8_t* memory) {
+  static __device__ __forceinline__ void prepare(const Nf4Inputs& inputs, uint8_t* memory) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     fill_table<kConsumers>(memory, inputs.codes, pair_of_halves);
     consumers_sync<kConsumers>();
-    wait_for_previous_kernel();
 #endif
   }
 };
@@ -194,13 +193,14 @@ class Nf4TokenTile : public Nf4TileBase<1, 64, 2> {
     sums_.clear();
   }
 
-  template <class Row>
-  __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int,
-                                           int next) {
+  template <class Row, class Read>
+  __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int, int next,
+                                           Read read) {
     scales_.take(*inputs_, round, next, following_);
     const uint4 x[2] = {next_[0], next_[1]};
     load(next * (kPartials * kUnit));
     sums_.add_unit(table_, rows, scales_, x);
+    read();
   }
 
   __device__ __forceinline__ void store(Partials& partials) const {
@@ -254,9 +254,9 @@ class Nf4Tile : public Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1> {
     sums_.clear();
   }
 
-  template <class Row>
-  __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int,
-                                           int next) {
+  template <class Row, class Read>
+  __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int, int next,
+                                           Read read) {
     scales_.take(*inputs_, round, next, following_);
     const int first = round * (kPartials * kUnit);
     sums_.add_unit(table_, rows, scales_, [&](int group, uint4(&x)[kTiles]) {
@@ -264,6 +264,7 @@ class Nf4Tile : public Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1> {
       for (int n = 0; n < kTiles; ++n) x[n] = next_[n];
       load(group + 1 < kUnitGroups ? first + (group + 1) * kGroup : next * (kPartials * kUnit));
     });
+    read();
   }
 
   __device__ __forceinline__ void store(typename Base::Partials& partials) const {

@@ -91,7 +91,6 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
   } else {
     cluster_sync();
   }
-  let_next_kernel_start();
 
   // The units to come, by tile and round; one call of fetch each.
   int fetch_tile = cluster, fetch_round = 0, fetch_stage = 0;
@@ -114,6 +113,8 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
   UnitScales<kTileRows, 64> scales(args, inputs, cluster * int64_t{G::kRows} + first_row, partial);
   fill_table<kNf4Threads>(shared + G::kTable, inputs.codes, pair_of_halves);
   wait_for_previous_kernel();
+  // Not before: the next kernel's weights would come ahead of this one's activations.
+  let_next_kernel_start();
   // The activations of this block's partial sums: [partial][round][group][token][32].
   {
     constexpr int kPieces = kUnit / 8;  // of 16 bytes, of a token

@@ -23,6 +23,12 @@ struct Bytes {
     return Bytes<Other>(base + at + offset);
   }
 
+  // Any type at a multiple of its size, where the alignment is as much.
+  template <class Wide>
+  BCY_INLINE Wide load(int offset) const {
+    return *reinterpret_cast<const Wide*>(base + at + offset);
+  }
+
   BCY_INLINE uint32_t load8(int offset) const { return base[at + offset]; }
 
   BCY_INLINE uint32_t load16(int offset) const {
