@@ -61,11 +61,11 @@ inline constexpr int kLaneTokens<Q6_K> = 1;
 
 // Up to kFusedElements of a single token, or of those that lanes take, are staged by the product
 // itself: that every thread block does it takes less time than a kernel of its own.
-constexpr int64_t kFusedElements = 8192;
+constexpr int64_t kFusedElements = 8192, kFusedOfOneToken = 16384;
 template <class Format>
 bool stages_inside(int arch, int64_t ncols, int64_t m) {
-  return arch >= 800 && m <= (arch >= 900 ? kLaneTokens<Format> : 1) && ncols <= kFusedElements &&
-         ncols * m <= kFusedElements;
+  if (arch < 800 || m > (arch >= 900 ? kLaneTokens<Format> : 1)) return false;
+  return ncols <= (m <= 1 ? kFusedOfOneToken : kFusedElements / m);
 }
 
 struct Staged {
@@ -200,8 +200,7 @@ __device__ __forceinline__ void stage_units(const bcy_gguf_matmul_args& args, co
 // best a constant, which divides without division.
 template <int Tokens, int Minima>
 __device__ __forceinline__ void stage_own_units(const bcy_gguf_matmul_args& args,
-                                                const Staged& staged, uint8_t* memory,
-                                                int tokens) {
+                                                const Staged& staged, uint8_t* memory, int tokens) {
   constexpr int kAtOnce = 4;
   const int warp = threadIdx.x / 32;
   const int count = (int(staged.units) - warp + kPartials - 1) / kPartials * tokens;
