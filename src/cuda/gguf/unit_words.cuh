@@ -59,13 +59,15 @@ __device__ __forceinline__ void load_unit_words(const Row& row,
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = row.template load<uint32_t>(4 * i);
   } else {
+    static_assert(kUnitBytes<Format> % 4 == 2);
     const uint32_t odd = uint32_t(reinterpret_cast<uintptr_t>(row.base)) & 2;
     const uint32_t select = odd ? 0x5432 : 0x3210;
     const auto* const pairs = reinterpret_cast<const uint32_t*>(row.base - odd);
     uint32_t word = pairs[0];
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      const uint32_t next = pairs[i + 1];
+      // A unit of an odd number of pairs ends in the last word's first half, wherever it begins.
+      const uint32_t next = i + 1 < kWords ? pairs[i + 1] : 0;
       words[i] = __byte_perm(word, next, select);
       word = next;
     }
