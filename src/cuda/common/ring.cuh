@@ -323,8 +323,8 @@ template <class Format>
 using LaneRing =
     std::conditional_t<kUnitBytes<Format> % 8 == 0, LaneBoxRing<Format>, LaneRowRing<Format>>;
 
-// What a lane reads past the last row of a stage stays inside the next stage, or inside what follows
-// the ring.
+// What a lane reads past the last row of a stage stays inside the next stage, or inside what
+// follows the ring.
 constexpr int kRingTail = 128;
 
 }  // namespace bcy
