@@ -121,6 +121,7 @@ def test_staging_inside_and_outside(cpu, gpu, name):
             (8192, 1),
             (8192, 2),
             (16384, 1),
+            (16384, 2),
             (16640, 1),
         ):
             plan = expect_same_bits(

@@ -53,12 +53,14 @@ struct TileDefaults {
   // blocks that share a multiprocessor, the earlier start is worth more.
   static constexpr bool kStartsNextAtOnce = false;
 
-  template <class Args, class Inputs>
-  static __device__ __forceinline__ void prefetch(const Args&, const Inputs&, int64_t, int) {}
+  template <class Inputs>
+  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const Inputs&,
+                                                  int64_t, int) {}
   template <class Inputs>
   static __device__ __forceinline__ void prepare(const Inputs&, uint8_t*) {}
-  template <class Args, class Inputs>
-  static __device__ __forceinline__ void bring_activations(const Args&, const Inputs&, uint8_t*) {}
+  template <class Inputs>
+  static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args&,
+                                                           const Inputs&, uint8_t*) {}
 };
 
 // Where a tile's eight partial sums meet. Rows are padded so that the lanes of a warp, which hold
@@ -262,22 +264,19 @@ int geometry_of(const Device& device, int64_t tiles, int64_t rounds, int extra, 
                 Geometry& geometry) {
   const int fixed = Shared<Tile>::kBytes + kRingTail + extra;
   const int whole = device.shared_per_block;
-  const auto share = [&](int blocks) {
-    return min(device.shared_per_processor / blocks - device.shared_reserved, whole);
-  };
+  const int share = device.shared_per_processor / Tile::kBlocks - device.shared_reserved;
   const auto stages_in = [&](int bytes) { return (bytes - fixed) / Ring::kStageBytes; };
-  int together = Tile::kBlocks;  // on a multiprocessor
-  while (together > 1 && stages_in(share(together)) < 2) --together;
-  const int most = stages_in(share(together));
+  const bool shares = stages_in(share) >= 2;
+  const int most = stages_in(shares && share < whole ? share : whole);
   if (most < 1) return BCY_ERROR_TOO_LARGE;
-  constexpr int kBusy = (Tile::kBlocks > 1 ? 150 / Tile::kBlocks : 104) << 10;
+  constexpr int kBusy = (Tile::kBlocks > 1 ? 75 : 104) << 10;
   int stages = (kBusy + Ring::kStageBytes / 2) / Ring::kStageBytes;
   if (stages < 2) stages = 2;
   if (stages > kMaxStages) stages = kMaxStages;
   if (stages > most) stages = most;
   // Few: what a block takes of the matrix is little more than the ring holds.
   const bool leaves_room = alone && ceil_div(tiles, int64_t{device.processors}) * rounds <= stages;
-  const int64_t at_once = int64_t{device.processors} * (leaves_room ? 1 : together);
+  const int64_t at_once = int64_t{device.processors} * (shares && !leaves_room ? Tile::kBlocks : 1);
   geometry.blocks = unsigned(tiles < at_once ? tiles : at_once);
   const int64_t needed = ceil_div(tiles, geometry.blocks) * rounds;
   geometry.stages = int(needed < stages ? needed : stages);

@@ -254,18 +254,20 @@ struct RowRing {
 // ---- a row to each lane ------------------------------------------------------------------------------------------
 
 constexpr int kLaneRows = 32;
+// Of a unit in a row on a 16-byte boundary; a lane's loads are as wide.
+template <class Format>
+constexpr int kLaneAlignment = greatest_power_of_two_in(kUnitBytes<Format>, 16);
 
 template <class Format>
 struct LaneBoxRing : BoxRing<Format, kLaneRows> {
-  static constexpr int kAlignment = greatest_power_of_two_in(kUnitBytes<Format>, 16);
-
   struct Lane {
     int row, exchange, unit;
     __device__ __forceinline__ Lane(const bcy_gguf_matmul_args&, int64_t)
         : row(int(threadIdx.x % kLaneRows) * kBoxBytes),
           exchange(int(threadIdx.x % 8) * 16),
           unit(int(threadIdx.x / 32) * kUnitBytes<Format>) {}
-    __device__ __forceinline__ BoxBytes<kAlignment, kLaneRows> rows(const uint8_t* stage) const {
+    using Row = BoxBytes<kLaneAlignment<Format>, kLaneRows>;
+    __device__ __forceinline__ Row rows(const uint8_t* stage) const {
       return {stage + row, uint32_t(exchange), unit, 0};
     }
   };
@@ -312,10 +314,8 @@ struct LaneRowRing {
       const int warp = threadIdx.x / 32, row = threadIdx.x % 32;
       at = (warp / kBoxUnits * kLaneRows + row) * kPitch + warp % kBoxUnits * kUnitBytes<Format>;
     }
-    static constexpr int kAlignment = greatest_power_of_two_in(kUnitBytes<Format>, 16);
-    __device__ __forceinline__ Bytes<kAlignment> rows(const uint8_t* stage) const {
-      return Bytes<kAlignment>(stage + at);
-    }
+    using Row = Bytes<kLaneAlignment<Format>>;
+    __device__ __forceinline__ Row rows(const uint8_t* stage) const { return Row(stage + at); }
   };
 };
 

@@ -5,6 +5,8 @@
 // fastest.
 #pragma once
 
+#include <type_traits>
+
 #include "baracuda/order.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pack.cuh"
@@ -18,24 +20,11 @@ constexpr int kDequantizeThreads = kDequantizeWarps * 32;
 constexpr int kWarpUnits = 8;
 constexpr int64_t kBlockUnits = kDequantizeWarps * kWarpUnits;
 
+// What a copy moves at once.
 template <int Bytes>
-struct PieceOf;
-template <>
-struct PieceOf<1> {
-  using Type = uint8_t;
-};
-template <>
-struct PieceOf<2> {
-  using Type = uint16_t;
-};
-template <>
-struct PieceOf<4> {
-  using Type = uint32_t;
-};
-template <>
-struct PieceOf<16> {
-  using Type = uint4;
-};
+using PieceOf = std::conditional_t<
+    Bytes == 16, uint4,
+    std::conditional_t<Bytes == 4, uint32_t, std::conditional_t<Bytes == 2, uint16_t, uint8_t>>>;
 
 // Four values of type Y to where they belong; at_once: on a boundary of as many bytes.
 template <class Y>
@@ -74,7 +63,7 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   const int64_t end =
       first + kWarpUnits < units ? place(first + kWarpUnits) : args.nrows * bytes_of_row;
   {
-    using Type = typename PieceOf<Piece>::Type;
+    using Type = PieceOf<Piece>;
     const auto* const from =
         reinterpret_cast<const Type*>(static_cast<const uint8_t*>(args.weight) + begin);
     auto* const to = reinterpret_cast<Type*>(copies[warp]);

@@ -59,7 +59,7 @@ constexpr int kLaneTokens = 2;
 template <>
 inline constexpr int kLaneTokens<Q6_K> = 1;
 
-// Up to kFusedElements of a single token, or of those that lanes take, are staged by the product
+// Up to so many elements, of a single token or of all that lanes take, are staged by the product
 // itself: that every thread block does it takes less time than a kernel of its own.
 constexpr int64_t kFusedElements = 8192, kFusedOfOneToken = 16384;
 template <class Format>

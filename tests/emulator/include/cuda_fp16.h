@@ -23,6 +23,7 @@ inline uint16_t __half_as_ushort(__half h) {
 inline float __half2float(__half h) { return float(h.value); }
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
 inline float2 __half22float2(__half2 h) { return {float(h.x), float(h.y)}; }
+
 // As the hardware rounds two: every NaN is 0x7fff.
 inline __half2 __floats2half2_rn(float low, float high) {
   uint16_t bits[2];
