@@ -132,7 +132,7 @@ def main():
             for ncols in columns(block_format)
         ]
         wide = next(k for k in (256, 512, 1024, 2048) if block_format.row_bytes(k) % 16 == 0)
-        shapes.append((MANY_ROWS, wide, (1, 2, 16), ("float16",)))
+        shapes.append((MANY_ROWS, wide, (1, 2, 16, 40), ("float16",)))
         for nrows, ncols, tokens, kinds in shapes:
             few = rng.standard_normal((NROWS, ncols), np.float32)
             packed = np.asarray(bcy.quantize(few, block_format).data).reshape(NROWS, -1)

@@ -54,6 +54,16 @@ def test_many_rows(cpu, gpu, name, m):
     expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
 
 
+@pytest.mark.parametrize("m", [17, 32, 40, 100])
+@pytest.mark.parametrize(
+    ("name", "ncols"), [("Q4_1", 2048 + 128), ("Q4_K", 4096), ("Q2_K", 4096), ("Q6_K", 2048)]
+)
+def test_many_rows_of_many_tokens(cpu, gpu, name, ncols, m):
+    """Shared memory holds the activations of 32 tokens for many tiles of rows."""
+    nrows = 3 * 16 * _cuda.multiprocessors() + 5
+    expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
+
+
 @pytest.mark.parametrize("m", [1, 2, 3, 16, 17])
 def test_many_rows_without_columns(gpu, m):
     nrows = 3 * 32 * _cuda.multiprocessors() + 5
@@ -109,10 +119,11 @@ def test_extreme_activations(cpu, gpu, name, scale):
     np.testing.assert_array_equal(results[1], results[0])
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q2_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q2_K", "Q6_K", "Q8_K"])
 def test_staging_inside_and_outside(cpu, gpu, name):
     """Small products stage for themselves and need no workspace; larger ones do."""
-    lanes = _cuda.compute_capability() >= (9, 0)
+    two = _cuda.compute_capability() >= (9, 0) and name not in ("Q6_K", "Q8_K")
+    most = 4096 if name == "Q8_K" else 16384
     for nrows in 40, 3 * 32 * _cuda.multiprocessors() + 40:
         for ncols, m in (
             (4096, 1),
@@ -127,7 +138,7 @@ def test_staging_inside_and_outside(cpu, gpu, name):
             plan = expect_same_bits(
                 cpu, gpu, problems.staged_plan, name, nrows, ncols, m, "bfloat16"
             )
-            inside = ncols <= 16384 if m == 1 else lanes and m == 2 and ncols <= 4096
+            inside = ncols <= most if m == 1 else two and m == 2 and ncols <= 4096
             assert (plan.workspace_size == 0) == inside
 
 

@@ -24,13 +24,13 @@
 //                                         many exist; next: round that comes next; read(): called
 //                                         when no byte of the unit is needed any more
 //   store(partials)                       this warp's sums, [token][row]
-// and, where it differs from TileDefaults, kStartsNextAtOnce and
+// and, where it differs from TileDefaults, kStartsNextAtOnce, kActivationsStay and
 //   prefetch(args, inputs, first_row, round)
 //                                         by the warp that fetches a round's weights: asks for what
 //                                         else of them comes from memory
 //   prepare(inputs, memory)               once a thread block, by the consumers: what shared memory
 //                                         holds of weights alone
-//   bring_activations(args, inputs, memory)
+//   bring_activations(args, inputs, first_token, memory)
 //                                         once a thread block, by the consumers: what shared memory
 //                                         holds of them, after the previous kernel
 #pragma once
@@ -52,6 +52,9 @@ struct TileDefaults {
   // bring its activations, which would queue up behind them. Where those come a few at a time, in
   // blocks that share a multiprocessor, the earlier start is worth more.
   static constexpr bool kStartsNextAtOnce = false;
+  // Whether shared memory holds the activations of a tile's tokens: then a thread block keeps to
+  // those.
+  static constexpr bool kActivationsStay = false;
 
   template <class Inputs>
   static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const Inputs&,
@@ -60,7 +63,7 @@ struct TileDefaults {
   static __device__ __forceinline__ void prepare(const Inputs&, uint8_t*) {}
   template <class Inputs>
   static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args&,
-                                                           const Inputs&, uint8_t*) {}
+                                                           const Inputs&, int64_t, uint8_t*) {}
 };
 
 // Where a tile's eight partial sums meet. Rows are padded so that the lanes of a warp, which hold
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
   Tile::prepare(inputs, memory);
   wait_for_previous_kernel();
   if (!Tile::kStartsNextAtOnce) let_next_kernel_start();
-  Tile::bring_activations(args, inputs, memory);
+  Tile::bring_activations(args, inputs, first_token_of(blockIdx.x), memory);
   // Warps without units, where K is short, add nothing: their sums stay zero.
   const int own_rounds = units > warp ? (units - warp + kPartials - 1) / kPartials : 0;
   int meeting = 0;
@@ -210,7 +213,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
   for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
     const int64_t first_row = first_row_of(index);
     const int64_t first_token = first_token_of(index);
-    if (passes > 1 && index != blockIdx.x) {
+    if (passes > 1 && !Tile::kActivationsStay && index != blockIdx.x) {
       tile = Tile(args, inputs, first_row, first_token, warp, memory);
     }
     tile.clear(first_row_of(index + gridDim.x));
@@ -258,11 +261,22 @@ struct Geometry {
   unsigned blocks;
 };
 
-// extra: bytes of shared memory that the activations take.
+// What a block takes of shared memory besides the ring. extra: bytes of activations.
+template <class Tile>
+constexpr int64_t fixed_bytes(int64_t extra) {
+  return Shared<Tile>::kBytes + kRingTail + extra;
+}
+
+// Whether shared memory holds a ring of some stages beside that.
 template <class Tile, class Ring>
-int geometry_of(const Device& device, int64_t tiles, int64_t rounds, int extra, bool alone,
-                Geometry& geometry) {
-  const int fixed = Shared<Tile>::kBytes + kRingTail + extra;
+bool holds(const Ring*, int stages, int64_t extra, const Device& device) {
+  return fixed_bytes<Tile>(extra) + stages * Ring::kStageBytes <= device.shared_per_block;
+}
+
+template <class Tile, class Ring>
+int geometry_of(const Device& device, int64_t tiles, int64_t passes, int64_t rounds, int extra,
+                bool alone, Geometry& geometry) {
+  const int fixed = int(fixed_bytes<Tile>(extra));
   const int whole = device.shared_per_block;
   const int share = device.shared_per_processor / Tile::kBlocks - device.shared_reserved;
   const auto stages_in = [&](int bytes) { return (bytes - fixed) / Ring::kStageBytes; };
@@ -276,7 +290,8 @@ int geometry_of(const Device& device, int64_t tiles, int64_t rounds, int extra, 
   if (stages > most) stages = most;
   // Few: what a block takes of the matrix is little more than the ring holds.
   const bool leaves_room = alone && ceil_div(tiles, int64_t{device.processors}) * rounds <= stages;
-  const int64_t at_once = int64_t{device.processors} * (shares && !leaves_room ? Tile::kBlocks : 1);
+  int64_t at_once = int64_t{device.processors} * (shares && !leaves_room ? Tile::kBlocks : 1);
+  if (Tile::kActivationsStay) at_once -= at_once % passes;
   geometry.blocks = unsigned(tiles < at_once ? tiles : at_once);
   const int64_t needed = ceil_div(tiles, geometry.blocks) * rounds;
   geometry.stages = int(needed < stages ? needed : stages);
@@ -292,7 +307,8 @@ int launch_streamed(const bcy_gguf_matmul_args& args, const typename Tile::Input
   const int64_t rounds = ceil_div(args.ncols, kPartials * kUnit);
   if (tiles > kMaxGridX || args.ncols > kMaxColumns) return BCY_ERROR_TOO_LARGE;
   Geometry geometry;
-  if (const int status = geometry_of<Tile, Ring>(device, tiles, rounds, extra, alone, geometry)) {
+  if (const int status =
+          geometry_of<Tile, Ring>(device, tiles, passes, rounds, extra, alone, geometry)) {
     return status;
   }
   typename Ring::Source source;

@@ -43,7 +43,8 @@ class LaneTile : public TileDefaults {
   static constexpr int kBlocks = 2;
 
   static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args& args,
-                                                           const Staged& staged, uint8_t* memory) {
+                                                           const Staged& staged, int64_t,
+                                                           uint8_t* memory) {
     if (staged.fused) {
       stage_own_units<1, kMinima>(args, staged, memory, Tokens);
     } else {

@@ -3,6 +3,7 @@
 // every M.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/common/mma.cuh"
@@ -17,7 +18,9 @@ namespace bcy {
 // operands of rows r, r + 8, r + 16, ... and of token r of each eight, and the sums of those rows
 // with tokens 2 t and 2 t + 1 of each eight; of a single token only lanes with t = 0 hold sums that
 // count.
-template <class F, int Tokens, int RowTiles, int Blocks, bool Ahead = true>
+//
+// Stays: the staged activations of the tile's tokens lie in shared memory.
+template <class F, int Tokens, int RowTiles, int Blocks, bool Ahead = true, bool Stays = false>
 class StagedTile : public TileDefaults {
  public:
   using Format = F;
@@ -26,10 +29,46 @@ class StagedTile : public TileDefaults {
   static constexpr int kRows = RowTiles * kTileRows;
   static constexpr int kBlocks = Blocks;
   static constexpr bool kStartsNextAtOnce = Tokens == 8 && Blocks == 2;
+  static constexpr bool kActivationsStay = Stays;
+
+  // Bytes of shared memory that the activations take where they stay; -1 where there are more
+  // rounds than lanes to copy them.
+  static int64_t staying_bytes(const Staged& staged, int64_t m) {
+    if (staged.units > kMostRounds * kPartials) return -1;
+    return kArrivedBytes +
+           std::min(token_tiles(m), int64_t{kTiles}) * staged.units * Record::kBytes;
+  }
+
+  static __device__ __forceinline__ void prepare(const Staged&, uint8_t* memory) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if constexpr (Stays) {
+      if (threadIdx.x == 0) {
+        for (int i = 0; i < kMostRounds; ++i) barrier_init(arrived(memory, i), kPartials * kTiles);
+        barrier_init_fence();
+      }
+      consumers_sync<kConsumers>();
+    }
+#endif
+  }
 
   static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args& args,
-                                                           const Staged& staged, uint8_t* memory) {
-    if constexpr (Tokens <= kTileTokens) {
+                                                           const Staged& staged,
+                                                           int64_t first_token, uint8_t* memory) {
+    if constexpr (Stays) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+      // A lane copies a unit of eight tokens.
+      const int n = threadIdx.x % kTiles, round = threadIdx.x % 32 / kTiles;
+      const int unit = round * kPartials + threadIdx.x / 32, units = int(staged.units);
+      const int64_t tile = first_token / kTileTokens + n;
+      const bool exists = unit < units && tile * kTileTokens < args.m;
+      expect_bytes(arrived(memory, round), exists ? Record::kBytes : 0);
+      if (exists) {
+        copy_row(memory + kArrivedBytes + (n * units + unit) * Record::kBytes,
+                 staged.records + (tile * units + unit) * Record::kBytes, Record::kBytes,
+                 arrived(memory, round));
+      }
+#endif
+    } else if constexpr (Tokens <= kTileTokens) {
       if (staged.fused) stage_own_units<Tokens, kMinima>(args, staged, memory, int(args.m));
     }
   }
@@ -38,20 +77,25 @@ class StagedTile : public TileDefaults {
   // stored.
   __device__ __forceinline__ StagedTile(const bcy_gguf_matmul_args& args, const Staged& staged,
                                         int64_t, int64_t first_token, int first_unit,
-                                        const uint8_t* memory) {
+                                        uint8_t* memory)
+      : memory_(memory) {
     const int r = threadIdx.x % 32 / 4;
     const int t = threadIdx.x % 4;
     const bool fused = Tokens <= kTileTokens && staged.fused;
-    const uint8_t* const records = (fused ? memory : staged.records) + first_unit * Record::kBytes;
+    const uint8_t* const records = (Stays   ? memory + kArrivedBytes
+                                    : fused ? memory
+                                            : staged.records) +
+                                   first_unit * Record::kBytes;
     const int last = int(min(args.m, int64_t{kTileTokens})) - 1;
     const int lane = (Tokens == 1 ? 0 : min(r, last) * 64) + t * 16;
     to_floats_ = (Tokens == 1 ? 0 : min(t, last / 2) * 16) - lane;
+    const int64_t first_tile = Stays ? first_token / kTileTokens : 0;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int64_t tile = min(first_token / kTileTokens + n, (args.m - 1) / kTileTokens);
-      start_[n] = records + tile * staged.units * Record::kBytes + lane;
-      // Or the compiler works it out again for every unit.
-      keep_in_register(start_[n]);
+      start_[n] = records + (tile - first_tile) * staged.units * Record::kBytes + lane;
+      // Or the compiler works it out again for every unit; of shared memory it is to know.
+      if constexpr (!Stays) keep_in_register(start_[n]);
     }
     if (Ahead && first_unit < int(staged.units)) next_ = load(0, 0);
   }
@@ -73,6 +117,9 @@ class StagedTile : public TileDefaults {
                                            int next, Read read) {
     const uint32_t offset = uint32_t(round) * (kPartials * Record::kBytes);
     const uint32_t next_offset = uint32_t(next) * (kPartials * Record::kBytes);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if constexpr (Stays) barrier_wait(arrived(memory_, round), 0);
+#endif
     // Only formats whose blocks are groups have units that end early.
     if (kBlockGroups == 1 && groups < kUnitGroups) {
       add_some(rows, offset, groups);
@@ -119,6 +166,13 @@ class StagedTile : public TileDefaults {
   static constexpr bool kHalves = Format::kScaleElements == 16 && !scales_fit_codes<Format>;
 
   using Record = StagedRecord<Tokens == 1 ? 1 : kTileTokens, kMinima>;
+
+  // In front of activations that stay: a barrier for each round of them.
+  static constexpr int kMostRounds = 32 / kTiles;
+  static constexpr int kArrivedBytes = (kMostRounds * int(sizeof(uint64_t)) + 15) / 16 * 16;
+  static __device__ __forceinline__ uint64_t* arrived(uint8_t* memory, int round) {
+    return reinterpret_cast<uint64_t*>(memory) + round;
+  }
   using Floats = std::conditional_t<Tokens == 1, float2, float4>;
 
   // Staged activations of two groups, used for all rows.
@@ -288,6 +342,7 @@ class StagedTile : public TileDefaults {
 
   const uint8_t* start_[kTiles];  // this lane's codes in the record of this warp's first unit
   int to_floats_;                 // from there to its floats, less what they are into the record
+  uint8_t* memory_;               // that holds activations that stay
   Activations next_;
   float partial_[RowTiles][kTiles][4];
 };
@@ -332,9 +387,9 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   };
   // Many tokens leave no registers to load activations ahead, nor, with what minima and scales of
   // halves take, for two tiles of rows.
+  constexpr bool kLarge = Format::kMinima > 0 || Format::kScaleElements == 16;
   constexpr auto wide = [](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
-    constexpr bool kLarge = Format::kMinima > 0 || Format::kScaleElements == 16;
     constexpr int kRowTiles = kTokens == 32 && kLarge ? 1 : 2;
     constexpr bool kAhead = kTokens <= 8 || (kTokens == 16 && !kLarge);
     return static_cast<StagedTile<Format, kTokens, kRowTiles, 1, kAhead>*>(nullptr);
@@ -351,12 +406,13 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
     RowRing<Format, 16, false>* const any_rows = nullptr;
     return args.m == 1 ? streamed(narrow(one), any_rows) : streamed(narrow(eight), any_rows);
   }
-  if (takes_lanes<Format>(args, device)) {
-    LaneRing<Format>* const units = nullptr;
-    const int64_t extra = args.m * staged_bytes(args.ncols, 1, Format::kMinima);
-    constexpr int kMost = kLaneTokens<Format>;
-    return args.m == 1 ? run(static_cast<LaneTile<Format, 1>*>(nullptr), units, extra)
-                       : run(static_cast<LaneTile<Format, kMost>*>(nullptr), units, extra);
+  if constexpr (constexpr int kMost = kLaneTokens<Format>; kMost > 0) {
+    if (takes_lanes<Format>(args, device)) {
+      LaneRing<Format>* const units = nullptr;
+      const int64_t extra = args.m * staged_bytes(args.ncols, 1, Format::kMinima);
+      return args.m == 1 ? run(static_cast<LaneTile<Format, 1>*>(nullptr), units, extra)
+                         : run(static_cast<LaneTile<Format, kMost>*>(nullptr), units, extra);
+    }
   }
   constexpr auto rows_for = [](auto* tile) {
     return static_cast<RowRing<Format, std::remove_pointer_t<decltype(tile)>::kRows, true>*>(
@@ -364,7 +420,24 @@ int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_
   };
   BoxRing<Format, 32>* const boxes = nullptr;
   const auto by_rows = [&](auto* tile) { return streamed(tile, rows_for(tile)); };
-  if (args.m > 16) return by_rows(wide(thirty_two));
+  if (args.m > 16) {
+    // One tile of rows for 32 tokens: their activations are more than the L1 cache holds, and more
+    // than the weights.
+    if constexpr (kLarge) {
+      using Tile = StagedTile<Format, 32, 1, 1, false, true>;
+      auto* const rows = rows_for(static_cast<Tile*>(nullptr));
+      const int64_t extra = Tile::staying_bytes(staged, args.m);
+      const int64_t passes = ceil_div(args.m, Tile::kTokens);
+      // Few tiles do not make up for the copy, nor for the processors that are left over where each
+      // pass has as many.
+      const int64_t left_over = device.processors % passes;
+      const bool stay = device.arch >= 900 && extra >= 0 && 8 * left_over <= device.processors &&
+                        ceil_div(args.nrows, Tile::kRows) * passes >= 3 * device.processors &&
+                        holds<Tile>(rows, 2, extra, device);
+      if (stay) return run(static_cast<Tile*>(nullptr), rows, extra);
+    }
+    return by_rows(wide(thirty_two));
+  }
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side.
   const bool boxed = device.arch >= 900 && args.nrows >= 3 * 32 * int64_t{device.processors} &&
                      args.nrows <= INT32_MAX &&  // places in boxes are 32 bits

@@ -143,7 +143,8 @@ class FloatLaneTile : public TileDefaults {
 
   // Each warp brings in the units that it alone reads.
   static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args& args,
-                                                           const FloatInputs&, uint8_t* memory) {
+                                                           const FloatInputs&, int64_t,
+                                                           uint8_t* memory) {
     const auto* const x = static_cast<const typename X::Storage*>(args.x);
     const int ncols = int(args.ncols);
 #pragma unroll 2

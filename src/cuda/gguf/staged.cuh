@@ -53,19 +53,24 @@ inline int64_t staged_bytes(int64_t ncols, int64_t m, int minima) {
   return token_tiles(m) * unit_count(ncols) * record;
 }
 
-// Tokens that a product in lanes takes at a time: as many as there are registers for.
+// Tokens that a product in lanes takes at a time: as many as there are registers for. Q8_K has no
+// scales to unpack four times.
 template <class Format>
 constexpr int kLaneTokens = 2;
 template <>
 inline constexpr int kLaneTokens<Q6_K> = 1;
+template <>
+inline constexpr int kLaneTokens<Q8_K> = 0;
 
 // Up to so many elements, of a single token or of all that lanes take, are staged by the product
 // itself: that every thread block does it takes less time than a kernel of its own.
-constexpr int64_t kFusedElements = 8192, kFusedOfOneToken = 16384;
+constexpr int64_t kFusedElements = 8192;
+template <class Format>
+constexpr int64_t kFusedOfOneToken = kLaneTokens<Format> > 0 ? 16384 : 4096;
 template <class Format>
 bool stages_inside(int arch, int64_t ncols, int64_t m) {
-  if (arch < 800 || m > (arch >= 900 ? kLaneTokens<Format> : 1)) return false;
-  return ncols <= (m <= 1 ? kFusedOfOneToken : kFusedElements / m);
+  if (arch < 800 || m > (arch >= 900 && kLaneTokens<Format> > 1 ? 2 : 1)) return false;
+  return ncols <= (m <= 1 ? kFusedOfOneToken<Format> : kFusedElements / m);
 }
 
 struct Staged {

@@ -4,8 +4,8 @@
 // A code is the sum of two numbers of 16 bits: they take the places of two rows, r and r + 8, of
 // one instruction, so that its two sums add up to what float32 FMAs would give. The order: a chunk,
 // 64 elements or what a block has if less, is summed by tensor cores, high and low parts meet, the
-// block's scale multiplies; the chunks of a unit meet two by two, in order; then the units of a
-// partial sum and the partial sums as in order.cuh.
+// block's scale multiplies; the chunks of a unit meet two by two, and each two are added to the
+// partial sum, in order; the partial sums meet as in order.cuh.
 #pragma once
 
 #include "cuda/common/mma.cuh"
@@ -45,8 +45,10 @@ struct Nf4Sums {
   __device__ __forceinline__ void add_unit(const Table& table, const Rows& rows,
                                            const Scales& scales, Load load) {
     constexpr int kChunks = kUnit / Chunk, kChunkGroups = Chunk / kGroup;
-    float one[Octets][Tiles][2], two[Octets][Tiles][2], four[Octets][Tiles][2];
-#pragma unroll
+    // Many sums leave no registers to load ahead of two chunks.
+    [[maybe_unused]] constexpr int kUnroll = Tiles > 1 ? 2 : kChunks;
+    float first[Octets][Tiles][2];
+#pragma unroll kUnroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       float sums[Octets][Tiles][4] = {};
 #pragma unroll
@@ -66,20 +68,12 @@ struct Nf4Sums {
         for (int n = 0; n < Tiles; ++n) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            float sum = mul(add(sums[i][n][j], sums[i][n][j + 2]), scale);
+            const float sum = mul(add(sums[i][n][j], sums[i][n][j + 2]), scale);
             if (chunk % 2 == 0) {
-              one[i][n][j] = sum;
-              continue;
+              first[i][n][j] = sum;
+            } else {
+              partial[i][n][j] = add(partial[i][n][j], add(first[i][n][j], sum));
             }
-            sum = add(one[i][n][j], sum);
-            if (chunk % 4 == 1) {
-              two[i][n][j] = sum;
-              continue;
-            }
-            sum = add(two[i][n][j], sum);
-            if (chunk == 3) four[i][n][j] = sum;
-            if (chunk == 7) sum = add(four[i][n][j], sum);
-            if (chunk + 1 == kChunks) partial[i][n][j] = add(partial[i][n][j], sum);
           }
         }
       }
@@ -133,8 +127,8 @@ struct Nf4TokenSums {
     for (int i = 0; i < Octets; ++i) {
       float sum = mul(own[i], scales.own(i, 0));
       sum = add(sum, __shfl_xor_sync(~0u, sum, 1));
-      sum = add(sum, __shfl_xor_sync(~0u, sum, 2));
-      partial[i] = add(partial[i], sum);
+      // Of lane t = 0, which stores, in order.
+      partial[i] = add(add(partial[i], sum), __shfl_xor_sync(~0u, sum, 2));
     }
   }
 

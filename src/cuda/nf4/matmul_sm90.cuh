@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using G = Nf4Geometry<Tokens, Cluster>;
   using Partials = typename G::Partials;
+  using Scales = UnitScales<kTileRows, 64, int>;
   constexpr int kOctets = kTileRows / 8;
   constexpr int kTiles = Tokens / 8;
   BCY_DYNAMIC_SHARED(shared);
@@ -75,17 +76,20 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
   const int own = units > partial ? (units - partial + kPartials - 1) / kPartials : 0;
   const int clusters = int(gridDim.x) / Cluster, cluster = int(blockIdx.x) / Cluster;
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&ready[i], Cluster == 1 ? kNf4Threads : 1);
-      barrier_init(&freed[i], kNf4Warps * Cluster);
+  if (lane == 0) {
+    for (int i = 0; i < stages; ++i) barrier_init(&filled[i], 1);
+    if (warp == 0) {
+      for (int i = 0; i < 2; ++i) {
+        barrier_init(&ready[i], Cluster == 1 ? kNf4Threads : 1);
+        barrier_init(&freed[i], kNf4Warps * Cluster);
+      }
     }
-    for (int i = 0; i < kNf4Warps * kMaxStages; ++i) barrier_init(&freed[2 + i], 1);
     barrier_init_fence();
-    if (Cluster > 1) {
+    if (Cluster > 1 && warp == 0) {
       for (int i = 0; i < 2; ++i) expect_bytes(&ready[i], G::kSumBytes);
     }
   }
+  __syncwarp();
   if constexpr (Cluster == 1) {
     __syncthreads();
   } else {
@@ -93,24 +97,23 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
   }
 
   // The units to come, by tile and round; one call of fetch each.
-  int fetch_tile = cluster, fetch_round = 0, fetch_stage = 0;
-  const auto fetch = [&] {
+  int fetch_tile = cluster, fetch_round = 0;
+  const auto fetch = [&](int stage) {
     if (own == 0 || fetch_tile >= tiles) return;
-    const int64_t row = fetch_tile * int64_t{G::kRows} + first_row;
-    UnitScales<kTileRows, 64>::prefetch_unit(args, inputs, row, fetch_round * kPartials + partial);
+    const int row = fetch_tile * G::kRows + first_row;
+    Scales::prefetch_unit(args, inputs, row, fetch_round * kPartials + partial);
     if (lane == 0) {
-      expect_bytes(&filled[fetch_stage], kNf4UnitBytes);
-      copy_box(ring + fetch_stage * kNf4UnitBytes, &matrix,
-               (fetch_round * kPartials + partial) * kBoxBytes, int(row), &filled[fetch_stage]);
+      expect_bytes(&filled[stage], kNf4UnitBytes);
+      copy_box(ring + stage * kNf4UnitBytes, &matrix,
+               (fetch_round * kPartials + partial) * kBoxBytes, row, &filled[stage]);
     }
-    if (++fetch_stage == stages) fetch_stage = 0;
     if (++fetch_round == own) {
       fetch_round = 0;
       fetch_tile += clusters;
     }
   };
-  for (int i = 0; i < stages; ++i) fetch();
-  UnitScales<kTileRows, 64> scales(args, inputs, cluster * int64_t{G::kRows} + first_row, partial);
+  for (int i = 0; i < stages; ++i) fetch(i);
+  Scales scales(args, inputs, cluster * G::kRows + first_row, partial);
   fill_table<kNf4Threads>(shared + G::kTable, inputs.codes, pair_of_halves);
   wait_for_previous_kernel();
   // Not before: the next kernel's weights would come ahead of this one's activations.
@@ -141,11 +144,11 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
   const auto write = [&](int done) {
     constexpr int kCount = G::kRowsOut * Tokens;
     const int buffer = done % 2;
-    const int64_t first = (cluster + done * int64_t{clusters}) * G::kRows + rank * G::kRowsOut;
+    const int first = (cluster + done * clusters) * G::kRows + rank * G::kRowsOut;
     barrier_wait(&ready[buffer], done / 2 % 2);
     if (Cluster > 1 && threadIdx.x == 0) expect_bytes(&ready[buffer], G::kSumBytes);
     for (int i = threadIdx.x; i < kCount; i += kNf4Threads) {
-      const int64_t row = first + i % G::kRowsOut;
+      const int row = first + i % G::kRowsOut;
       const int token = i / G::kRowsOut;
       if (row >= args.nrows || token >= args.m) continue;
       float p[kPartials];
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
   uint32_t phase = 0;
   for (int tile = cluster; tile < tiles; tile += clusters, ++done) {
     tile_sums.clear();
-    const int64_t following = (tile + clusters) * int64_t{G::kRows} + first_row;
+    const int following = (tile + clusters) * G::kRows + first_row;
     for (int round = 0; round < own; ++round) {
       scales.take(inputs, round, round + 1 < own ? round + 1 : 0, following);
       barrier_wait(&filled[stage], phase);
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
         }
       });
       __syncwarp();
-      fetch();
+      fetch(stage);
       if (++stage == stages) {
         stage = 0;
         phase ^= 1;
@@ -255,7 +258,8 @@ int launch_nf4_sm90(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs, c
   using G = Nf4Geometry<Tokens, Cluster>;
   constexpr int kStageBytes = kNf4Warps * kNf4UnitBytes;
   const int64_t tiles = ceil_div(args.nrows, G::kRows);
-  if (args.ncols > kMaxColumns || args.nrows > INT32_MAX) return BCY_OK;
+  // Rows, those past the last tile too, are counted by an int.
+  if (args.ncols > kMaxColumns || args.nrows > INT32_MAX / 2) return BCY_OK;
   const int64_t ring_at = G::ring_at(int(ceil_div(args.ncols, kUnit)));
   const int64_t most = (device.shared_per_block - ring_at) / kStageBytes;
   if (most < 2) return BCY_OK;

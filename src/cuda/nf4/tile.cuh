@@ -19,13 +19,14 @@ struct Nf4Inputs {
 };
 
 // The scales of a unit in chunks of Chunk elements: lane t has those of chunks t, t + 4, ... of its
-// rows. The loads of a unit are under way while the one before it is multiplied.
-template <int Rows, int Chunk>
+// rows. The loads of a unit are under way while the one before it is multiplied. Row: a type for
+// the number of a row, int where that saves registers and rows are few enough.
+template <int Rows, int Chunk, class Row = int64_t>
 class UnitScales {
  public:
   __device__ __forceinline__ UnitScales(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs,
-                                        int64_t first_row, int first_unit)
-      : nrows_(args.nrows),
+                                        Row first_row, int first_unit)
+      : nrows_(Row(args.nrows)),
         in_row_(int(args.ncols / Chunk)),
         first_(first_unit * kChunks + threadIdx.x % 4),
         row_(first_row) {
@@ -35,7 +36,7 @@ class UnitScales {
   // The scales of the unit that was loaded; starts to load the one that is `next` rounds after the
   // first, of these rows or of those from `following` on.
   __device__ __forceinline__ void take(const Nf4Inputs& inputs, int round, int next,
-                                       int64_t following) {
+                                       Row following) {
 #pragma unroll
     for (int i = 0; i < Rows / 8; ++i) {
 #pragma unroll
@@ -51,15 +52,17 @@ class UnitScales {
     return __shfl_sync(~0u, own(i, chunk), (threadIdx.x & 28) + chunk % 4);
   }
   // The same in lanes t = chunk % 4 alone.
-  __device__ __forceinline__ float own(int i, int chunk) const { return scales_[i][chunk / 4]; }
+  __device__ __forceinline__ float own(int i, int chunk) const {
+    return scales_[i][kOwn == 1 ? 0 : chunk / 4];
+  }
 
   // Asks for the scales of one unit.
   static __device__ __forceinline__ void prefetch_unit(const bcy_gguf_matmul_args& args,
-                                                       const Nf4Inputs& inputs, int64_t first_row,
+                                                       const Nf4Inputs& inputs, Row first_row,
                                                        int unit) {
-    const int64_t row = first_row + threadIdx.x % Rows;
+    const Row row = first_row + threadIdx.x % Rows;
     if (row >= args.nrows || threadIdx.x % 32 >= Rows) return;
-    const int64_t at = row * (args.ncols / Chunk) + unit * kChunks;
+    const int64_t at = int64_t{row} * int(args.ncols / Chunk) + unit * kChunks;
     inputs.scales.prefetch(at >> inputs.shift, (at >> inputs.shift) + 1, 0, 1);
   }
 
@@ -83,8 +86,8 @@ class UnitScales {
   static constexpr int kChunks = kUnit / Chunk;
   static constexpr int kOwn = kChunks / 4;
 
-  __device__ __forceinline__ void load(const Nf4Inputs& inputs, int64_t first_row, int round) {
-    const int64_t row = first_row + threadIdx.x % 32 / 4;
+  __device__ __forceinline__ void load(const Nf4Inputs& inputs, Row first_row, int round) {
+    const Row row = first_row + Row(threadIdx.x % 32 / 4);
     const int chunk = first_ + round * (kPartials * kChunks);
 #pragma unroll
     for (int i = 0; i < Rows / 8; ++i) {
@@ -92,17 +95,17 @@ class UnitScales {
       for (int j = 0; j < kOwn; ++j) {
         loaded_[i][j] = {0, 0.0f};
         if (row + 8 * i < nrows_ && chunk + 4 * j < in_row_) {
-          const int64_t at = (row + 8 * i) * in_row_ + chunk + 4 * j;
+          const int64_t at = int64_t{row + 8 * i} * in_row_ + chunk + 4 * j;
           loaded_[i][j] = inputs.scales.load(at >> inputs.shift);
         }
       }
     }
   }
 
-  int64_t nrows_;
+  Row nrows_;
   int in_row_;
   int first_;
-  int64_t row_;
+  Row row_;
   typename Scales::Loaded loaded_[Rows / 8][kOwn];
   float scales_[Rows / 8][kOwn];
 };
