@@ -9,7 +9,7 @@
 namespace bcy {
 
 // Whether `count` elements from a multiple of it on, 16 bytes or less, can be loaded at once.
-inline bool loads_at_once(const bcy_gguf_matmul_args& args, int count) {
+inline bool loads_at_once(const ProductArgs& args, int count) {
   const int bytes = count * (args.x_type == BCY_F32 ? 4 : 2);
   return reinterpret_cast<uintptr_t>(args.x) % bytes == 0 &&
          (args.m == 1 || args.x_stride % count == 0);

@@ -13,6 +13,9 @@ namespace bcy {
 
 constexpr int64_t kMaxGridX = 0x7fffffff;
 
+// What a product works on, of GGUF weights and of 4-bit ones.
+using ProductArgs = bcy_gguf_matmul_args;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Makes a device current and puts the caller's back.

@@ -29,7 +29,7 @@
 //                                         by the warp that fetches a round's weights: asks for what
 //                                         else of them comes from memory
 //   prepare(inputs, memory)               once a thread block, by the consumers: what shared memory
-//                                         holds of weights alone
+//                                         holds without the activations
 //   bring_activations(args, inputs, first_token, memory)
 //                                         once a thread block, by the consumers: what shared memory
 //                                         holds of them, after the previous kernel
@@ -57,13 +57,13 @@ struct TileDefaults {
   static constexpr bool kActivationsStay = false;
 
   template <class Inputs>
-  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args&, const Inputs&,
-                                                  int64_t, int) {}
+  static __device__ __forceinline__ void prefetch(const ProductArgs&, const Inputs&, int64_t, int) {
+  }
   template <class Inputs>
   static __device__ __forceinline__ void prepare(const Inputs&, uint8_t*) {}
   template <class Inputs>
-  static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args&,
-                                                           const Inputs&, int64_t, uint8_t*) {}
+  static __device__ __forceinline__ void bring_activations(const ProductArgs&, const Inputs&,
+                                                           int64_t, uint8_t*) {}
 };
 
 // Where a tile's eight partial sums meet. Rows are padded so that the lanes of a warp, which hold
@@ -74,7 +74,7 @@ struct Meeting {
   float partials[kPartials][Tokens][kPitch];
 
   // By the consumers alone.
-  __device__ __forceinline__ void write(const bcy_gguf_matmul_args& args, int64_t first_row,
+  __device__ __forceinline__ void write(const ProductArgs& args, int64_t first_row,
                                         int64_t first_token) const {
     const int rows = int(min(args.nrows - first_row, int64_t{Rows}));
     const int tokens = int(min(args.m - first_token, int64_t{Tokens}));
@@ -98,7 +98,7 @@ struct Meeting {
 
 template <class Tile>
 __global__ void __launch_bounds__(kConsumers)
-    product_direct(const __grid_constant__ bcy_gguf_matmul_args args,
+    product_direct(const __grid_constant__ ProductArgs args,
                    const __grid_constant__ typename Tile::Inputs inputs, unsigned passes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   using Format = typename Tile::Format;
@@ -146,7 +146,7 @@ struct Shared {
 
 template <class Tile, class Ring>
 __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
-    product_streamed(const __grid_constant__ bcy_gguf_matmul_args args,
+    product_streamed(const __grid_constant__ ProductArgs args,
                      const __grid_constant__ typename Tile::Inputs inputs,
                      const __grid_constant__ typename Ring::Source source, unsigned tiles,
                      unsigned passes, int stages) {
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
 // ---- launch -----------------------------------------------------------------------------------------------------
 
 template <class Format>
-bool rows_on_boundaries(const bcy_gguf_matmul_args& args) {
+bool rows_on_boundaries(const ProductArgs& args) {
   return row_bytes<Format>(args.ncols) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(args.weight) % 16 == 0;
 }
@@ -300,7 +300,7 @@ int geometry_of(const Device& device, int64_t tiles, int64_t passes, int64_t rou
 }
 
 template <class Tile, class Ring>
-int launch_streamed(const bcy_gguf_matmul_args& args, const typename Tile::Inputs& inputs,
+int launch_streamed(const ProductArgs& args, const typename Tile::Inputs& inputs,
                     const Device& device, int extra, bool early, bool alone, cudaStream_t stream) {
   const int64_t passes = ceil_div(args.m, Tile::kTokens);
   const int64_t tiles = ceil_div(args.nrows, Tile::kRows) * passes;
@@ -320,8 +320,8 @@ int launch_streamed(const bcy_gguf_matmul_args& args, const typename Tile::Input
 }
 
 template <class Tile>
-int launch_direct(const Tile*, const bcy_gguf_matmul_args& args,
-                  const typename Tile::Inputs& inputs, cudaStream_t stream) {
+int launch_direct(const Tile*, const ProductArgs& args, const typename Tile::Inputs& inputs,
+                  cudaStream_t stream) {
   // Blocks of the same rows follow each other, so that later tokens find the weights in the L2
   // cache.
   const int64_t passes = ceil_div(args.m, Tile::kTokens);

@@ -22,6 +22,7 @@
 
 #include "baracuda/order.cuh"
 #include "cuda/common/async.cuh"
+#include "cuda/common/launch.cuh"
 
 namespace bcy {
 
@@ -130,15 +131,15 @@ struct BoxRing {
   static constexpr int kBoxes = (kRoundBytes<Format> + kBoxBytes - 1) / kBoxBytes;
   static constexpr int kStageBytes = kBoxes * Rows * kBoxBytes;
 
-  static int describe(const bcy_gguf_matmul_args& args, Source& source) {
+  static int describe(const ProductArgs& args, Source& source) {
     return describe_boxes(args.weight, row_bytes<Format>(args.ncols), args.nrows, Rows, true,
                           source);
   }
 
   // The last box of a round reaches into the next one; what lies past the matrix is zeros.
-  static __device__ __forceinline__ void fetch(const bcy_gguf_matmul_args& args,
-                                               const Source& source, int64_t first_row, int round,
-                                               uint8_t* to, uint64_t* filled) {
+  static __device__ __forceinline__ void fetch(const ProductArgs& args, const Source& source,
+                                               int64_t first_row, int round, uint8_t* to,
+                                               uint64_t* filled) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     const int lane = threadIdx.x % 32;
     const int boxes = int(round_length<Format>(args.ncols, round) + kBoxBytes - 1) / kBoxBytes;
@@ -152,7 +153,7 @@ struct BoxRing {
 
   struct Lane {
     int lane;
-    __device__ __forceinline__ Lane(const bcy_gguf_matmul_args&, int64_t)
+    __device__ __forceinline__ Lane(const ProductArgs&, int64_t)
         : lane(int(threadIdx.x / 32) * kUnitBytes<Format>) {}
     using Row = BoxBytes<kUnitAlignment<Format>, Rows>;
     __device__ __forceinline__ RowsOf<Row, Rows> rows(const uint8_t* stage) const {
@@ -181,10 +182,10 @@ struct RowRing {
   static constexpr int kStageBytes = (Rows * kPitch + 127) / 128 * 128;
   static_assert(Rows <= 32, "a lane copies a row");
 
-  static int describe(const bcy_gguf_matmul_args&, Source&) { return BCY_OK; }
+  static int describe(const ProductArgs&, Source&) { return BCY_OK; }
 
   // Rows past the end are left out; what their lanes compute is not stored.
-  static __device__ __forceinline__ void fetch(const bcy_gguf_matmul_args& args, const Source&,
+  static __device__ __forceinline__ void fetch(const ProductArgs& args, const Source&,
                                                int64_t first_row, int round, uint8_t* to,
                                                uint64_t* filled) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -205,7 +206,7 @@ struct RowRing {
 
   struct Lane {
     int ahead[Rows / 8];  // of each row's first byte, what its copy took along
-    __device__ __forceinline__ Lane(const bcy_gguf_matmul_args& args, int64_t first_row) {
+    __device__ __forceinline__ Lane(const ProductArgs& args, int64_t first_row) {
 #pragma unroll
       for (int i = 0; i < Rows / 8; ++i) {
         const uint8_t* const row =
@@ -262,7 +263,7 @@ template <class Format>
 struct LaneBoxRing : BoxRing<Format, kLaneRows> {
   struct Lane {
     int row, exchange, unit;
-    __device__ __forceinline__ Lane(const bcy_gguf_matmul_args&, int64_t)
+    __device__ __forceinline__ Lane(const ProductArgs&, int64_t)
         : row(int(threadIdx.x % kLaneRows) * kBoxBytes),
           exchange(int(threadIdx.x % 8) * 16),
           unit(int(threadIdx.x / 32) * kUnitBytes<Format>) {}
@@ -286,15 +287,15 @@ struct LaneRowRing {
   static constexpr int kStageBytes = kBoxes * kLaneRows * kPitch;
   static_assert(kBytes % 16 == 0 && kPitch <= kMostPlainBoxBytes);
 
-  static int describe(const bcy_gguf_matmul_args& args, Source& source) {
+  static int describe(const ProductArgs& args, Source& source) {
     return describe_plain_boxes(args.weight, row_bytes<Format>(args.ncols), args.nrows, kPitch,
                                 kLaneRows, source);
   }
 
   // What a box holds past its units is the next one's; what lies past the matrix is zeros.
-  static __device__ __forceinline__ void fetch(const bcy_gguf_matmul_args& args,
-                                               const Source& source, int64_t first_row, int round,
-                                               uint8_t* to, uint64_t* filled) {
+  static __device__ __forceinline__ void fetch(const ProductArgs& args, const Source& source,
+                                               int64_t first_row, int round, uint8_t* to,
+                                               uint64_t* filled) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     const int lane = threadIdx.x % 32;
     const bool copies =
@@ -310,7 +311,7 @@ struct LaneRowRing {
 
   struct Lane {
     int at;
-    __device__ __forceinline__ Lane(const bcy_gguf_matmul_args&, int64_t) {
+    __device__ __forceinline__ Lane(const ProductArgs&, int64_t) {
       const int warp = threadIdx.x / 32, row = threadIdx.x % 32;
       at = (warp / kBoxUnits * kLaneRows + row) * kPitch + warp % kBoxUnits * kUnitBytes<Format>;
     }

@@ -25,7 +25,7 @@ constexpr int64_t kMostStagedInLanes = 64 << 10;
 
 // Whether a product takes lanes. Then its activations are staged in records of single tokens.
 template <class Format>
-bool takes_lanes(const bcy_gguf_matmul_args& args, const Device& device) {
+bool takes_lanes(const ProductArgs& args, const Device& device) {
   return device.arch >= LaneRing<Format>::kOldestArch && args.m <= kLaneTokens<Format> &&
          args.ncols > 0 && rows_on_boundaries<Format>(args) &&
          args.nrows <= INT32_MAX &&  // places in boxes
@@ -42,7 +42,7 @@ class LaneTile : public TileDefaults {
   static constexpr int kRows = kLaneRows;
   static constexpr int kBlocks = 2;
 
-  static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args& args,
+  static __device__ __forceinline__ void bring_activations(const ProductArgs& args,
                                                            const Staged& staged, int64_t,
                                                            uint8_t* memory) {
     if (staged.fused) {
@@ -52,8 +52,8 @@ class LaneTile : public TileDefaults {
     }
   }
 
-  __device__ __forceinline__ LaneTile(const bcy_gguf_matmul_args&, const Staged& staged, int64_t,
-                                      int64_t, int first_unit, const uint8_t* memory) {
+  __device__ __forceinline__ LaneTile(const ProductArgs&, const Staged& staged, int64_t, int64_t,
+                                      int first_unit, const uint8_t* memory) {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
       records_[token] = memory + (token * int(staged.units) + first_unit) * Record::kBytes;

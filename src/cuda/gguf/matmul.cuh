@@ -51,7 +51,7 @@ class StagedTile : public TileDefaults {
 #endif
   }
 
-  static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args& args,
+  static __device__ __forceinline__ void bring_activations(const ProductArgs& args,
                                                            const Staged& staged,
                                                            int64_t first_token, uint8_t* memory) {
     if constexpr (Stays) {
@@ -75,9 +75,8 @@ class StagedTile : public TileDefaults {
 
   // Tokens past the end repeat the last one, tiles past the end the last one; their sums are not
   // stored.
-  __device__ __forceinline__ StagedTile(const bcy_gguf_matmul_args& args, const Staged& staged,
-                                        int64_t, int64_t first_token, int first_unit,
-                                        uint8_t* memory)
+  __device__ __forceinline__ StagedTile(const ProductArgs& args, const Staged& staged, int64_t,
+                                        int64_t first_token, int first_unit, uint8_t* memory)
       : memory_(memory) {
     const int r = threadIdx.x % 32 / 4;
     const int t = threadIdx.x % 4;
@@ -350,7 +349,7 @@ class StagedTile : public TileDefaults {
 // ---- launch -----------------------------------------------------------------------------------------------------
 
 template <class Format>
-int GgufOperations<Format>::stage(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
+int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) {
   Device device;
   if (const int status = look_at_device(args.device, device)) return status;
   const bool single = args.m == 1 || takes_lanes<Format>(args, device);
@@ -358,7 +357,7 @@ int GgufOperations<Format>::stage(const bcy_gguf_matmul_args& args, cudaStream_t
 }
 
 template <class Format>
-int GgufOperations<Format>::matmul(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
+int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream) {
   Device device;
   if (const int status = look_at_device(args.device, device)) return status;
   const bool fused = args.workspace == nullptr && args.ncols > 0;

@@ -28,9 +28,8 @@ class FloatTile : public TileDefaults {
   static constexpr bool kStartsNextAtOnce = Tokens == 1;
 
   // Tokens past the end repeat the last one; their sums are not stored.
-  __device__ __forceinline__ FloatTile(const bcy_gguf_matmul_args& args, const FloatInputs&,
-                                       int64_t, int64_t first_token, int first_unit,
-                                       const uint8_t*) {
+  __device__ __forceinline__ FloatTile(const ProductArgs& args, const FloatInputs&, int64_t,
+                                       int64_t first_token, int first_unit, const uint8_t*) {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
       x_[token] = static_cast<const Storage*>(args.x) +
@@ -142,7 +141,7 @@ class FloatLaneTile : public TileDefaults {
   static constexpr int kBlocks = 2;
 
   // Each warp brings in the units that it alone reads.
-  static __device__ __forceinline__ void bring_activations(const bcy_gguf_matmul_args& args,
+  static __device__ __forceinline__ void bring_activations(const ProductArgs& args,
                                                            const FloatInputs&, int64_t,
                                                            uint8_t* memory) {
     const auto* const x = static_cast<const typename X::Storage*>(args.x);
@@ -161,8 +160,8 @@ class FloatLaneTile : public TileDefaults {
     __syncwarp();
   }
 
-  __device__ __forceinline__ FloatLaneTile(const bcy_gguf_matmul_args&, const FloatInputs&, int64_t,
-                                           int64_t, int first_unit, const uint8_t* memory)
+  __device__ __forceinline__ FloatLaneTile(const ProductArgs&, const FloatInputs&, int64_t, int64_t,
+                                           int first_unit, const uint8_t* memory)
       : x_(reinterpret_cast<const float4*>(memory) + first_unit * (kUnit / 4)) {}
 
   __device__ __forceinline__ void clear(int64_t) {
@@ -242,7 +241,7 @@ inline constexpr bool kFloatsInLanes<Q6_K> = false;
 constexpr int64_t kMostFloatsInLanes = 16 << 10;
 
 template <class Format>
-int GgufOperations<Format>::matvec(const bcy_gguf_matmul_args& args, cudaStream_t stream) {
+int GgufOperations<Format>::matvec(const ProductArgs& args, cudaStream_t stream) {
   Device device;
   if (const int status = look_at_device(args.device, device)) return status;
   return with_element(args.x_type, [&](auto x) {

@@ -11,8 +11,8 @@ constexpr int kWarps = 4;
 
 template <int Tokens, int Minima>
 __global__ void __launch_bounds__(kWarps * 32)
-    stage_kernel(const __grid_constant__ bcy_gguf_matmul_args args,
-                 const __grid_constant__ Staged staged, unsigned blocks_of_token) {
+    stage_kernel(const __grid_constant__ ProductArgs args, const __grid_constant__ Staged staged,
+                 unsigned blocks_of_token) {
   let_next_kernel_start();
   const unsigned here = blockIdx.x / blocks_of_token, block = blockIdx.x % blocks_of_token;
   const int64_t first = int64_t{block} * kWarps + threadIdx.x / 32;
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 }
 
 template <int Tokens>
-int stage(const bcy_gguf_matmul_args& args, int minima, bool turns, cudaStream_t stream) {
+int stage(const ProductArgs& args, int minima, bool turns, cudaStream_t stream) {
   const Staged staged = staged_of(args, turns, false);
   const int64_t tokens = args.m <= kTileTokens ? args.m : token_tiles(args.m) * kTileTokens;
   const int64_t blocks_of_token = ceil_div(staged.units, kWarps);
@@ -40,8 +40,7 @@ int stage(const bcy_gguf_matmul_args& args, int minima, bool turns, cudaStream_t
 
 }  // namespace
 
-int gguf_stage(const bcy_gguf_matmul_args& args, int minima, bool turns, bool single,
-               cudaStream_t stream) {
+int gguf_stage(const ProductArgs& args, int minima, bool turns, bool single, cudaStream_t stream) {
   return single ? stage<1>(args, minima, turns, stream)
                 : stage<kTileTokens>(args, minima, turns, stream);
 }

@@ -81,7 +81,7 @@ struct Staged {
   bool fused;  // the product stages for itself, into shared memory
 };
 
-inline Staged staged_of(const bcy_gguf_matmul_args& args, bool turns, bool fused) {
+inline Staged staged_of(const ProductArgs& args, bool turns, bool fused) {
   return {static_cast<uint8_t*>(args.workspace), unit_count(args.ncols), loads_at_once(args, 4),
           turns, fused};
 }
@@ -111,7 +111,7 @@ __device__ __forceinline__ int sum_of_codes(uint32_t codes) {
 
 // One unit of one token: lane 4 g + t has words t and t + 4 of group g in x.
 template <int Tokens, int Minima>
-__device__ __forceinline__ void stage_unit(const bcy_gguf_matmul_args& args, const Staged& staged,
+__device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged& staged,
                                            const float (&x)[8], uint8_t* records, int64_t token,
                                            int64_t unit) {
   using Record = StagedRecord<Tokens, Minima>;
@@ -155,7 +155,7 @@ __device__ __forceinline__ void stage_unit(const bcy_gguf_matmul_args& args, con
 
 // What a lane has of one unit of one token; zeros past the ends.
 template <class X>
-__device__ __forceinline__ void load_unit(const bcy_gguf_matmul_args& args, const Staged& staged,
+__device__ __forceinline__ void load_unit(const ProductArgs& args, const Staged& staged,
                                           int64_t token, int64_t unit, float (&x)[8]) {
   const int lane = threadIdx.x % 32;
   const int64_t k = unit * kUnit + lane / 4 * kGroup;
@@ -173,7 +173,7 @@ __device__ __forceinline__ void load_unit(const bcy_gguf_matmul_args& args, cons
 // Each units from number `first` of `count` on; place(i, token, unit) says which they are. All
 // loads come first, so that they wait together.
 template <int Tokens, int Minima, int Each, class Place>
-__device__ __forceinline__ void stage_units(const bcy_gguf_matmul_args& args, const Staged& staged,
+__device__ __forceinline__ void stage_units(const ProductArgs& args, const Staged& staged,
                                             uint8_t* records, int64_t first, int64_t count,
                                             Place place) {
   float x[Each][8];
@@ -204,8 +204,8 @@ __device__ __forceinline__ void stage_units(const bcy_gguf_matmul_args& args, co
 // The units that a warp of a product takes, into shared memory: it alone reads them there. tokens:
 // best a constant, which divides without division.
 template <int Tokens, int Minima>
-__device__ __forceinline__ void stage_own_units(const bcy_gguf_matmul_args& args,
-                                                const Staged& staged, uint8_t* memory, int tokens) {
+__device__ __forceinline__ void stage_own_units(const ProductArgs& args, const Staged& staged,
+                                                uint8_t* memory, int tokens) {
   constexpr int kAtOnce = 4;
   const int warp = threadIdx.x / 32;
   const int count = (int(staged.units) - warp + kPartials - 1) / kPartials * tokens;

@@ -20,9 +20,8 @@ class Nf4ExactTile : public TileDefaults {
   static constexpr int kRows = kTileRows;
   static constexpr int kBlocks = Tokens == 1 ? 2 : 1;
 
-  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args& args,
-                                                  const Nf4Inputs& inputs, int64_t first_row,
-                                                  int round) {
+  static __device__ __forceinline__ void prefetch(const ProductArgs& args, const Nf4Inputs& inputs,
+                                                  int64_t first_row, int round) {
     UnitScales<kRows, kGroup>::prefetch(args, inputs, first_row, round);
   }
 
@@ -34,7 +33,7 @@ class Nf4ExactTile : public TileDefaults {
   }
 
   // Tokens past the end repeat the last one; their sums are not stored.
-  __device__ __forceinline__ Nf4ExactTile(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs,
+  __device__ __forceinline__ Nf4ExactTile(const ProductArgs& args, const Nf4Inputs& inputs,
                                           int64_t first_row, int64_t first_token, int first_unit,
                                           const uint8_t* memory)
       : inputs_(&inputs), table_(memory), scales_(args, inputs, first_row, first_unit) {

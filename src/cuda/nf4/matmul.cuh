@@ -153,9 +153,8 @@ struct Nf4TileBase : TileDefaults {
   static constexpr bool kStartsNextAtOnce = Tokens == 8;
   using Partials = float[Tokens][Meeting<kRows, Tokens>::kPitch];
 
-  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args& args,
-                                                  const Nf4Inputs& inputs, int64_t first_row,
-                                                  int round) {
+  static __device__ __forceinline__ void prefetch(const ProductArgs& args, const Nf4Inputs& inputs,
+                                                  int64_t first_row, int round) {
     UnitScales::prefetch(args, inputs, first_row, round);
   }
 
@@ -171,7 +170,7 @@ struct Nf4TileBase : TileDefaults {
 template <class X>
 class Nf4TokenTile : public Nf4TileBase<1, 64, 2> {
  public:
-  __device__ __forceinline__ Nf4TokenTile(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs,
+  __device__ __forceinline__ Nf4TokenTile(const ProductArgs& args, const Nf4Inputs& inputs,
                                           int64_t first_row, int64_t, int first_unit,
                                           const uint8_t* memory)
       : inputs_(&inputs), table_(memory), scales_(args, inputs, first_row, first_unit) {
@@ -230,7 +229,7 @@ class Nf4Tile : public Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1> {
  public:
   using Base::kRows;
 
-  __device__ __forceinline__ Nf4Tile(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs,
+  __device__ __forceinline__ Nf4Tile(const ProductArgs& args, const Nf4Inputs& inputs,
                                      int64_t first_row, int64_t first_token, int first_unit,
                                      const uint8_t* memory)
       : inputs_(&inputs), table_(memory), scales_(args, inputs, first_row, first_unit) {

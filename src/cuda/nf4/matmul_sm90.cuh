@@ -51,7 +51,7 @@ struct Nf4Geometry {
 
 template <class X, int Tokens, int Cluster>
 __global__ void __launch_bounds__(kNf4Threads, 1)
-    nf4_product_sm90(const __grid_constant__ bcy_gguf_matmul_args args,
+    nf4_product_sm90(const __grid_constant__ ProductArgs args,
                      const __grid_constant__ Nf4Inputs inputs,
                      const __grid_constant__ CUtensorMap matrix, int tiles, int stages) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -253,7 +253,7 @@ struct ClustersAtOnce {
 // Tokens at a time. Does nothing where the rows are too few to keep all blocks busy, the
 // activations too many for shared memory, or clusters not to be had.
 template <class X, int Tokens, int Cluster>
-int launch_nf4_sm90(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs, const Device& device,
+int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Device& device,
                     cudaStream_t stream, bool& launched) {
   using G = Nf4Geometry<Tokens, Cluster>;
   constexpr int kStageBytes = kNf4Warps * kNf4UnitBytes;
@@ -281,7 +281,7 @@ int launch_nf4_sm90(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs, c
   }
   launched = true;
   for (int64_t first = 0; first < args.m; first += Tokens) {
-    bcy_gguf_matmul_args some = args;
+    ProductArgs some = args;
     some.m = std::min(args.m - first, int64_t{Tokens});
     some.x = static_cast<const uint16_t*>(args.x) + first * args.x_stride;
     some.y = static_cast<uint8_t*>(args.y) +

@@ -8,8 +8,8 @@
 
 namespace bcy {
 
-inline bcy_gguf_matmul_args as_rows(const bcy_nf4_matmul_args& args) {
-  bcy_gguf_matmul_args rows = {};
+inline ProductArgs as_rows(const bcy_nf4_matmul_args& args) {
+  ProductArgs rows = {};
   rows.weight = args.weight.codes;
   rows.x = args.x;
   rows.y = args.y;
@@ -40,7 +40,7 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
                   args, Nf4Inputs{scales, 0, float_words(codebook)}, Blocks(args.weight),
                   unsigned(passes));
   }
-  const bcy_gguf_matmul_args rows = as_rows(args);
+  const ProductArgs rows = as_rows(args);
   const bool boundaries = rows_on_boundaries<Nf4Rows>(rows);
   const auto inputs_of = [&](int chunk, const CodeWords& codes, float factor) {
     return Nf4Inputs{scales, log2_of(args.weight.block_size / chunk), codes, 1.0f / factor};

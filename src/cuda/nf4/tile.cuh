@@ -24,7 +24,7 @@ struct Nf4Inputs {
 template <int Rows, int Chunk, class Row = int64_t>
 class UnitScales {
  public:
-  __device__ __forceinline__ UnitScales(const bcy_gguf_matmul_args& args, const Nf4Inputs& inputs,
+  __device__ __forceinline__ UnitScales(const ProductArgs& args, const Nf4Inputs& inputs,
                                         Row first_row, int first_unit)
       : nrows_(Row(args.nrows)),
         in_row_(int(args.ncols / Chunk)),
@@ -57,7 +57,7 @@ class UnitScales {
   }
 
   // Asks for the scales of one unit.
-  static __device__ __forceinline__ void prefetch_unit(const bcy_gguf_matmul_args& args,
+  static __device__ __forceinline__ void prefetch_unit(const ProductArgs& args,
                                                        const Nf4Inputs& inputs, Row first_row,
                                                        int unit) {
     const Row row = first_row + threadIdx.x % Rows;
@@ -67,9 +67,8 @@ class UnitScales {
   }
 
   // Asks for the scales of a round of the eight warps.
-  static __device__ __forceinline__ void prefetch(const bcy_gguf_matmul_args& args,
-                                                  const Nf4Inputs& inputs, int64_t first_row,
-                                                  int round) {
+  static __device__ __forceinline__ void prefetch(const ProductArgs& args, const Nf4Inputs& inputs,
+                                                  int64_t first_row, int round) {
     // Each row has its own lanes, as far as they go round.
     constexpr int kLanes = 32 / Rows;
     const int64_t row = first_row + threadIdx.x % Rows;
