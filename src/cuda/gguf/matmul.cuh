@@ -33,10 +33,9 @@ class StagedTile : public TileDefaults {
 
   // Bytes of shared memory that the activations take where they stay; -1 where there are more
   // rounds than lanes to copy them.
-  static int64_t staying_bytes(const Staged& staged, int64_t m) {
-    if (staged.units > kMostRounds * kPartials) return -1;
-    return kArrivedBytes +
-           std::min(token_tiles(m), int64_t{kTiles}) * staged.units * Record::kBytes;
+  static int64_t staying_bytes(const ProductArgs& args) {
+    if (unit_count(args.ncols) > kMostRounds * kPartials) return -1;
+    return kArrivedBytes + staged_bytes(args.ncols, std::min(args.m, int64_t{kTokens}), kMinima);
   }
 
   static __device__ __forceinline__ void prepare(const Staged&, uint8_t* memory) {
@@ -425,7 +424,7 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
     if constexpr (kLarge) {
       using Tile = StagedTile<Format, 32, 1, 1, false, true>;
       auto* const rows = rows_for(static_cast<Tile*>(nullptr));
-      const int64_t extra = Tile::staying_bytes(staged, args.m);
+      const int64_t extra = Tile::staying_bytes(args);
       const int64_t passes = ceil_div(args.m, Tile::kTokens);
       // Few tiles do not make up for the copy, nor for the processors that are left over where each
       // pass has as many.

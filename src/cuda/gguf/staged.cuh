@@ -63,7 +63,8 @@ template <>
 inline constexpr int kLaneTokens<Q8_K> = 0;
 
 // Up to so many elements, of a single token or of all that lanes take, are staged by the product
-// itself: that every thread block does it takes less time than a kernel of its own.
+// itself: that every thread block does it takes less time than a kernel of its own. Outside lanes
+// twice as many blocks do it, for 16 rows each.
 constexpr int64_t kFusedElements = 8192;
 template <class Format>
 constexpr int64_t kFusedOfOneToken = kLaneTokens<Format> > 0 ? 16384 : 4096;

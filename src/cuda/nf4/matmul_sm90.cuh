@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using G = Nf4Geometry<Tokens, Cluster>;
   using Partials = typename G::Partials;
-  using Scales = UnitScales<kTileRows, 64, int>;
+  using UnitScales = bcy::UnitScales<kTileRows, 64, int>;
   constexpr int kOctets = kTileRows / 8;
   constexpr int kTiles = Tokens / 8;
   BCY_DYNAMIC_SHARED(shared);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
   const auto fetch = [&](int stage) {
     if (own == 0 || fetch_tile >= tiles) return;
     const int row = fetch_tile * G::kRows + first_row;
-    Scales::prefetch_unit(args, inputs, row, fetch_round * kPartials + partial);
+    UnitScales::prefetch_unit(args, inputs, row, fetch_round * kPartials + partial);
     if (lane == 0) {
       expect_bytes(&filled[stage], kNf4UnitBytes);
       copy_box(ring + stage * kNf4UnitBytes, &matrix,
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kNf4Threads, 1)
     }
   };
   for (int i = 0; i < stages; ++i) fetch(i);
-  Scales scales(args, inputs, cluster * G::kRows + first_row, partial);
+  UnitScales scales(args, inputs, cluster * G::kRows + first_row, partial);
   fill_table<kNf4Threads>(shared + G::kTable, inputs.codes, pair_of_halves);
   wait_for_previous_kernel();
   // Not before: the next kernel's weights would come ahead of this one's activations.

@@ -51,7 +51,8 @@ class UnitScales {
   __device__ __forceinline__ float operator()(int i, int chunk) const {
     return __shfl_sync(~0u, own(i, chunk), (threadIdx.x & 28) + chunk % 4);
   }
-  // The same in lanes t = chunk % 4 alone.
+  // The same in lanes t = chunk % 4 alone. Where a lane has one scale a row it needs no index,
+  // which a loop that is not unrolled could not give to registers.
   __device__ __forceinline__ float own(int i, int chunk) const {
     return scales_[i][kOwn == 1 ? 0 : chunk / 4];
   }
