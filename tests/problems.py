@@ -274,10 +274,15 @@ class Nf4Weight:
             "layout": self.layout,
         }
 
+    def reference(self, function):
+        return function(self.data, self.absmax, self.n, self.k, nested=self.nested, **self.how)
+
     def values(self):
-        return reference.nf4_values(
-            self.data, self.absmax, self.n, self.k, nested=self.nested, **self.how
-        )
+        return self.reference(reference.nf4_values)
+
+    def exact_product(self, x):
+        """What the float32 kernels give before bias and rounding."""
+        return reference.codes_product(*self.reference(reference.nf4_parts), x)
 
     def parts(self, backend):
         """Arrays on the backend's device: codes, absmax and nesting, as `run` takes them."""
@@ -315,6 +320,7 @@ class Nf4Weight:
             backend.put(x, padding[0]),
             y,
             bias=None if bias is None else backend.put(bias),
+            workspace=backend.workspace(plan),
         )
         return backend.get(y)
 

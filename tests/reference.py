@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The specification of the numbers, written a second time in NumPy, with no line of the package.
 
-`decode` reads packed blocks, `stage` and `staged_product` and `float_product` follow the documented
-order of summation, and `fma` is an exactly rounded float32 fused multiply-add. What the CPU backend
-gives must be these bits.
+`decode` reads packed blocks; `stage`, `staged_product`, `float_product` and `codes_product` follow
+the documented orders of summation, and `fma` is an exactly rounded float32 fused multiply-add. What
+the CPU backend gives must be these bits.
 """
 
 from typing import NamedTuple
@@ -237,6 +237,37 @@ def float_product(values, x):
     return meet(partial[..., 0])
 
 
+def codes_product(codes, scales, x):
+    """Product of 4-bit weights, code values and scales each [N, K], and tokens [M, K]."""
+    x = np.asarray(x, F32)
+    (n, k), m = codes.shape, x.shape[0]
+    units = -(-k // 256)
+    values = np.zeros((n, units * 4, 64), F32)
+    chunk_scales = np.zeros((n, units * 4), F32)
+    with np.errstate(all="ignore"):
+        for c in range(-(-k // 64)):
+            part = slice(64 * c, min(64 * c + 64, k))
+            factors = np.ascontiguousarray(scales[:, part])
+            same = (factors.view(np.uint32) == factors.view(np.uint32)[:, :1]).all(axis=1)
+            own = np.where(same[:, None], codes[:, part], codes[:, part] * factors)
+            values[:, c, : own.shape[1]] = own
+            chunk_scales[:, c] = np.where(same, factors[:, 0], F32(1))
+        v = values.reshape(1, n, units, 4, 8, 4, 2)
+        padded = np.zeros((m, units * 256), F32)
+        padded[:, :k] = x
+        a = padded.reshape(m, 1, units, 4, 8, 4, 2)
+        pairs = fma(v[..., 1], a[..., 1], v[..., 0] * a[..., 0])
+        words = (pairs[..., 0] + pairs[..., 1]) + (pairs[..., 2] + pairs[..., 3])
+        there = np.arange(units * 4) * 64 < k
+        sums = np.where(there, meet(words).reshape(m, n, units * 4) * chunk_scales, F32(0))
+        sums = sums.reshape(m, n, units, 4)
+        of_unit = (sums[..., 0] + sums[..., 2]) + (sums[..., 1] + sums[..., 3])
+        partial = np.zeros((m, n, 8), F32)
+        for u in range(units):
+            partial[..., u % 8] += of_unit[..., u]
+    return meet(partial)
+
+
 def finish(product, bias=None, output="float32"):
     """Add the bias, round to the output's type, make every NaN the one NaN; give the bits."""
     with np.errstate(all="ignore"):
@@ -289,12 +320,18 @@ def nf4_absmax(absmax, nested=None):
         return scaled + F32(offset)
 
 
-def nf4_values(data, absmax, n, k, block_size, codebook="NF4", layout="bitsandbytes", nested=None):
-    """Dequantized weights, float32 [N, K]."""
+def nf4_parts(data, absmax, n, k, block_size, codebook="NF4", layout="bitsandbytes", nested=None):
+    """The codes' values and their scales, float32 [N, K] each."""
     codes = nf4_codes(data, n, k, layout)
     blocks = np.arange(n * k).reshape(n, k) // block_size
+    return CODEBOOKS[codebook][codes], nf4_absmax(absmax, nested)[blocks]
+
+
+def nf4_values(*args, **kwargs):
+    """Dequantized weights, float32 [N, K], of what `nf4_parts` takes."""
+    values, scales = nf4_parts(*args, **kwargs)
     with np.errstate(all="ignore"):
-        return CODEBOOKS[codebook][codes] * nf4_absmax(absmax, nested)[blocks]
+        return values * scales
 
 
 def nf4_quantize(x, block_size, codebook="NF4"):

@@ -75,15 +75,16 @@ def nf4_weights(rng):
             yield x[:-1], bcy.quantize(x[:-1], "nf4", block_size=block_size).to_layout("row_pair")
 
 
-def nf4_product(w, x, output, preference):
-    """The product on the device that holds the weight, as a NumPy array."""
+def nf4_product(w, x, output, preference, lend=False):
+    """The product on the device that holds the weight, as a NumPy array; `lend`: a workspace."""
     plan = w.plan(m=len(x), activation=x.dtype, output=output, preference=preference)
     if w.device == "cpu":
         y = np.empty((len(x), w.nrows), output)
         plan.run(w, x, y)
         return y
     y = bcy.DeviceArray.empty((len(x), w.nrows), output, device=w.device)
-    plan.run(w, bcy.DeviceArray.from_host(x, device=w.device), y)
+    lent = bcy.Workspace(plan.workspace_size, device=w.device) if lend else None
+    plan.run(w, bcy.DeviceArray.from_host(x, device=w.device), y, workspace=lent)
     return y.to_host()
 
 
@@ -111,6 +112,7 @@ def nf4_cases(rng):
                 x = rng.standard_normal((m, w.ncols), np.float32).astype(kind)
                 here = nf4_product(w, x, "float32", None)
                 pairs.append((here, nf4_product(there, x, "float32", exact)))
+                pairs.append((here, nf4_product(there, x, "float32", exact, lend=True)))
                 default = nf4_product(there, x, "float32", None)
                 error = np.linalg.norm(default - here) / np.linalg.norm(here)
                 if not error < 1e-5:

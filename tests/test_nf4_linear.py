@@ -56,7 +56,7 @@ def weight_for(kind, **more):
 
 
 def expected(weight, x, bias=None, output="float32"):
-    product = reference.float_product(weight.values(), x.reshape(-1, weight.k).astype(np.float32))
+    product = weight.exact_product(x.reshape(-1, weight.k))
     return reference.finish(product, bias, output).reshape(*x.shape[:-1], weight.n)
 
 

@@ -27,6 +27,7 @@ cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexc
 
 # 1 where the product's bits are its own, 0 where they are those of the CPU backend.
 cdef int nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args) except -1 nogil
+cdef int64_t nf4_workspace_size(const bcy_nf4_matmul_args* args) except -1 nogil
 cdef int nf4_matmul(const bcy_nf4_matmul_args* args, void* stream) except -1 nogil
 cdef int nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream) except -1 nogil
 cdef int nf4_quantize(const bcy_nf4_quantize_args* args, void* stream) except -1 nogil

@@ -48,6 +48,7 @@ from baracuda_cy._native cimport (
     bcy_cuda_nf4_nest,
     bcy_cuda_nf4_quantize,
     bcy_cuda_nf4_uses_tensor_cores,
+    bcy_cuda_nf4_workspace_size,
     bcy_cuda_pointer_device,
     bcy_cuda_set_device,
     bcy_cuda_stream_create,
@@ -257,6 +258,14 @@ cdef int nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args) except -1 nogil:
     if status:
         fail(status, b"looking at a CUDA device")
     return answer
+
+
+cdef int64_t nf4_workspace_size(const bcy_nf4_matmul_args* args) except -1 nogil:
+    cdef int64_t size = 0
+    cdef int status = bcy_cuda_nf4_workspace_size(args, &size)
+    if status:
+        fail(status, b"looking at a CUDA device")
+    return size
 
 
 cdef int nf4_matmul(const bcy_nf4_matmul_args* args, void* stream) except -1 nogil:

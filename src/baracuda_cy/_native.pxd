@@ -77,6 +77,7 @@ cdef extern from "baracuda/api.h" nogil:
         const void* x
         void* y
         const void* bias
+        void* workspace
         int64_t m
         int64_t x_stride
         int64_t y_stride
@@ -130,6 +131,7 @@ cdef extern from "baracuda/api.h" nogil:
     int bcy_cpu_gguf_matmul(const bcy_gguf_matmul_args* args, int threads)
     int bcy_cpu_gguf_quantize(const bcy_gguf_quantize_args* args, int threads)
     int bcy_cuda_nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args, int32_t* answer)
+    int bcy_cuda_nf4_workspace_size(const bcy_nf4_matmul_args* args, int64_t* size)
     int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args* args, void* stream)
     int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream)
     int bcy_cuda_nf4_quantize(const bcy_nf4_quantize_args* args, void* stream)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 cimport cython
+from libc.stdint cimport int32_t, int64_t
 
 from baracuda_cy._native cimport bcy_gguf_dequantize_args, bcy_gguf_matmul_args
 from baracuda_cy.plan cimport Plan
@@ -12,6 +13,7 @@ cdef class GgufProductPlan(Plan):
     cdef bcy_gguf_matmul_args args     # what does not change from call to call
 
     cdef int prepare(self, object device, object descriptor, object preference) except -1
+    cdef int64_t staged_bytes(self, int32_t format, int64_t ncols, int64_t m) except -1
     cdef int apply(
         self, object weight, object activations, object output, object bias, object workspace,
         object stream, bint start) except -1

@@ -6,7 +6,7 @@
 cimport cython
 from cpython.ref cimport PyObject
 from cpython.type cimport PyType_IsSubtype
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
 
 from baracuda_cy cimport _cpu, _cuda
 from baracuda_cy._native cimport bcy_gguf_dequantize_args, bcy_gguf_matmul_args
@@ -16,7 +16,6 @@ from baracuda_cy.plan cimport (
     HOST,
     OUTPUT,
     PACKED,
-    SCRATCH,
     U8,
     WEIGHT,
     WORKSPACE,
@@ -43,7 +42,6 @@ from baracuda_cy.sku import (
 )
 from baracuda_cy.tensor import GgufTensor, PackedWeight
 
-cdef int64_t WORKSPACE_ALIGNMENT = 256
 cdef int64_t LARGEST = 0x7fffffffffffffff
 
 cdef type packed_type = GgufTensor
@@ -96,7 +94,6 @@ cdef class GgufProductPlan(Plan):
     """What `GgufMmvqPlan` and `GgufMmvqMultiMPlan` share."""
 
     cdef int prepare(self, object device, object descriptor, object preference) except -1:
-        cdef Operand* operand
         self.bind(device, descriptor, preference)
         wanted = self.preference.activations
         path = "staged" if self.staged else "float"
@@ -117,28 +114,9 @@ cdef class GgufProductPlan(Plan):
                 descriptor.output.dtype, "choose one of them or select a GgufMmvqMultiMPlan",
             )
         if self.staged:
-            if self.device_type == HOST:
-                self.workspace_size = _cpu.gguf_workspace_size(
-                    descriptor.block_format, descriptor.ncols, m
-                )
-            elif not _cuda.gguf_needs_no_workspace(
-                self.device_id, descriptor.block_format, descriptor.ncols, m
-            ):
-                self.workspace_size = _cuda.gguf_workspace_size(
-                    descriptor.block_format, descriptor.ncols, m
-                )
-            if self.workspace_size < 0:
-                raise invalid(
-                    "m", "a workspace whose bytes an int64 counts",
-                    f"{m} tokens of {descriptor.ncols} columns", "split the problem",
-                )
-        if self.workspace_size:
-            operand = &self.operands[WORKSPACE]
-            operand.role = SCRATCH
-            operand.written = True
-            operand.rows = 1
-            operand.cols = self.workspace_size
-            operand.alignment = WORKSPACE_ALIGNMENT
+            self.bind_workspace(
+                self.staged_bytes(descriptor.block_format, descriptor.ncols, m), True
+            )
         self.block_format = descriptor.block_format
         self.ncols = descriptor.ncols
         self.args.nrows = descriptor.nrows
@@ -154,6 +132,19 @@ cdef class GgufProductPlan(Plan):
             descriptor.block_format,
         )
         return 0
+
+    cdef int64_t staged_bytes(self, int32_t format, int64_t ncols, int64_t m) except -1:
+        cdef int64_t size = 0
+        if self.device_type == HOST:
+            size = _cpu.gguf_workspace_size(format, ncols, m)
+        elif not _cuda.gguf_needs_no_workspace(self.device_id, format, ncols, m):
+            size = _cuda.gguf_workspace_size(format, ncols, m)
+        if size < 0:
+            raise invalid(
+                "m", "a workspace whose bytes an int64 counts", f"{m} tokens of {ncols} columns",
+                "split the problem",
+            )
+        return size
 
     cdef str problem(self):
         cdef object d = self.descriptor
@@ -196,8 +187,7 @@ cdef class GgufProductPlan(Plan):
         call.arrays[OUTPUT] = <PyObject*>output
         if bias is not None:
             call.arrays[BIAS] = <PyObject*>bias
-        if workspace is not None and self.workspace_size:
-            call.arrays[WORKSPACE] = <PyObject*>workspace
+        self.lend_workspace(&call, workspace)
         return self.run_arrays(&call, stream, start)
 
     def run(self, weight, activations, output, *, bias=None, workspace=None, stream=None):

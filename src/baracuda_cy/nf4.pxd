@@ -25,7 +25,7 @@ cdef class Nf4ProductPlan(Nf4Plan):
     ) except -1
     cdef int apply(
         self, object weight, object activations, object output, object absmax, object nested,
-        object bias, object stream, bint start) except -1
+        object bias, object workspace, object stream, bint start) except -1
 
 
 @cython.final

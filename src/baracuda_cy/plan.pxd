@@ -79,12 +79,15 @@ cdef class Plan:
     cdef int32_t device_id
     cdef int threads
     cdef bint idle            # there is nothing to compute
+    cdef bint needs_workspace
 
     # The steps of `select`: what does not depend on the operation, the operands of a product, the
     # kernel's description.
     cdef int bind(self, object device, object descriptor, object preference) except -1
     cdef int bind_product(
         self, object m, object nrows, object ncols, object activation, object output) except -1
+    cdef int bind_workspace(self, int64_t size, bint required) except -1
+    cdef int lend_workspace(self, Call* call, object workspace) except -1
     cdef object describe_kernel(
         self, object op, object element, object output, object activations,
         object block_format=*, object layout=*, object epilogue=*, object math=*)

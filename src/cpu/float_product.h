@@ -16,9 +16,9 @@
 //                                           group that do not exist are -0: times an activation
 //                                           +0 they add nothing, to no sum.
 //   prefetch(row, unit)                     soon dequantize will be called for it
-//   multiplies()                            there is a faster way for few tokens:
 //   multiply<rows, tokens, Element>(row, end, partial, units, x, sums)
-//                                           units partial, partial + 8, ...; beyond the end any row
+//                                           few tokens and units partial, partial + 8, ...; beyond
+//                                           the end any row
 #pragma once
 
 #include <immintrin.h>
@@ -29,10 +29,10 @@
 namespace bcy::cpu {
 namespace {
 
-// The last steps of the order in order.cuh: element sums e, e + 8, ... of every partial to one sum.
-BCY_INLINE float meet_eights(const __m256* eights) {
+// meet() of each of eight vectors' elements.
+BCY_INLINE __m256 meet_each(const __m256* eights) {
   __m256 fours[4], twos[2];
-  for (int i = 0; i < 4; ++i) {  // s[e] += s[e + 4], of partials i and i + 4
+  for (int i = 0; i < 4; ++i) {  // s[e] += s[e + 4], of vectors i and i + 4
     fours[i] = _mm256_add_ps(_mm256_permute2f128_ps(eights[i], eights[i + 4], 0x20),
                              _mm256_permute2f128_ps(eights[i], eights[i + 4], 0x31));
   }
@@ -40,8 +40,13 @@ BCY_INLINE float meet_eights(const __m256* eights) {
     twos[i] = _mm256_add_ps(_mm256_shuffle_ps(fours[2 * i], fours[2 * i + 1], 0x44),
                             _mm256_shuffle_ps(fours[2 * i], fours[2 * i + 1], 0xee));
   }
-  const __m256 p = _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x88),
-                                 _mm256_shuffle_ps(twos[0], twos[1], 0xdd));
+  return _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x88),
+                       _mm256_shuffle_ps(twos[0], twos[1], 0xdd));
+}
+
+// The last steps of the order in order.cuh: element sums e, e + 8, ... of every partial to one sum.
+BCY_INLINE float meet_eights(const __m256* eights) {
+  const __m256 p = meet_each(eights);
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(p), _mm256_extractf128_ps(p, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
@@ -87,7 +92,7 @@ class FloatProduct {
   void multiply(int64_t begin, int64_t end) const {
     for (int64_t first = 0; first < args.m; first += kTokenTile) {
       const int tokens = int(args.m - first < kTokenTile ? args.m - first : kTokenTile);
-      if (tokens <= kDirect && rows.multiplies()) {
+      if (tokens <= kDirect) {
         with_element(args.x_type, [&](auto element) {
           multiply_directly<decltype(element), kDirect>(begin, end, first, tokens);
         });

@@ -66,6 +66,7 @@ int bcy_cuda_gguf_matmul(const bcy_gguf_matmul_args*, void*) { return BCY_ERROR_
 int bcy_cuda_nf4_uses_tensor_cores(const bcy_nf4_matmul_args*, int32_t*) {
   return BCY_ERROR_NO_CUDA;
 }
+int bcy_cuda_nf4_workspace_size(const bcy_nf4_matmul_args*, int64_t*) { return BCY_ERROR_NO_CUDA; }
 int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args*, void*) { return BCY_ERROR_NO_CUDA; }
 int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args*, void*) { return BCY_ERROR_NO_CUDA; }
 int bcy_cuda_nf4_quantize(const bcy_nf4_quantize_args*, void*) { return BCY_ERROR_NO_CUDA; }

@@ -172,7 +172,6 @@ struct FloatPath {
       dequantize_unit(at(row, unit), groups, values);
     }
 
-    BCY_INLINE bool multiplies() const { return true; }
     template <int kRows, int kTokens, class Element>
     BCY_INLINE void multiply(int64_t row, int64_t end, int64_t partial, const Units& units,
                              const typename Element::Storage* const* x,

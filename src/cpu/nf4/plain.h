@@ -50,34 +50,63 @@ BCY_INLINE void dequantize_plainly(const bcy_nf4_weight& weight, int64_t row, in
   scale_plainly(weight, row * weight.ncols + k, count, values);
 }
 
+// The chunk of a row that begins at element k, in the order of order.cuh for codes.
+struct PlainChunk {
+  float values[kChunk] = {};
+  float scale;
+  int count;
+
+  BCY_INLINE PlainChunk(const bcy_nf4_weight& weight, int64_t row, int64_t k)
+      : count(int(weight.ncols - k < kChunk ? weight.ncols - k : kChunk)) {
+    const float* const codebook = codebook_of(weight.codebook)->values;
+    for (int i = 0; i < count; ++i) values[i] = codebook[code_at(weight, row, k + i)];
+    const int64_t first = row * weight.ncols + k;
+    scale = absmax_at(weight, first / weight.block_size);
+    bool one = true;
+    for (int64_t block = first / weight.block_size + 1;
+         one && block <= (first + count - 1) / weight.block_size; ++block) {
+      one = as_bits(absmax_at(weight, block)) == as_bits(scale);
+    }
+    if (one) return;
+    scale_plainly(weight, first, count, values);
+    scale = 1.0f;
+  }
+
+  BCY_INLINE float times(const float* x) const {
+    float words[8];
+    for (int i = 0; i < 8; ++i) words[i] = add_word(values + 8 * i, x + 8 * i);
+    return mul(meet(words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]),
+               scale);
+  }
+};
+
 struct Plain {
   template <class Element>
   static void multiply_row(const bcy_nf4_matmul_args& args, int64_t row, int64_t first,
                            int tokens) {
     const int64_t ncols = args.weight.ncols;
-    float sums[kTokenTile][kPartials][kGroup] = {};
-    for (int64_t k = 0; k < ncols; k += kGroup) {
-      float values[kGroup];
-      const int count = int(ncols - k < kGroup ? ncols - k : kGroup);
-      dequantize_plainly(args.weight, row, k, count, values);
-      for (int t = 0; t < tokens; ++t) {
-        const auto* const x =
-            static_cast<const typename Element::Storage*>(args.x) + (first + t) * args.x_stride + k;
-        float* const partial = sums[t][k / kUnit % kPartials];
-        for (int e = 0; e < count; ++e) {
-          partial[e] = fma(values[e], Element::load(x + e), partial[e]);
+    float sums[kTokenTile][kPartials] = {};
+    for (int64_t unit = 0; unit * kUnit < ncols; ++unit) {
+      float chunks[kTokenTile][kUnitChunks] = {};
+      for (int c = 0; c < kUnitChunks && unit * kUnit + c * kChunk < ncols; ++c) {
+        const int64_t k = unit * kUnit + c * kChunk;
+        const PlainChunk chunk(args.weight, row, k);
+        for (int t = 0; t < tokens; ++t) {
+          const auto* const from =
+              static_cast<const typename Element::Storage*>(args.x) + (first + t) * args.x_stride;
+          float x[kChunk] = {};
+          for (int i = 0; i < chunk.count; ++i) x[i] = Element::load(from + k + i);
+          chunks[t][c] = chunk.times(x);
         }
+      }
+      for (int t = 0; t < tokens; ++t) {
+        float& partial = sums[t][unit % kPartials];
+        partial = add(partial, meet_chunks(chunks[t]));
       }
     }
     for (int t = 0; t < tokens; ++t) {
-      auto& s = sums[t];
-      for (auto& partial : s) {
-        for (int width = kGroup / 2; width > 0; width /= 2) {
-          for (int e = 0; e < width; ++e) partial[e] = add(partial[e], partial[e + width]);
-        }
-      }
-      const float sum =
-          meet(s[0][0], s[1][0], s[2][0], s[3][0], s[4][0], s[5][0], s[6][0], s[7][0]);
+      const auto& s = sums[t];
+      const float sum = meet(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]);
       with_element(args.y_type, [&](auto element) {
         store_output<decltype(element)>(args, first + t, row, sum);
       });

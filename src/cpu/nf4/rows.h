@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of weights for float_product.h, for any instruction set V, which has besides
+// Rows of weights, for any instruction set V, which has besides what float_product.h says
 //
 //   Table                          16 floats, by code
 //   load_table(values), scale(table, factor)
 //   look_up<shift>(table, words)   entry of the four bits from `shift` on of every dword
 //   widen(p)                       kWidth bytes
 //   widen_to_join(p)               kWidth bytes in the order that join wants
-//   split(in, even, odd)           two vectors to those of even and of odd elements, in that order
-//   join(even, odd, out)           the way back
+//   join(even, odd, out)           two vectors, those of even and of odd elements, to two in order
+//   load_words(p)                  4 * kWidth bytes
+//   eights(v)                      as kWidth / 8 vectors of eight
 #pragma once
 
 #include "cpu/float_product.h"
@@ -41,12 +42,10 @@ class Rows {
     if (regular) shift = __builtin_ctz(unsigned(groups));
   }
 
-  BCY_INLINE void prefetch(int64_t row, int64_t unit) const { prefetch(at(row, unit)); }
-
   BCY_INLINE void dequantize(int64_t row, int64_t unit, int groups, Floats* values) const {
     if (!regular) return dequantize_any(row, unit, groups, values);
     float scales[kUnitGroups];
-    load_scales((row * weight.ncols + unit * kUnit) / kGroup, groups, scales);
+    _mm256_storeu_ps(scales, load_scales((row * weight.ncols + unit * kUnit) / kGroup, groups));
     if (!pairs) {
       dequantize_bytes(at(row, unit), scales, groups, values);
     } else if (row % 2 == 0) {
@@ -56,59 +55,73 @@ class Rows {
     }
   }
 
-  // Products with few tokens are faster when no values are stored in between.
-  BCY_INLINE bool multiplies() const { return regular; }
+  // Groups are of one scale each: units can be had as codes.
+  BCY_INLINE bool has_units() const { return regular; }
 
-  template <int kRows, int kTokens, class Element>
-  BCY_INLINE void multiply(int64_t row, int64_t end, int64_t partial, const Units& units,
-                           const typename Element::Storage* const* x,
-                           Floats (*sums)[kRows][kVectors]) const {
-    const int64_t last = end - (pairs ? 2 : 1);
-    const uint8_t* first[kRows];
-    int64_t first_group[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t even = row + (pairs ? r & ~1 : r);
-      const int64_t i = (even < last ? even : last) + (pairs ? r & 1 : 0);
-      first[r] = at(i, 0);
-      first_group[r] = i * weight.ncols / kGroup;
+  // The unit of a row as 128 bytes of codes in the bitsandbytes layout, in place or in `packed`.
+  // What is not there has any code.
+  BCY_INLINE const uint8_t* codes_of(int64_t row, int64_t unit, int elements,
+                                     uint8_t* packed) const {
+    const uint8_t* const from = at(row, unit);
+    if (!pairs && elements == kUnit) return from;
+    if (!pairs) {
+      memset(packed, 0, kUnit / 2);
+      memcpy(packed, from, elements / 2);
+    } else if (elements == kUnit) {
+      for (int i = 0; i < kUnit; i += 64) pack_row(from + i, row % 2 != 0, packed + i / 2);
+    } else {
+      uint8_t filled_up[kUnit] = {};
+      memcpy(filled_up, from, elements);
+      for (int i = 0; i < kUnit; i += 64) pack_row(filled_up + i, row % 2 != 0, packed + i / 2);
     }
-    const int unit_bytes = pairs ? kUnit : kUnit / 2;
-    const int64_t next_rows = at(kRows, 0) - at(0, 0);
-    const auto table = V::load_table(codebook);
-    Floats kept[kTokens][kRows][kVectors] = {};
-    for (int64_t unit = partial; unit < units.count; unit += kPartials) {
-      const int groups = units.groups(unit);
-      const int64_t ahead = next_rows + unit * unit_bytes;
-      const uint8_t* p[kRows];
-      float scales[kRows][kUnitGroups];
-      for (int r = 0; r < kRows; ++r) {
-        p[r] = first[r] + unit * unit_bytes;
-        prefetch(first[r] + ahead);
-        load_scales(first_group[r] + unit * kUnitGroups, groups, scales[r]);
-      }
-      const typename Element::Storage* from[kTokens];
-      for (int t = 0; t < kTokens; ++t) from[t] = x[t] + unit * kUnit;
-      if (pairs) {
-        multiply_pairs<Element>(p, scales, table, groups, from, kept);
-      } else {
-        multiply_bytes<Element>(p, scales, table, groups, from, kept);
-      }
-    }
-    for (int t = 0; t < kTokens; ++t) {
-      for (int r = 0; r < kRows; ++r) {
-        for (int i = 0; i < kVectors; i += 2) {
-          if (pairs) {
-            sums[t][r][i] = kept[t][r][i];
-            sums[t][r][i + 1] = kept[t][r][i + 1];
-          } else {
-            V::join(kept[t][r][i], kept[t][r][i + 1], sums[t][r] + i);
-          }
-        }
-      }
-    }
+    return packed;
   }
 
+  // The scales of a unit's chunks; where the two groups of some differ, their chunks have 1 and
+  // `factors` what each word's values are multiplied by first. What is not there has 1.
+  BCY_INLINE bool scales_of(int64_t row, int64_t unit, int elements, float* scales,
+                            float* factors) const {
+    const int groups = elements / kGroup;
+    const int64_t first = (row * weight.ncols + unit * kUnit) / kGroup;
+    const __m256 loaded = load_scales(first, groups);
+    if (groups == kUnitGroups) {
+      const __m256i bits = _mm256_castps_si256(loaded);
+      const __m256i same = _mm256_cmpeq_epi32(bits, _mm256_shuffle_epi32(bits, 0xb1));
+      if (_mm256_movemask_epi8(same) == -1) {
+        const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+        _mm_storeu_ps(scales, _mm256_castps256_ps128(_mm256_permutevar8x32_ps(loaded, even)));
+        return false;
+      }
+    }
+    float of_groups[kUnitGroups];
+    _mm256_storeu_ps(of_groups, loaded);
+    bool differ = false;
+    for (int c = 0; c < kUnitChunks; ++c) {
+      const float* const two = of_groups + 2 * c;
+      const bool other = 2 * c + 1 < groups && as_bits(two[0]) != as_bits(two[1]);
+      scales[c] = 2 * c < groups && !other ? two[0] : 1.0f;
+      for (int i = 0; i < 8; ++i) factors[c * 8 + i] = other ? two[i / 4] : 1.0f;
+      differ |= other;
+    }
+    return differ;
+  }
+
+  BCY_INLINE void prefetch(int64_t row, int64_t unit) const { prefetch(at(row, unit)); }
+
  private:
+  // One row of 64 bytes in which two have their codes.
+  static BCY_INLINE void pack_row(const uint8_t* from, bool odd, uint8_t* to) {
+    const auto pack = [&](int i) {
+      const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+      const __m256i first = odd ? two : _mm256_slli_epi16(two, 4);
+      const __m256i second = _mm256_srli_epi16(two, odd ? 12 : 8);
+      return _mm256_or_si256(_mm256_and_si256(first, _mm256_set1_epi16(0xf0)),
+                             _mm256_and_si256(second, _mm256_set1_epi16(0x0f)));
+    };
+    const __m256i packed = _mm256_packus_epi16(pack(0), pack(32));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+
   // The first byte of a unit, where one begins there.
   BCY_INLINE const uint8_t* at(int64_t row, int64_t unit) const {
     return codes + (pairs ? row / 2 * weight.ncols + unit * kUnit
@@ -122,7 +135,7 @@ class Rows {
   }
 
   // absmax of each of some groups, from group `first` of the matrix on
-  BCY_INLINE void load_scales(int64_t first, int groups, float* scales) const {
+  BCY_INLINE __m256 load_scales(int64_t first, int groups) const {
     const int ahead = int(first & ((int64_t(1) << shift) - 1));  // in the same block
     const int blocks = ((ahead + groups - 1) >> shift) + 1;
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -135,7 +148,7 @@ class Rows {
       decode_absmax(first >> shift, blocks, decoded);
       absmax = decoded;
     }
-    _mm256_storeu_ps(scales, _mm256_permutevar8x32_ps(_mm256_maskload_ps(absmax, exist), block));
+    return _mm256_permutevar8x32_ps(_mm256_maskload_ps(absmax, exist), block);
   }
   __attribute__((noinline)) void decode_absmax(int64_t first, int blocks, float* absmax) const {
     const auto* const quantized = static_cast<const uint8_t*>(weight.absmax) + first;
@@ -148,64 +161,6 @@ class Rows {
       }
       absmax[i] = add(mul(weight.nested_code[quantized[i]], weight.nested_absmax[nested]),
                       weight.nested_offset);
-    }
-  }
-
-  template <class Element, class Table, int kRows, int kTokens>
-  static BCY_INLINE void multiply_bytes(const uint8_t* const (&p)[kRows],
-                                        const float (&scales)[kRows][kUnitGroups],
-                                        const Table& table, int groups,
-                                        const typename Element::Storage* const (&x)[kTokens],
-                                        Floats (&sums)[kTokens][kRows][kVectors]) {
-    for (int g = 0; g < groups; ++g) {
-      Floats a[kTokens][kVectors];
-      for (int t = 0; t < kTokens; ++t) {
-        for (int i = 0; i < kVectors; i += 2) {
-          const auto* const from = x[t] + g * kGroup + i * V::kWidth;
-          const Floats in[2] = {V::load(Element{}, from), V::load(Element{}, from + V::kWidth)};
-          V::split(in, a[t] + i, a[t] + i + 1);
-        }
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const Table scaled = V::scale(table, V::splat(scales[r][g]));
-        for (int i = 0; i < kVectors; i += 2) {
-          const auto bytes = V::widen_to_join(p[r] + g * (kGroup / 2) + i / 2 * V::kWidth);
-          const Floats even = V::template look_up<4>(scaled, bytes);
-          const Floats odd = V::template look_up<0>(scaled, bytes);
-          for (int t = 0; t < kTokens; ++t) {
-            sums[t][r][i] = V::fma(even, a[t][i], sums[t][r][i]);
-            sums[t][r][i + 1] = V::fma(odd, a[t][i + 1], sums[t][r][i + 1]);
-          }
-        }
-      }
-    }
-  }
-  template <class Element, class Table, int kRows, int kTokens>
-  static BCY_INLINE void multiply_pairs(const uint8_t* const (&p)[kRows],
-                                        const float (&scales)[kRows][kUnitGroups],
-                                        const Table& table, int groups,
-                                        const typename Element::Storage* const (&x)[kTokens],
-                                        Floats (&sums)[kTokens][kRows][kVectors]) {
-    for (int g = 0; g < groups; ++g) {
-      Floats a[kTokens][kVectors];
-      for (int t = 0; t < kTokens; ++t) {
-        for (int i = 0; i < kVectors; ++i) {
-          a[t][i] = V::load(Element{}, x[t] + g * kGroup + i * V::kWidth);
-        }
-      }
-      for (int r = 0; r < kRows; r += 2) {
-        const Table low = V::scale(table, V::splat(scales[r][g]));
-        const Table high = V::scale(table, V::splat(scales[r + 1][g]));
-        for (int i = 0; i < kVectors; ++i) {
-          const auto bytes = V::widen(p[r] + g * kGroup + i * V::kWidth);
-          const Floats even_row = V::template look_up<0>(low, bytes);
-          const Floats odd_row = V::template look_up<4>(high, bytes);
-          for (int t = 0; t < kTokens; ++t) {
-            sums[t][r][i] = V::fma(even_row, a[t][i], sums[t][r][i]);
-            sums[t][r + 1][i] = V::fma(odd_row, a[t][i], sums[t][r + 1][i]);
-          }
-        }
-      }
     }
   }
 
@@ -262,43 +217,6 @@ class Rows {
     for (int i = count; i < groups * kGroup; ++i) plain[i] = -0.0f;
     memcpy(values, plain, groups * kVectors * sizeof(Floats));
   }
-};
-
-template <class V>
-struct Vectorized {
-  static void matmul(const bcy_nf4_matmul_args& args, int64_t begin, int64_t end) {
-    const Rows<V> rows(args.weight);
-    FloatProduct<V, bcy_nf4_matmul_args, Rows<V>>(args, rows, args.weight.ncols)
-        .multiply(begin, end);
-  }
-
-  static void dequantize(const bcy_nf4_dequantize_args& args, int64_t begin, int64_t end) {
-    const Rows<V> rows(args.weight);
-    const Units units(args.weight.ncols);
-    with_element(args.y_type, [&](auto element) {
-      using Element = decltype(element);
-      for (int64_t row = begin; row < end; ++row) {
-        auto* y = static_cast<typename Element::Storage*>(args.y) + row * args.y_stride;
-        for (int64_t unit = 0; unit < units.count; ++unit, y += kUnit) {
-          constexpr int kVectors = kGroup / V::kWidth;
-          typename V::Floats values[kUnitGroups * kVectors];
-          rows.dequantize(row, unit, units.groups(unit), values);
-          const int count = units.elements(unit);
-          int i = 0;
-          for (; i + V::kWidth <= count; i += V::kWidth) {
-            V::store(Element{}, y + i, values[i / V::kWidth]);
-          }
-          if (i < count) {
-            typename Element::Storage rest[V::kWidth];
-            V::store(Element{}, rest, values[i / V::kWidth]);
-            memcpy(y + i, rest, (count - i) * sizeof *y);
-          }
-        }
-      }
-    });
-  }
-
-  static constexpr Kernels kKernels = {matmul, dequantize, Plain::quantize};
 };
 
 }  // namespace

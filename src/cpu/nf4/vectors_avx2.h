@@ -37,10 +37,10 @@ struct Avx2 : Avx2Floats {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return (Words)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), places);
   }
-  static BCY_INLINE void split(const Floats* in, Floats* even, Floats* odd) {
-    *even = (Floats)_mm256_shuffle_ps((__m256)in[0], (__m256)in[1], 0x88);
-    *odd = (Floats)_mm256_shuffle_ps((__m256)in[0], (__m256)in[1], 0xdd);
+  static BCY_INLINE Words load_words(const uint8_t* p) {
+    return (Words)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
+  static BCY_INLINE void eights(Floats v, __m256* out) { out[0] = (__m256)v; }
   static BCY_INLINE void join(Floats even, Floats odd, Floats* out) {
     out[0] = (Floats)_mm256_unpacklo_ps((__m256)even, (__m256)odd);
     out[1] = (Floats)_mm256_unpackhi_ps((__m256)even, (__m256)odd);

@@ -28,9 +28,10 @@ struct Avx512 : Avx512Floats {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return (Words)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), places);
   }
-  static BCY_INLINE void split(const Floats* in, Floats* even, Floats* odd) {
-    *even = (Floats)_mm512_shuffle_ps((__m512)in[0], (__m512)in[1], 0x88);
-    *odd = (Floats)_mm512_shuffle_ps((__m512)in[0], (__m512)in[1], 0xdd);
+  static BCY_INLINE Words load_words(const uint8_t* p) { return (Words)_mm512_loadu_si512(p); }
+  static BCY_INLINE void eights(Floats v, __m256* out) {
+    out[0] = _mm512_castps512_ps256((__m512)v);
+    out[1] = _mm512_extractf32x8_ps((__m512)v, 1);
   }
   static BCY_INLINE void join(Floats even, Floats odd, Floats* out) {
     out[0] = (Floats)_mm512_unpacklo_ps((__m512)even, (__m512)odd);

@@ -42,6 +42,13 @@ __device__ __forceinline__ uint2 load_shared(uint32_t address) {
   return two;
 }
 
+// The same of a word that is written between loads.
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {

@@ -38,20 +38,22 @@ int describe(CUtensorMapDataType type, int element_bytes, const void* matrix, in
   return status == CUDA_SUCCESS ? int(BCY_OK) : int(cudaErrorInvalidValue);
 }
 
+CUtensorMapL2promotion promotion(bool neighbours) {
+  return neighbours ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+}
+
 }  // namespace
 
 int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int rows,
                    bool neighbours, CUtensorMap& map) {
-  return describe(
-      CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix, bytes_of_row, nrows, kBoxBytes, rows,
-      CU_TENSOR_MAP_SWIZZLE_128B,
-      neighbours ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B, map);
+  return describe(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix, bytes_of_row, nrows, kBoxBytes, rows,
+                  CU_TENSOR_MAP_SWIZZLE_128B, promotion(neighbours), map);
 }
 
 int describe_plain_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int bytes,
-                         int rows, CUtensorMap& map) {
+                         int rows, bool neighbours, CUtensorMap& map) {
   return describe(CU_TENSOR_MAP_DATA_TYPE_UINT64, kPlainElement, matrix, bytes_of_row, nrows, bytes,
-                  rows, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, map);
+                  rows, CU_TENSOR_MAP_SWIZZLE_NONE, promotion(neighbours), map);
 }
 
 }  // namespace bcy

@@ -68,7 +68,7 @@ int describe_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int 
 constexpr int kPlainElement = 8;
 constexpr int kMostPlainBoxBytes = 256 * kPlainElement;
 int describe_plain_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int bytes,
-                         int rows, CUtensorMap& map);
+                         int rows, bool neighbours, CUtensorMap& map);
 
 // ---- boxes ------------------------------------------------------------------------------------------------------
 
@@ -289,7 +289,7 @@ struct LaneRowRing {
 
   static int describe(const ProductArgs& args, Source& source) {
     return describe_plain_boxes(args.weight, row_bytes<Format>(args.ncols), args.nrows, kPitch,
-                                kLaneRows, source);
+                                kLaneRows, true, source);
   }
 
   // What a box holds past its units is the next one's; what lies past the matrix is zeros.

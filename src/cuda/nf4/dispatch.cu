@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface of the operations of 4-bit weights: checks what the kernels rely on.
+#include "exact_sm90.cuh"
 #include "operations.h"
 #include "weight.cuh"
 
@@ -48,6 +49,19 @@ int bcy_cuda_nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args, int32_t* ans
     Device device;
     if (const int status = look_at_device(args->device, device)) return status;
     *answer = uses_tensor_cores(*args, device);
+    return int(BCY_OK);
+  });
+}
+
+int bcy_cuda_nf4_workspace_size(const bcy_nf4_matmul_args* args, int64_t* size) {
+  *size = 0;
+  if (args->m == 0 || args->weight.nrows == 0) return BCY_OK;
+  return on_device(args->device, [&] {
+    Device device;
+    if (const int status = look_at_device(args->device, device)) return status;
+    if (streams_rows(*args, device) && !uses_tensor_cores(*args, device)) {
+      *size = nf4_tables_workspace(args->weight, args->m, device);
+    }
     return int(BCY_OK);
   });
 }

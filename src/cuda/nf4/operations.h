@@ -14,6 +14,9 @@ bool uses_tensor_cores(const bcy_nf4_matmul_args& args, const Device& device);
 template <class X>
 int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream);
 
+// The sums of units in args.workspace, [token][unit][row], to y.
+int nf4_add_units(const ProductArgs& args, cudaStream_t stream);
+
 int nf4_dequantize(const bcy_nf4_dequantize_args& args, cudaStream_t stream);
 int nf4_quantize(const bcy_nf4_quantize_args& args, cudaStream_t stream);
 int nf4_nest(const bcy_nf4_nest_args& args, cudaStream_t stream);

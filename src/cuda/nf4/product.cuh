@@ -2,7 +2,7 @@
 // The products of 4-bit weights with one type of activations: which kernel takes a problem.
 #pragma once
 
-#include "exact.cuh"
+#include "exact_sm90.cuh"
 #include "matmul_sm90.cuh"
 #include "operations.h"
 
@@ -14,6 +14,7 @@ inline ProductArgs as_rows(const bcy_nf4_matmul_args& args) {
   rows.x = args.x;
   rows.y = args.y;
   rows.bias = args.bias;
+  rows.workspace = args.workspace;
   rows.nrows = args.weight.nrows;
   rows.ncols = args.weight.ncols;
   rows.m = args.m;
@@ -54,19 +55,27 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
   RowRing<Nf4Rows, 16, true>* const rows_of_16 = nullptr;
   RowRing<Nf4Rows, 16, false>* const any_rows = nullptr;
   if (!uses_tensor_cores(args, device)) {
-    const auto exact = [&](auto* tile, auto* ring) {
-      return streamed(tile, ring, inputs_of(kGroup, float_words(codebook), 1.0f));
-    };
-    constexpr int kMany = sizeof(typename X::Storage) == 4 ? 2 : 4;
-    if (!boundaries || !loads_at_once(rows, 4)) {
-      return exact(static_cast<Nf4ExactTile<X, kMany, false>*>(nullptr), any_rows);
+    const bool one_scale = args.weight.block_size >= kChunk;
+    const Nf4Inputs inputs = inputs_of(one_scale ? kChunk : kGroup, float_words(codebook), 1.0f);
+    if (boundaries && args.workspace != nullptr) {
+      return launch_nf4_tables<X>(rows, inputs, device, stream);
     }
-    if (args.m > 1) return exact(static_cast<Nf4ExactTile<X, kMany, true>*>(nullptr), rows_of_16);
-    return exact(static_cast<Nf4ExactTile<X, 1, true>*>(nullptr), rows_of_16);
+    const auto exact = [&](auto* tile, auto* ring) { return streamed(tile, ring, inputs); };
+    constexpr int kMany = sizeof(typename X::Storage) == 4 ? 2 : 4;
+    if (!one_scale) {
+      return exact(static_cast<Nf4ExactTile<X, kMany, false, false>*>(nullptr), any_rows);
+    }
+    if (!boundaries || !loads_at_once(rows, 4)) {
+      return exact(static_cast<Nf4ExactTile<X, kMany, true, false>*>(nullptr), any_rows);
+    }
+    if (args.m > 1) {
+      return exact(static_cast<Nf4ExactTile<X, kMany, true, true>*>(nullptr), rows_of_16);
+    }
+    return exact(static_cast<Nf4ExactTile<X, 1, true, true>*>(nullptr), rows_of_16);
   }
   if constexpr (!std::is_same_v<X, F32>) {
     const float factor = stretch<X>(args.weight.codebook);
-    const int chunk = args.weight.block_size < 64 ? 32 : 64;
+    const int chunk = args.weight.block_size < kChunk ? kGroup : kChunk;
     const Nf4Inputs inputs = inputs_of(chunk, split_words<X>(codebook, factor), factor);
     if (chunk == 32) {
       return streamed(static_cast<Nf4Tile<X, 8, 32, false>*>(nullptr), any_rows, inputs);

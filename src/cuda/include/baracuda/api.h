@@ -128,6 +128,7 @@ typedef struct bcy_nf4_matmul_args {
   const void* x;  // [m, ncols] of x_type, rows x_stride elements apart
   void* y;  // [m, nrows] of y_type, rows y_stride elements apart
   const void* bias;  // [nrows] of y_type, or NULL
+  void* workspace;  // CUDA: bcy_cuda_nf4_workspace_size bytes, 256-byte aligned
   int64_t m;
   int64_t x_stride;
   int64_t y_stride;
@@ -174,6 +175,7 @@ typedef struct bcy_nf4_nest_args {
 // Whether bcy_cuda_nf4_matmul multiplies on tensor cores: then its bits are its own, else they are
 // the CPU backend's.
 int bcy_cuda_nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args, int32_t* answer);
+int bcy_cuda_nf4_workspace_size(const bcy_nf4_matmul_args* args, int64_t* size);
 int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args* args, void* stream);
 int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream);
 int bcy_cuda_nf4_quantize(const bcy_nf4_quantize_args* args, void* stream);

@@ -15,6 +15,8 @@ constexpr int kGroup = 32;
 constexpr int kUnit = 256;
 constexpr int kPartials = 8;
 constexpr int kUnitGroups = kUnit / kGroup;
+constexpr int kChunk = 64;
+constexpr int kUnitChunks = kUnit / kChunk;
 
 // ---- staging: float activations to int8 -------------------------------------------------------------------------
 
@@ -63,5 +65,30 @@ BCY_INLINE float meet(float p0, float p1, float p2, float p3, float p4, float p5
 //
 // Partial sum (p, e) takes element e of the groups of units p, p + 8, ... in k order, one fma each.
 // Then over e: s[e] += s[e + 16], then + 8, + 4, + 2, + 1; then the eight meet as above.
+
+// ---- float products of 4-bit codes ------------------------------------------------------------------------------
+//
+// A chunk is 64 elements of a row. Where all that there are have one scale, the value of an element
+// is its code's, and the scale multiplies the chunk's sum; else the value is that times the
+// element's scale, and 1 multiplies the sum. What is not there is +0.
+//
+// Elements 2 j and 2 j + 1 are a pair: fma(value, x, value * x), the second's product onto the
+// first's. The pairs of a word, 8 elements, meet as (0 + 1) + (2 + 3), the words of a chunk as the
+// eight above, the chunks of a unit, scaled, as (0 + 2) + (1 + 3). Partial sum p takes units p,
+// p + 8, ...; the eight meet as above.
+//
+// A pair is a function of two activations and a byte, and a scale multiplies once in 64 elements:
+// so pairs can be looked up.
+
+BCY_INLINE float add_pair(const float* values, const float* x) {
+  return fma(values[1], x[1], mul(values[0], x[0]));
+}
+BCY_INLINE float add_word(const float* values, const float* x) {
+  return add(add(add_pair(values, x), add_pair(values + 2, x + 2)),
+             add(add_pair(values + 4, x + 4), add_pair(values + 6, x + 6)));
+}
+BCY_INLINE float meet_chunks(const float* sums) {
+  return add(add(sums[0], sums[2]), add(sums[1], sums[3]));
+}
 
 }  // namespace bcy

@@ -25,6 +25,12 @@ inline uint2 load_shared(uint32_t address) {
   memcpy(&two, emulator::shared_pointer(address), sizeof two);
   return two;
 }
+inline uint32_t load_shared_word(uint32_t address) {
+  uint32_t word;
+  check_boundary("the address of a load", address, sizeof word);
+  memcpy(&word, emulator::shared_pointer(address), sizeof word);
+  return word;
+}
 inline void prefetch_to_l2(const void*) {}
 
 inline void barrier_init(uint64_t* barrier, int arrivals) {
