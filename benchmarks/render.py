@@ -405,11 +405,13 @@ def of_nf4_cpu(result: dict[str, Any]) -> Iterator[str]:
 def summary_nf4(result: dict[str, Any]) -> Iterator[str]:
     """Yield a GPU's document of NF4 in short: its products, and the time over that of others."""
     cells = [c for c in result["cells"] if c["device"] == "cuda"]
-    ours = [c for c in cells if c["kind"] == "product" and c["name"] == targets.OURS]
+    labels = {"product": "", "exact": ", the bits of the CPU"}
+    ours = [c for c in cells if c["kind"] in labels and c["name"] == targets.OURS]
     spans: dict[Key, list[float]] = {}
     for c in ours:
         if c["overlap"]:
-            spans.setdefault((c["dtype"], c["m"]), []).append(c["percent_of_read"])
+            label = c["dtype"] + labels[c["kind"]]
+            spans.setdefault((label, c["m"]), []).append(c["percent_of_read"])
     count = len(distinct(map(targets.shape_name, ours)))
     title = f"NF4 product: % of the speed of only reading, lowest to highest of {count} shapes"
     texts = {key: f"{min(span):.0f} to {max(span):.0f}" for key, span in spans.items()}
