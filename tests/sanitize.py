@@ -112,7 +112,8 @@ def nf4_cases(rng):
                 x = rng.standard_normal((m, w.ncols), np.float32).astype(kind)
                 here = nf4_product(w, x, "float32", None)
                 pairs.append((here, nf4_product(there, x, "float32", exact)))
-                pairs.append((here, nf4_product(there, x, "float32", exact, lend=True)))
+                if there.plan(m, x.dtype, "float32", exact).workspace_size:
+                    pairs.append((here, nf4_product(there, x, "float32", exact, lend=True)))
                 default = nf4_product(there, x, "float32", None)
                 error = np.linalg.norm(default - here) / np.linalg.norm(here)
                 if not error < 1e-5:

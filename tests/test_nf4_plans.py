@@ -371,6 +371,24 @@ def test_a_workspace_changes_no_bits(path):
                 plan.run(w, backend.put(x), y, workspace=few)
 
 
+@pytest.mark.gpu(real="an emulated one takes minutes")
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tokens_that_share_a_workspace_by_turns(overlap):
+    """More sums than it holds: it serves some tokens after the others."""
+    backend, (m, n, k) = Backend("cuda"), (33, 131077, 320)
+    weight, x = Nf4Weight(n, k), random_activations(m, k, "float16")
+    w, x = weight.tensor(backend), backend.put(x)
+    pref = bcy.PlanPreference(overlap=overlap, bit_stable_across_hardware=True)
+    plan = weight.plan("cuda", m, "float16", pref=pref)
+    assert 0 < plan.workspace_size < m * n * 2 * 4
+    results = []
+    for workspace in (None, backend.workspace(plan)):
+        y = backend.empty((m, n), "float16", 8)
+        plan.run(w, x, y, workspace=workspace)
+        results.append(bits(backend.get(y)))
+    np.testing.assert_array_equal(*results)
+
+
 def test_unpacking_asks_for_no_workspace(backend):
     weight = Nf4Weight(8, 64)
     dense = backend.empty((8, 64), "float32")

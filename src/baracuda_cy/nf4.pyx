@@ -275,7 +275,8 @@ cdef class Nf4ProductPlan(Nf4Plan):
             and only there.
         workspace : Workspace or array, optional
             At least `workspace_size` bytes, 256-byte aligned. Without it the product has the same
-            bits and, where `workspace_size` is not 0, takes longer.
+            bits and, where `workspace_size` is not 0 and the codes begin at a multiple of 16 bytes,
+            takes longer.
         stream : Stream or object with ``__cuda_stream__``, optional
             Where to run on CUDA. By default the current stream of the activations' framework, else
             the legacy default stream. None on the CPU.
@@ -284,8 +285,8 @@ cdef class Nf4ProductPlan(Nf4Plan):
         ------
         InvalidProblem
             An argument that is missing or not asked for, of the wrong dtype, shape, length, stride,
-            device or alignment, one that overlaps the output, or (`ReadOnlyArray`, `NotAnArray`) a
-            case of its own.
+            device or alignment, one that overlaps the output or the workspace, or
+            (`WorkspaceTooSmall`, `ReadOnlyArray`, `NotAnArray`) a case of its own.
         CudaError
             The launch failed.
 
@@ -338,7 +339,7 @@ cdef class Nf4MmvqPlan(Nf4ProductPlan):
     """A weight in NF4 or FP4 times one activation vector.
 
     The activation is multiplied as it is. It needs no workspace; with one, float32 multiply-adds
-    are faster on compute capability 9.0.
+    are faster on compute capability 9.0 and up.
 
     Examples
     --------
@@ -387,7 +388,8 @@ cdef class Nf4MmvqMultiMPlan(Nf4ProductPlan):
     Token m of any batch has the bits it has alone. On CUDA, half-precision activations may be
     multiplied on tensor cores, whose bits are their own: ``precision_guarantee`` says so, and
     ``PlanPreference(bit_stable_across_hardware=True)`` asks for the kernel with the bits of the
-    CPU. It needs no workspace; with one, that kernel is faster on compute capability 9.0.
+    CPU. It needs no workspace; with one, that kernel is faster on compute
+    capability 9.0 and up.
 
     Examples
     --------

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product of weights as floats with float activations, in the order of order.cuh, for any
-// instruction set V:
+// The product of weights as floats with float activations, in the order of order.cuh, for K that is
+// whole groups and any instruction set V:
 //
 //   Words, Floats          GCC vectors of V::kWidth elements of 32 bits
 //   load(Element, x)       kWidth elements as floats
@@ -12,9 +12,7 @@
 //
 // and any Rows of weights:
 //
-//   dequantize(row, unit, groups, values)   the first groups of a unit. Elements of the last
-//                                           group that do not exist are -0: times an activation
-//                                           +0 they add nothing, to no sum.
+//   dequantize(row, unit, groups, values)   the first groups of a unit
 //   prefetch(row, unit)                     soon dequantize will be called for it
 //   multiply<rows, tokens, Element>(row, end, partial, units, x, sums)
 //                                           few tokens and units partial, partial + 8, ...; beyond
@@ -138,17 +136,10 @@ class FloatProduct {
     }
   }
 
-  // A unit of a token's activations, filled up with +0.
+  // A unit of a token's activations.
   template <class Element>
   BCY_INLINE void load_activations(int64_t token, int64_t unit, Floats* x) const {
     const auto* from = activations<Element>(token) + unit * kUnit;
-    const int elements = units.elements(unit);
-    typename Element::Storage filled_up[kUnit];
-    if (elements % kGroup != 0) {
-      memset(filled_up, 0, sizeof filled_up);
-      memcpy(filled_up, from, elements * sizeof *from);
-      from = filled_up;
-    }
     const int vectors = units.groups(unit) * kVectors;
     for (int i = 0; i < vectors; ++i) x[i] = V::load(Element{}, from + i * V::kWidth);
   }

@@ -34,7 +34,7 @@ class Product {
   using Table = typename V::Table;
   static constexpr int kSets = kUnit / 8 / V::kWidth;  // vectors of words in a unit
   static constexpr int kTokens = V::kWidth / 4;  // that are multiplied at a time
-  static constexpr int kTokenTile = 8;  // that pass while a tile of rows is in the caches
+  static constexpr int kManyTokens = 8;  // that pass while a tile of rows is in the caches
   static constexpr int kSlots = 16;  // units of activations that do
   static constexpr int kPairs = 64;  // pairs of rows, times tokens
 
@@ -87,8 +87,8 @@ class Product {
 
   // Rows [begin, end) for all tokens.
   void multiply(int64_t begin, int64_t end) const {
-    for (int64_t first = 0; first < args.m; first += kTokenTile) {
-      const int tokens = int(args.m - first < kTokenTile ? args.m - first : kTokenTile);
+    for (int64_t first = 0; first < args.m; first += kManyTokens) {
+      const int tokens = int(args.m - first < kManyTokens ? args.m - first : kManyTokens);
       const int tile = kPairs / tokens * 2;
       for (int64_t row = begin; row < end; row += tile) {
         multiply_tile(row, int(end - row < tile ? end - row : tile), first, tokens);
@@ -194,7 +194,7 @@ class Product {
   BCY_INLINE void add_unit(int64_t row, int64_t last, int64_t unit, const Unit* x, int step,
                            int tokens, __m256 (*sums)[kPartials]) const {
     alignas(32) float scales[2][kUnitChunks];
-    __m256 words[kTokenTile][2][kUnitChunks];
+    __m256 words[kManyTokens][2][kUnitChunks];
     for (int i = 0; i < 2; ++i) {
       Unit values;
       uint8_t packed[kUnit / 2];

@@ -59,7 +59,8 @@ class Rows {
   BCY_INLINE bool has_units() const { return regular; }
 
   // The unit of a row as 128 bytes of codes in the bitsandbytes layout, in place or in `packed`.
-  // What is not there has any code.
+  // What is not there has any code: times +0 its value is a zero, which changes no sum but for the
+  // sign of a zero, and partial sums, which start at +0, lose that.
   BCY_INLINE const uint8_t* codes_of(int64_t row, int64_t unit, int elements,
                                      uint8_t* packed) const {
     const uint8_t* const from = at(row, unit);
@@ -214,7 +215,6 @@ class Rows {
     alignas(64) float plain[kUnit];
     memcpy(plain, values, groups * kVectors * sizeof(Floats));
     scale_plainly(weight, first, count, plain);
-    for (int i = count; i < groups * kGroup; ++i) plain[i] = -0.0f;
     memcpy(values, plain, groups * kVectors * sizeof(Floats));
   }
 };

@@ -36,13 +36,13 @@ struct Nf4Tables {
   static constexpr int kBytes = 3 * kTwoTables + (kWarps * kStages - kBelow) * kStageBytes;
   static_assert(kWarps * kStages * sizeof(uint64_t) <= kBarriers);
 
-  // Tokens whose sums of units are in the workspace at a time.
-  static constexpr int64_t kWorkspace = 16 << 20;
+  static constexpr int64_t kUsualWorkspace = 16 << 20;  // bytes, unless a token takes more
   static constexpr int64_t bytes_of_token(int64_t nrows, int64_t ncols) {
     return ceil_div(ncols, kUnit) * nrows * int64_t(sizeof(float));
   }
+  // Tokens whose sums of units are in the workspace at a time.
   static constexpr int64_t tokens_at_once(int64_t nrows, int64_t ncols, int64_t m) {
-    const int64_t fit = kWorkspace / bytes_of_token(nrows, ncols);
+    const int64_t fit = kUsualWorkspace / bytes_of_token(nrows, ncols);
     return fit < 1 ? 1 : fit < m ? fit : m;
   }
 };

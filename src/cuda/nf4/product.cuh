@@ -57,7 +57,7 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
   if (!uses_tensor_cores(args, device)) {
     const bool one_scale = args.weight.block_size >= kChunk;
     const Nf4Inputs inputs = inputs_of(one_scale ? kChunk : kGroup, float_words(codebook), 1.0f);
-    if (boundaries && args.workspace != nullptr) {
+    if (boundaries && args.workspace != nullptr && has_nf4_tables(args.weight, device)) {
       return launch_nf4_tables<X>(rows, inputs, device, stream);
     }
     const auto exact = [&](auto* tile, auto* ring) { return streamed(tile, ring, inputs); };

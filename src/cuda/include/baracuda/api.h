@@ -128,7 +128,8 @@ typedef struct bcy_nf4_matmul_args {
   const void* x;  // [m, ncols] of x_type, rows x_stride elements apart
   void* y;  // [m, nrows] of y_type, rows y_stride elements apart
   const void* bias;  // [nrows] of y_type, or NULL
-  void* workspace;  // CUDA: bcy_cuda_nf4_workspace_size bytes, 256-byte aligned
+  void* workspace;  // CUDA: bcy_cuda_nf4_workspace_size bytes, 256-byte aligned; or NULL: the same
+                    // bits, slower
   int64_t m;
   int64_t x_stride;
   int64_t y_stride;
@@ -175,6 +176,7 @@ typedef struct bcy_nf4_nest_args {
 // Whether bcy_cuda_nf4_matmul multiplies on tensor cores: then its bits are its own, else they are
 // the CPU backend's.
 int bcy_cuda_nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args, int32_t* answer);
+// 0 where a workspace is of no use.
 int bcy_cuda_nf4_workspace_size(const bcy_nf4_matmul_args* args, int64_t* size);
 int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args* args, void* stream);
 int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream);

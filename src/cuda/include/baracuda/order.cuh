@@ -2,8 +2,8 @@
 // The order of summation: what makes every backend, tile shape and batch size give the same bits.
 //
 // Along K, 32 elements are a group and 256 a unit. Partial sum p of 8 takes units p, p + 8, p + 16,
-// ... and inside them the groups in k order; all start at +0; what is not there adds nothing. The
-// eight meet in one fixed tree. The order depends on the format and on K alone.
+// ...; all start at +0; what is not there adds nothing. The eight meet in one fixed tree. The order
+// depends on the format and on K alone.
 #pragma once
 
 #include "baracuda/formats.h"
@@ -43,7 +43,7 @@ BCY_INLINE int stage_element(float x, GroupScale group) {
 // What a minimum multiplies: the staged sum of its elements.
 BCY_INLINE float staged_sum(GroupScale group, int sum) { return mul(group.scale, float(sum)); }
 
-// ---- staged products --------------------------------------------------------------------------------------------
+// ---- staged products, group after group -------------------------------------------------------------------------
 
 // One group joins its partial sum. dot is the exact integer sum of code * u (halves already
 // weighted).
