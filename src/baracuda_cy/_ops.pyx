@@ -42,6 +42,7 @@ from baracuda_cy.plan cimport (
     U8,
     WEIGHT,
     WORKSPACE,
+    WORKSPACE_ALIGNMENT,
     Call,
     Plan,
     acquire,
@@ -69,7 +70,6 @@ cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void** pointer, size_t alignment, size_t size)
 
 
-cdef int64_t WORKSPACE_ALIGNMENT = 256
 cdef int NESTED_BLOCK = 256
 
 cdef type gguf_type = GgufTensor

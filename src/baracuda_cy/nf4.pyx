@@ -27,15 +27,14 @@ from baracuda_cy.plan cimport (
     WEIGHT,
     WORKSPACE,
     Call,
-    Operand,
     Plan,
-    Role,
     begin,
     check_descriptor,
     check_floating,
     checked,
     invalid,
     set_matrix,
+    set_operand,
 )
 
 from functools import lru_cache
@@ -53,17 +52,6 @@ from baracuda_cy.tensor import NestedAbsmax, Nf4Tensor, PackedWeight
 
 cdef type tensor_type = Nf4Tensor
 cdef type weight_type = PackedWeight
-
-
-cdef int set_operand(
-    Operand* operand, Role role, int element, object count, int alignment
-) except -1:
-    operand.role = role
-    operand.element = element
-    operand.rows = 1
-    operand.cols = count
-    operand.alignment = alignment
-    return 0
 
 
 cdef void fill_weight(bcy_nf4_weight* weight, const Call* call) noexcept nogil:

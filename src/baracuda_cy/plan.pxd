@@ -21,6 +21,9 @@ cdef enum:
     HOST = 1
     CUDA = 2
 
+cdef enum:
+    WORKSPACE_ALIGNMENT = 256
+
 # Element types that plans compute with, numbered as in ElementKind.
 cdef enum:
     F32 = 1
@@ -124,6 +127,9 @@ cdef bint contiguous(const ArrayView* view) noexcept nogil
 cdef int64_t checked(object value, str argument) except -1
 cdef int check_floating(object element, str argument) except -1
 cdef int check_descriptor(object descriptor, object expected, str fields) except -1
+# What is no matrix: `count` elements or bytes.
+cdef int set_operand(
+    Operand* operand, Role role, int element, object count, int64_t alignment) except -1
 cdef int set_matrix(
     Operand* operand, object rows, object cols, object element, bint written, str argument
 ) except -1

@@ -69,7 +69,6 @@ cdef enum Fault:
     OVERLAPPING
 
 cdef int64_t LARGEST = 0x7fffffffffffffff
-cdef int64_t WORKSPACE_ALIGNMENT = 256
 
 # NAMES borrows from it, so that no call looks into a tuple.
 NAME_TABLE = (
@@ -230,6 +229,17 @@ cdef int set_matrix(
     operand.cols = cols
     operand.offset = 0
     operand.alignment = element_bytes(element)
+    return 0
+
+
+cdef int set_operand(
+    Operand* operand, Role role, int element, object count, int64_t alignment
+) except -1:
+    operand.role = role
+    operand.element = element
+    operand.rows = 1
+    operand.cols = count
+    operand.alignment = alignment
     return 0
 
 
@@ -543,29 +553,20 @@ cdef class Plan:
     cdef int bind_product(
         self, object m, object nrows, object ncols, object activation, object output
     ) except -1:
-        cdef Operand* operand = &self.operands[BIAS]
         check_floating(activation, "activation")
         check_floating(output, "output")
         set_matrix(&self.operands[ACTIVATIONS], m, ncols, activation, False, "m")
         set_matrix(&self.operands[OUTPUT], m, nrows, output, True, "m")
-        operand.role = VECTOR
-        operand.element = output
-        operand.rows = 1
-        operand.cols = nrows
-        operand.alignment = element_bytes(operand.element)
+        set_operand(&self.operands[BIAS], VECTOR, output, nrows, element_bytes(output))
         self.idle = m == 0 or nrows == 0
         return 0
 
     cdef int bind_workspace(self, int64_t size, bint required) except -1:
-        cdef Operand* operand = &self.operands[WORKSPACE]
         self.workspace_size = size
         self.needs_workspace = required and size
         if size:
-            operand.role = SCRATCH
-            operand.written = True
-            operand.rows = 1
-            operand.cols = size
-            operand.alignment = WORKSPACE_ALIGNMENT
+            set_operand(&self.operands[WORKSPACE], SCRATCH, U8, size, WORKSPACE_ALIGNMENT)
+            self.operands[WORKSPACE].written = True
         return 0
 
     cdef int lend_workspace(self, Call* call, object workspace) except -1:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX2 vectors of floats for float_product.h.
+// AVX2 vectors of floats.
 #pragma once
 
 #include <immintrin.h>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX-512 vectors of floats for float_product.h.
+// AVX-512 vectors of floats.
 #pragma once
 
 #include <immintrin.h>

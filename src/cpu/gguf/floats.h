@@ -12,7 +12,7 @@
 
 #include <utility>
 
-#include "cpu/float_product.h"
+#include "cpu/gguf/float_product.h"
 #include "cpu/gguf/layout.h"
 
 namespace bcy::cpu {

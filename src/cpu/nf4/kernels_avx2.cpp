@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/nf4/product.h"
+#include "cpu/nf4/vectorized.h"
 #include "cpu/nf4/vectors_avx2.h"
 
 namespace bcy::cpu::nf4 {

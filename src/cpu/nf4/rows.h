@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of weights, for any instruction set V, which has besides what float_product.h says
+// Rows of weights, for any instruction set V, whose floats are those of cpu/vectors_*.h and which
+// has besides
 //
 //   Table                          16 floats, by code
 //   load_table(values), scale(table, factor)
@@ -11,8 +12,8 @@
 //   eights(v)                      as kWidth / 8 vectors of eight
 #pragma once
 
-#include "cpu/float_product.h"
 #include "cpu/nf4/plain.h"
+#include "cpu/units.h"
 
 namespace bcy::cpu::nf4 {
 namespace {

@@ -303,11 +303,7 @@ int launch_nf4_tables(const ProductArgs& args, const Nf4Inputs& inputs, const De
   const int64_t units = ceil_div(args.ncols, kUnit);
   const int64_t at_once = T::tokens_at_once(args.nrows, args.ncols, args.m);
   for (int64_t first = 0; first < args.m; first += at_once) {
-    ProductArgs some = args;
-    some.m = std::min(args.m - first, at_once);
-    some.x = static_cast<const typename X::Storage*>(args.x) + first * args.x_stride;
-    some.y = static_cast<uint8_t*>(args.y) +
-             first * args.y_stride * (args.y_type == BCY_F32 ? sizeof(float) : 2);
+    const ProductArgs some = some_tokens(args, first, at_once);
     // Parts that begin where units do save tables, and read all of a row at about the same time.
     const int64_t turns = units * some.m;
     const int64_t even = device.processors / turns * turns;

@@ -281,11 +281,7 @@ int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Devi
   }
   launched = true;
   for (int64_t first = 0; first < args.m; first += Tokens) {
-    ProductArgs some = args;
-    some.m = std::min(args.m - first, int64_t{Tokens});
-    some.x = static_cast<const uint16_t*>(args.x) + first * args.x_stride;
-    some.y = static_cast<uint8_t*>(args.y) +
-             first * args.y_stride * (args.y_type == BCY_F32 ? sizeof(float) : 2);
+    const ProductArgs some = some_tokens(args, first, Tokens);
     const int status = launch_clusters(kernel, dim3(unsigned(clusters * Cluster)),
                                        dim3(kNf4Threads), stream, shared, args.overlap != 0,
                                        Cluster, some, inputs, matrix, int(tiles), stages);

@@ -5,6 +5,8 @@
 // group, its elements 8 t .. 8 t + 7.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/common/product.cuh"
 #include "lookup.cuh"
 #include "weight.cuh"
@@ -17,6 +19,16 @@ struct Nf4Inputs {
   CodeWords codes;
   float unit = 1.0f;  // what the codes stand for, over what they are in `codes`
 };
+
+// The same product of `count` tokens, or what is left, from number `first` on.
+inline ProductArgs some_tokens(const ProductArgs& args, int64_t first, int64_t count) {
+  const auto bytes = [](int32_t type) { return type == BCY_F32 ? 4 : 2; };
+  ProductArgs some = args;
+  some.m = std::min(args.m - first, count);
+  some.x = static_cast<const uint8_t*>(args.x) + first * args.x_stride * bytes(args.x_type);
+  some.y = static_cast<uint8_t*>(args.y) + first * args.y_stride * bytes(args.y_type);
+  return some;
+}
 
 // The scales of a unit in chunks of Chunk elements: lane t has those of chunks t, t + 4, ... of its
 // rows. The loads of a unit are under way while the one before it is multiplied. Row: a type for
