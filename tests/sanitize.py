@@ -14,6 +14,7 @@ from baracuda_cy import _cuda
 
 NROWS = 19  # one whole tile of rows and a part of one
 MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
+MANY_WEIGHTS = 200_000 * _cuda.multiprocessors()  # of NF4: enough for boxes of 128 rows
 
 
 def columns(block_format):
@@ -65,12 +66,13 @@ def nf4_weights(rng):
         (NROWS, 2368, 64),
         (NROWS, 320, 32),
         (NROWS, 99, 64),
-        (MANY_ROWS, 2368, 64),
+        (128 * _cuda.multiprocessors() + 19, 1600, 64),
+        (NROWS, MANY_WEIGHTS // NROWS // 256 * 256 + 256, 64),
     ):
         few = rng.standard_normal((NROWS, ncols), np.float32)
         x = np.resize(few, (nrows, ncols))
         yield x, bcy.quantize(x, "nf4", block_size=block_size)
-        if nrows == NROWS:
+        if nrows * ncols < MANY_WEIGHTS:
             yield x, bcy.quantize(x, "fp4", block_size=block_size, nested=True)
             yield x[:-1], bcy.quantize(x[:-1], "nf4", block_size=block_size).to_layout("row_pair")
 
@@ -106,7 +108,7 @@ def nf4_cases(rng):
             ).to("cpu")
             pairs.append((np.asarray(w.data).ravel(), np.asarray(packed.data).ravel()))
             pairs.append((np.asarray(w.absmax).ravel(), np.asarray(packed.absmax).ravel()))
-        many = w.nrows == MANY_ROWS
+        many = w.nrows * w.ncols > MANY_WEIGHTS
         for kind in ("float16",) if many else ("float32", "float16"):
             for m in (1, 3, 16, 32) if many else (1, 5, 13, 33):
                 x = rng.standard_normal((m, w.ncols), np.float32).astype(kind)
@@ -118,10 +120,12 @@ def nf4_cases(rng):
                 error = np.linalg.norm(default - here) / np.linalg.norm(here)
                 if not error < 1e-5:
                     sys.exit(f"{w!r}, m={m}, {kind}: relative error {error}")
+                if there.plan(m, x.dtype, "float32").workspace_size:
+                    pairs.append((default, nf4_product(there, x, "float32", None, lend=True)))
                 cases += 1
-        for here, there_ in pairs:
-            if here.tobytes() != there_.tobytes():
-                sys.exit(f"{w!r}: the GPU's bits are not the CPU's")
+        for one, other in pairs:
+            if one.tobytes() != other.tobytes():
+                sys.exit(f"{w!r}: the GPU's bits are not the CPU's, or those without a workspace")
             cases += 1
     return cases
 

@@ -677,13 +677,17 @@ def test_a_row_does_not_depend_on_the_others(path, rows, m):
     np.testing.assert_array_equal(bits(part.product(backend, x, pref=pref)), bits(want))
 
 
+# A multiprocessor has so many weights where a kernel for many takes over, on Hopper.
+MANY = 200_000
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "activation"), [(8, "float16"), (13, "bfloat16"), (33, "float16")])
 def test_many_rows(m, activation):
-    """A kernel for many rows, in clusters where there are many tokens, has the bits of few."""
+    """A kernel for many rows has the bits of the one for few."""
     backend, some = Backend("cuda"), 500
-    n = 3 * 32 * _cuda.multiprocessors() + 5
-    for k in (192, 2304):
+    n = 128 * _cuda.multiprocessors() + 5
+    for k in (1600, 2304):
         whole = Nf4Weight(n, k)
         x = random_activations(m, k, activation)
         got = whole.product(backend, x)
@@ -693,6 +697,27 @@ def test_many_rows(m, activation):
             part.absmax = whole.absmax[first * k // 64 :][: part.n * k // 64]
             want = part.product(backend, x)
             np.testing.assert_array_equal(bits(got[:, first : first + some]), bits(want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nested", [None, 256])
+@pytest.mark.parametrize(("tiles", "m"), [(1, 20), (2, 20), (None, 12)])
+def test_blocks_that_divide_k(tiles, m, nested):
+    """Few rows of many columns: thread blocks divide those, and meet in the workspace."""
+    backend = Backend("cuda")
+    n = 128 * (tiles or _cuda.multiprocessors() // 4) - 7
+    # Whole units of 256, whose scales are boxed, and not.
+    k = (max(MANY * _cuda.multiprocessors() // n, 12800) // 256 + 1) * 256 + (64 if nested else 0)
+    weight = Nf4Weight(n, k, nested=nested)
+    x = random_activations(m, k, "float16")
+    bias = bias_of(n, "float32")
+    plan = weight.plan("cuda", m, "float16", "float32", bias=True)
+    assert plan.workspace_size > 0 or plan.sku.arch < 90
+    y = backend.empty((m, n), "float32")
+    plan.run(weight.tensor(backend), backend.put(x), y, bias=backend.put(bias))
+    for _ in range(3):
+        got = weight.product(backend, x, "float32", bias, plan=plan)
+        np.testing.assert_array_equal(bits(got), bits(backend.get(y)))
 
 
 # ---- bit_stable_across_hardware ------------------------------------------------------------------

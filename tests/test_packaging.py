@@ -270,7 +270,9 @@ def test_native_is_every_gpu_of_the_machine(build, tmp_path, monkeypatch):
 
 
 def test_gencode_of_real_and_virtual(build):
-    assert build["gencode"]("90") == "-gencode=arch=compute_90,code=sm_90"
+    assert build["gencode"]("80") == "-gencode=arch=compute_80,code=sm_80"
+    assert build["gencode"]("90") == "-gencode=arch=compute_90a,code=sm_90a"
+    assert build["gencode"]("90-virtual") == "-gencode=arch=compute_90,code=compute_90"
     assert build["gencode"]("120-virtual") == "-gencode=arch=compute_120,code=compute_120"
 
 

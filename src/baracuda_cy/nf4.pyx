@@ -376,8 +376,8 @@ cdef class Nf4MmvqMultiMPlan(Nf4ProductPlan):
     Token m of any batch has the bits it has alone. On CUDA, half-precision activations may be
     multiplied on tensor cores, whose bits are their own: ``precision_guarantee`` says so, and
     ``PlanPreference(bit_stable_across_hardware=True)`` asks for the kernel with the bits of the
-    CPU. It needs no workspace; with one, that kernel is faster on compute
-    capability 9.0 and up.
+    CPU. It needs no workspace; where `workspace_size` is not 0, on compute capability 9.0 and up,
+    it is faster with one.
 
     Examples
     --------

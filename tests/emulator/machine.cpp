@@ -9,8 +9,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -21,17 +19,13 @@
 namespace emulator {
 
 thread_local const Thread* this_thread;
-struct Kernel;
 
 namespace {
 
 constexpr int kLanes = 32;
-constexpr int kRankShift = 24;                        // of a shared address
-constexpr uint32_t kOffsets = (1u << kRankShift) - 1;
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kPage = 4096;
 constexpr size_t kBoundary = 16;  // of shared memory, as the host sees it
-constexpr auto kPatience = std::chrono::minutes(5);  // for the other blocks of a cluster
 
 // As the hardware has it, in the 64 bits that the program gives it.
 struct Barrier {
@@ -121,48 +115,53 @@ struct Waiter {
   uint32_t parity;
 };
 
-class Block;
+// A kernel that was launched, and the one ahead of it where it need not wait for its end.
+struct Kernel {
+  Launch launch;
+  std::function<void()> threads;
+  uint64_t seed;
+  std::unique_ptr<Kernel> previous;
 
-struct Cluster {
-  Kernel* kernel;
-  std::vector<std::unique_ptr<Block>> blocks;
-  std::mutex mutex;  // of barriers, and of what blocks write into each other
-  std::atomic<int> arrived{0};
-  std::atomic<bool> failed{false};
+  Kernel(const Launch& launch, std::function<void()> threads, uint64_t seed)
+      : launch(launch), threads(std::move(threads)), seed(seed) {}
+
+  void run();
+  void run_previous() {
+    // What waits is a fiber of this thread.
+    if (const auto kernel = std::move(previous)) std::thread([&] { kernel->run(); }).join();
+  }
 };
 
+class Block;
 thread_local Block* this_block;
 
 class Block {
  public:
-  Block(Cluster& cluster, const Launch& launch, Index index, unsigned rank, uint64_t seed,
-        const std::function<void()>& kernel)
-      : cluster_(cluster),
-        kernel_(kernel),
+  Block(Kernel& kernel, Index index, uint64_t seed)
+      : kernel_(kernel),
         random_(seed),
         fair_(random_() % 2),
         eager_(random_() % 3),
-        rank_(rank),
-        shared_bytes_(launch.shared_bytes),
-        memory_(launch.shared_bytes),
+        shared_bytes_(kernel.launch.shared_bytes),
+        memory_(shared_bytes_),
         shared_(memory_.start()) {
-    const size_t threads = size_t{launch.block.x};
+    const size_t threads = kernel.launch.block.x;
     fibers_.resize(threads);
     warps_.resize((threads + kLanes - 1) / kLanes);
     for (size_t i = 0; i < threads; ++i) {
-      fibers_[i].thread = {{unsigned(i), 0, 0}, index, launch.grid};
+      fibers_[i].thread = {{unsigned(i), 0, 0}, index, kernel.launch.grid};
       make_ready(&fibers_[i]);
     }
   }
 
-  // On an operating-system thread of its own where the cluster has more blocks.
-  void run() {
+  // Whether it came to its end.
+  bool run() {
     this_block = this;
     stacks.clear();
     if (_setjmp(finished_) == 0) resume(pick());
-    gone_ = true;
     this_block = nullptr;
     this_thread = nullptr;
+    return !failed_;
   }
 
   const Operands* meet_warp(const char* instruction, int line, const Operands& mine) {
@@ -205,30 +204,8 @@ class Block {
   }
   int threads() const { return int(fibers_.size()); }
 
-  void sync_cluster() {
-    sync(0, threads());
-    if (cluster_.blocks.size() == 1) return;
-    // One thread speaks for the block.
-    if (current_->thread.thread.x == 0) {
-      const int blocks = int(cluster_.blocks.size());
-      const int turn = cluster_.arrived.fetch_add(1) / blocks;
-      const auto until = std::chrono::steady_clock::now() + kPatience;
-      while (cluster_.arrived.load() < (turn + 1) * blocks) {
-        if (cluster_.failed) leave();
-        if (std::chrono::steady_clock::now() > until) fail("blocks of a cluster do not meet");
-        if (copies_.empty()) {
-          std::this_thread::yield();
-        } else {
-          copy_one();
-        }
-      }
-    }
-    sync(0, threads());
-  }
-
   uint8_t* shared() const { return shared_; }
-  unsigned rank() const { return rank_; }
-  Cluster& cluster() const { return cluster_; }
+  Kernel& kernel() const { return kernel_; }
   Fiber& current() const { return *current_; }
 
   uint32_t offset_of(const void* p) const {
@@ -237,12 +214,8 @@ class Block {
     return uint32_t(byte - shared_);
   }
   uint8_t* at(uint32_t address) const {
-    const unsigned rank = address >> kRankShift;
-    if (rank >= cluster_.blocks.size()) fail("no block %u in the cluster", rank);
-    const Block& block = *cluster_.blocks[rank];
-    if (block.gone_) fail("block %u of the cluster has returned", rank);
-    if ((address & kOffsets) >= block.shared_bytes_) fail("an offset beyond shared memory");
-    return block.shared_ + (address & kOffsets);
+    if (address >= shared_bytes_) fail("an offset beyond shared memory");
+    return shared_ + address;
   }
   Barrier* barrier(uint32_t address) const {
     if (address % sizeof(Barrier) != 0) fail("a barrier off its boundary");
@@ -264,15 +237,13 @@ class Block {
   }
 
   [[noreturn]] void leave() {
-    cluster_.failed = true;
+    failed_ = true;
     _longjmp(finished_, 1);
   }
 
  private:
-  bool passed(uint32_t address, uint32_t parity) {
-    const Barrier* const barrier = this->barrier(address);
-    const std::lock_guard<std::mutex> lock(cluster_.mutex);
-    return barrier->phase != (parity & 1);
+  bool passed(uint32_t address, uint32_t parity) const {
+    return barrier(address)->phase != (parity & 1);
   }
 
   // The running thread gives way until something makes it ready.
@@ -305,7 +276,6 @@ class Block {
   Fiber* pick() {
     maybe_copy();
     if (random_() % 16 == 0) look_at_barriers();
-    const auto until = std::chrono::steady_clock::now() + kPatience;
     for (;;) {
       if (!ready_.empty()) {
         std::pop_heap(ready_.begin(), ready_.end(), later_than);
@@ -313,18 +283,15 @@ class Block {
         ready_.pop_back();
         return next;
       }
-      if (cluster_.failed) leave();
       look_at_barriers();
       if (!ready_.empty()) continue;
       if (!copies_.empty()) {
         copy_one();
       } else if (finished_count_ == fibers_.size()) {
         _longjmp(finished_, 1);
-      } else if (cluster_.blocks.size() == 1 || std::chrono::steady_clock::now() > until) {
+      } else {
         fail("all threads wait: %zu of %zu have returned, %zu are at barriers", finished_count_,
              fibers_.size(), waiters_.size());
-      } else {
-        std::this_thread::yield();
       }
     }
   }
@@ -363,7 +330,7 @@ class Block {
 
   void run_threads() {
     for (;;) {
-      kernel_();
+      kernel_.threads();
       if (!current_->copies.empty()) fail("a thread returned with copies that nothing waits for");
       Warp& warp = warps_[current_->thread.thread.x / kLanes];
       ++warp.exited;
@@ -375,12 +342,10 @@ class Block {
     }
   }
 
-  Cluster& cluster_;
-  const std::function<void()>& kernel_;
+  Kernel& kernel_;
   std::mt19937_64 random_;
   bool fair_;       // to threads
   unsigned eager_;  // of 2: how many copies are made at once
-  unsigned rank_;
   size_t shared_bytes_;
   Shared memory_;
   uint8_t* shared_;
@@ -392,24 +357,20 @@ class Block {
   std::vector<std::function<void()>> copies_;
   Fiber* current_ = nullptr;
   size_t finished_count_ = 0;
-  std::atomic<bool> gone_{false};
+  bool failed_ = false;
   jmp_buf finished_;
 };
 
 void arrive(Block& block, uint32_t address, uint32_t expected_bytes) {
   Barrier* const barrier = block.barrier(address);
-  block.cluster().mutex.lock();
-  const bool counted = barrier->pending > 0;
+  if (barrier->pending == 0) fail("more arrivals at a barrier than it counts");
   barrier->bytes += expected_bytes;
   barrier->pending -= 1;
   barrier->settle();
-  block.cluster().mutex.unlock();
-  if (!counted) fail("more arrivals at a barrier than it counts");
 }
 
 void complete(Block& block, uint32_t address, uint32_t bytes) {
   Barrier* const barrier = block.barrier(address);
-  const std::lock_guard<std::mutex> lock(block.cluster().mutex);
   barrier->bytes -= bytes;
   barrier->settle();
 }
@@ -436,21 +397,12 @@ const Operands* meet_warp(const char* instruction, int line, const Operands& min
 }
 void sync_block() { this_block->sync(0, this_block->threads()); }
 void sync_named(int barrier, int threads) { this_block->sync(barrier, threads); }
-void sync_cluster() { this_block->sync_cluster(); }
-unsigned cluster_rank() { return this_block->rank(); }
 
-uint32_t shared_address(const void* p) {
-  return this_block->rank() << kRankShift | this_block->offset_of(p);
-}
+uint32_t shared_address(const void* p) { return this_block->offset_of(p); }
 uint8_t* shared_pointer(uint32_t address) { return this_block->at(address); }
-uint32_t shared_address_in(uint32_t address, unsigned rank) {
-  return rank << kRankShift | (address & kOffsets);
-}
 
 void barrier_init(uint32_t barrier, int arrivals) {
-  Barrier* const there = this_block->barrier(barrier);
-  const std::lock_guard<std::mutex> lock(this_block->cluster().mutex);
-  *there = {0, uint64_t(arrivals), uint64_t(arrivals), 0};
+  *this_block->barrier(barrier) = {0, uint64_t(arrivals), uint64_t(arrivals), 0};
 }
 void barrier_arrive(uint32_t barrier, uint32_t expected_bytes) {
   arrive(*this_block, barrier, expected_bytes);
@@ -480,17 +432,6 @@ void arrive_after_copies(uint32_t barrier) {
   block.start(std::move(whole));
 }
 
-void store_remote(uint32_t address, uint32_t value, uint32_t barrier) {
-  Block& block = *this_block;
-  uint8_t* const to = block.at(address);
-  copy_async(
-      [&block, to, value] {
-        const std::lock_guard<std::mutex> lock(block.cluster().mutex);
-        memcpy(to, &value, sizeof value);
-      },
-      barrier, sizeof value);
-}
-
 // Launches of several threads take turns, first come, first served: the machine is one.
 class Turn {
  public:
@@ -514,49 +455,16 @@ std::mutex Turn::mutex_;
 std::condition_variable Turn::next_;
 uint64_t Turn::last_ = 0, Turn::serving_ = 0;
 
-// A kernel that was launched, and the one ahead of it where it need not wait for its end.
-struct Kernel {
-  Launch launch;
-  std::function<void()> threads;
-  uint64_t seed;
-  std::unique_ptr<Kernel> previous;
-  std::once_flag previous_ran;
-
-  Kernel(const Launch& launch, std::function<void()> threads, uint64_t seed)
-      : launch(launch), threads(std::move(threads)), seed(seed) {}
-
-  void run();
-  void run_previous() {
-    std::call_once(previous_ran, [&] {
-      // What waits is a fiber of this thread.
-      if (previous) std::thread([&] { previous->run(); }).join();
-    });
-  }
-};
-
 std::unique_ptr<Kernel> last;  // launched, not run
-std::atomic<bool> failed{false};
+bool failed = false;
 
 void Kernel::run() {
   std::mt19937_64 random(seed);
-  std::vector<unsigned> firsts(launch.grid.x / launch.cluster);
-  for (size_t i = 0; i < firsts.size(); ++i) firsts[i] = unsigned(i) * launch.cluster;
-  std::shuffle(firsts.begin(), firsts.end(), random);
-  for (const unsigned first : firsts) {
-    Cluster cluster;
-    cluster.kernel = this;
-    for (unsigned rank = 0; rank < launch.cluster; ++rank) {
-      cluster.blocks.push_back(std::make_unique<Block>(cluster, launch, Index{first + rank, 0, 0},
-                                                       rank, random(), threads));
-    }
-    if (launch.cluster == 1) {
-      cluster.blocks[0]->run();
-    } else {
-      std::vector<std::thread> blocks;
-      for (auto& block : cluster.blocks) blocks.emplace_back([&block] { block->run(); });
-      for (auto& block : blocks) block.join();
-    }
-    if (!cluster.failed) continue;
+  std::vector<unsigned> blocks(launch.grid.x);
+  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = unsigned(i);
+  std::shuffle(blocks.begin(), blocks.end(), random);
+  for (const unsigned i : blocks) {
+    if (Block(*this, {i, 0, 0}, random()).run()) continue;
     failed = true;
     break;
   }
@@ -586,6 +494,6 @@ bool finish() {
   return !failed;
 }
 
-void wait_for_previous_kernel() { this_block->cluster().kernel->run_previous(); }
+void wait_for_previous_kernel() { this_block->kernel().run_previous(); }
 
 }  // namespace emulator

@@ -47,13 +47,10 @@ const Operands* meet_warp(const char* instruction, int line, const Operands& min
 
 void sync_block();  // __syncthreads
 void sync_named(int barrier, int threads);  // bar.sync
-void sync_cluster();
-unsigned cluster_rank();
 
-// An address of shared memory as 32 bits: the block's rank in its cluster, and an offset.
+// An address of shared memory as 32 bits: an offset.
 uint32_t shared_address(const void* p);
 uint8_t* shared_pointer(uint32_t address);
-uint32_t shared_address_in(uint32_t address, unsigned rank);
 
 // ---- mbarriers --------------------------------------------------------------------------------------------------
 
@@ -71,13 +68,11 @@ void copy_async(std::function<void()> copy, uint32_t barrier, uint32_t bytes);
 // Made now or later, the thread's own in order; arrive_after_copies arrives once all so far are.
 void copy_own(std::function<void()> copy);
 void arrive_after_copies(uint32_t barrier);
-void store_remote(uint32_t address, uint32_t value, uint32_t barrier);
 
 // ---- launches ---------------------------------------------------------------------------------------------------
 
 struct Launch {
   Index grid, block;
-  unsigned cluster;
   size_t shared_bytes;
   bool early;  // may start before the kernel ahead of it in the stream
   const void* stream;

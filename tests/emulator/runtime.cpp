@@ -24,7 +24,7 @@ struct EmulatedPool {};
 namespace {
 
 constexpr int kArch = __CUDA_ARCH__;
-constexpr int kProcessors = 8;  // few: a block takes many tiles; the largest cluster fits
+constexpr int kProcessors = 8;  // few: a block takes many tiles
 constexpr int kSharedPerProcessor = kArch >= 900 ? 228 << 10 : kArch >= 800 ? 164 << 10 : 64 << 10;
 constexpr int kReserved = kArch >= 800 ? 1 << 10 : 0;
 constexpr int kLeast = 0, kGreatest = -5;  // priorities of streams
@@ -150,23 +150,14 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
 
 cudaError_t check_launch(const cudaLaunchConfig_t& config, emulator::Launch& launch) {
   const dim3 grid = config.gridDim, block = config.blockDim;
-  unsigned cluster = 1;
-  bool early = false;
-  for (unsigned i = 0; i < config.numAttrs; ++i) {
-    const auto& [id, value] = config.attrs[i];
-    if (id == cudaLaunchAttributeClusterDimension) {
-      cluster = value.clusterDim.x;
-    } else {
-      early = value.programmaticStreamSerializationAllowed != 0;
-    }
-  }
+  const bool early =
+      config.numAttrs > 0 && config.attrs->val.programmaticStreamSerializationAllowed != 0;
   if (grid.x < 1 || grid.x > 0x7fffffffu || grid.y != 1 || grid.z != 1 || block.x < 1 ||
-      block.x > 1024 || block.x % 32 != 0 || block.y != 1 || block.z != 1 || cluster > 8 ||
-      grid.x % cluster != 0 || config.dynamicSmemBytes > size_t(kSharedPerProcessor - kReserved)) {
+      block.x > 1024 || block.x % 32 != 0 || block.y != 1 || block.z != 1 ||
+      config.dynamicSmemBytes > size_t(kSharedPerProcessor - kReserved)) {
     return done(cudaErrorInvalidConfiguration);
   }
-  launch = {{grid.x, 1, 1},          {block.x, 1, 1}, cluster,
-            config.dynamicSmemBytes, early,           config.stream};
+  launch = {{grid.x, 1, 1}, {block.x, 1, 1}, config.dynamicSmemBytes, early, config.stream};
   return cudaSuccess;
 }
 

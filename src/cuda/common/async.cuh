@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Shared memory, and what lets copies and kernels overlap: mbarriers and copies to shared memory
-// that complete on them (Ampere and later, bulk copies from Hopper on), clusters of blocks and
-// programmatic dependent launch (Hopper).
+// that complete on them (Ampere and later, bulk copies from Hopper on), and programmatic
+// dependent launch (Hopper).
 #pragma once
 
 #include <stdint.h>
@@ -166,39 +166,6 @@ __device__ __forceinline__ void copy_row(void* to, const void* from, uint32_t by
 __device__ __forceinline__ void copies_issued(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
-}
-
-#endif
-
-// ---- clusters ---------------------------------------------------------------------------------------------------
-
-#if __CUDA_ARCH__ >= 900
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-}
-// A shared address of this block in another one of the cluster.
-__device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
-  uint32_t result;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
-  return result;
-}
-__device__ __forceinline__ void arrive_in_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// A store to another block that completes on a barrier there.
-__device__ __forceinline__ void store_in_cluster(uint32_t address, float value, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-          address),
-      "f"(value), "r"(barrier)
-      : "memory");
 }
 
 #endif

@@ -43,36 +43,23 @@ class DeviceGuard {
 // Launches and reports this launch's own error. A failure is taken out of the runtime's last-error
 // slot, so that the next library to look there does not take it for its own. early: the kernel may
 // start before the one ahead of it is done (programmatic dependent launch), and waits for it
-// itself. cluster: thread blocks of one, 1 for none.
+// itself.
 template <class... Parameters, class... Arguments>
-int launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
-                    size_t shared_bytes, bool early, int cluster, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+           size_t shared_bytes, bool early, Arguments... arguments) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
-  config.attrs = attributes;
-  if (early) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-  }
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (status != cudaSuccess) cudaGetLastError();
   return status;
-}
-
-template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
-           size_t shared_bytes, bool early, Arguments... arguments) {
-  return launch_clusters(kernel, grid, block, stream, shared_bytes, early, 1, arguments...);
 }
 
 // What the choice of a kernel depends on.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface of the operations of 4-bit weights: checks what the kernels rely on.
 #include "exact_sm90.cuh"
+#include "matmul_sm90.cuh"
 #include "operations.h"
 #include "weight.cuh"
 
@@ -59,8 +60,10 @@ int bcy_cuda_nf4_workspace_size(const bcy_nf4_matmul_args* args, int64_t* size) 
   return on_device(args->device, [&] {
     Device device;
     if (const int status = look_at_device(args->device, device)) return status;
-    if (streams_rows(*args, device) && !uses_tensor_cores(*args, device)) {
-      *size = nf4_tables_workspace(args->weight, args->m, device);
+    if (streams_rows(*args, device)) {
+      *size = uses_tensor_cores(*args, device)
+                  ? divide_nf4(args->weight, args->m, device).bytes
+                  : nf4_tables_workspace(args->weight, args->m, device);
     }
     return int(BCY_OK);
   });

@@ -288,16 +288,8 @@ int launch_nf4_tables(const ProductArgs& args, const Nf4Inputs& inputs, const De
                                               args.nrows, kBoxBytes, T::kRows, false, codes)) {
     return status;
   }
-  const void* const absmax = inputs.scales.absmax;
-  const bool boxed = inputs.scales.nested_absmax == nullptr && inputs.shift == 0 &&
-                     args.ncols % kUnit == 0 && reinterpret_cast<uintptr_t>(absmax) % 16 == 0;
-  if (boxed) {
-    const int64_t bytes_of_row = args.ncols / kChunk * int64_t(sizeof(float));
-    if (const int status = describe_plain_boxes(absmax, bytes_of_row, args.nrows, T::kRowScales,
-                                                T::kRows, true, scales)) {
-      return status;
-    }
-  }
+  bool boxed;
+  if (const int status = describe_scales(args, inputs, T::kRows, scales, boxed)) return status;
   auto* const kernel = boxed ? nf4_units_sm90<X, true> : nf4_units_sm90<X, false>;
   if (const int status = allow_shared(kernel, device)) return status;
   const int64_t units = ceil_div(args.ncols, kUnit);

@@ -31,12 +31,30 @@ __device__ __forceinline__ void multiply_group(const Table& table, const Row& ro
 template <class X, int Octets, int Tiles, int Chunk>
 struct Nf4Sums {
   float partial[Octets][Tiles][2];
+  float first[Octets][Tiles][2];  // of two chunks
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < Octets; ++i) {
 #pragma unroll
       for (int n = 0; n < Tiles; ++n) partial[i][n][0] = partial[i][n][1] = 0.0f;
+    }
+  }
+
+  // sums: of one octet's chunk, high parts and low parts.
+  __device__ __forceinline__ void add_chunk(int i, int chunk, const float (&sums)[Tiles][4],
+                                            float scale) {
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float sum = mul(add(sums[n][j], sums[n][j + 2]), scale);
+        if (chunk % 2 == 0) {
+          first[i][n][j] = sum;
+        } else {
+          partial[i][n][j] = add(partial[i][n][j], add(first[i][n][j], sum));
+        }
+      }
     }
   }
 
@@ -47,7 +65,6 @@ struct Nf4Sums {
     constexpr int kChunks = kUnit / Chunk, kChunkGroups = Chunk / kGroup;
     // Many sums leave no registers to load ahead of two chunks.
     [[maybe_unused]] constexpr int kUnroll = Tiles > 1 ? 2 : kChunks;
-    float first[Octets][Tiles][2];
 #pragma unroll kUnroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       float sums[Octets][Tiles][4] = {};
@@ -62,21 +79,7 @@ struct Nf4Sums {
         }
       }
 #pragma unroll
-      for (int i = 0; i < Octets; ++i) {
-        const float scale = scales(i, chunk);
-#pragma unroll
-        for (int n = 0; n < Tiles; ++n) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float sum = mul(add(sums[i][n][j], sums[i][n][j + 2]), scale);
-            if (chunk % 2 == 0) {
-              first[i][n][j] = sum;
-            } else {
-              partial[i][n][j] = add(partial[i][n][j], add(first[i][n][j], sum));
-            }
-          }
-        }
-      }
+      for (int i = 0; i < Octets; ++i) add_chunk(i, chunk, sums[i], scales(i, chunk));
     }
   }
 

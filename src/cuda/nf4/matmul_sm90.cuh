@@ -1,291 +1,406 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product of matmul.cuh for many rows and tokens on Hopper and later: the same bits.
+// The product of matmul.cuh for many rows and several tokens on Hopper and later: the same bits.
 //
-// A warp has a ring of its own, of boxes that the copy engine fills: 16 rows of one unit. The warps
-// of a block share the table of codes and hold the activations in shared memory for as long as the
-// block lives. A cluster of blocks divides K where there are many tokens: then a block holds the
-// activations of its part alone.
+// A thread block takes 128 rows and some units of K, one after the other. Each of its four
+// warpgroups has 32 rows, 8 to a warp, whose high and low parts are the 16 of an instruction. The
+// copy engine brings the codes of a unit, its scales where they can be boxed, and the activations,
+// which a kernel before has put into the workspace in the order in which tensor cores read them.
 //
-// Partial sum p belongs to block p / (8 / Cluster) of the cluster. Sums meet through distributed
-// shared memory while the warps are at the next tile.
+// Where rows are few, S blocks divide K: block s adds up the partial sums p with p % S == s, in the
+// order of the tree in which they meet, so that one sum is left. It goes to the workspace, and
+// whichever of a row's warps is the last to get there adds all S up.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 
+#include "cuda/common/warpgroup.cuh"
 #include "matmul.cuh"
+#include "operations.h"
 
 namespace bcy {
 
-constexpr int kNf4Warps = 16;
-constexpr int kNf4Threads = kNf4Warps * 32;
-constexpr int kNf4UnitBytes = kTileRows * kBoxBytes;  // of a warp
-static_assert(kUnitBytes<Nf4Rows> == kBoxBytes);
+// Tokens: 8, 16 or 32. What a block holds in shared memory.
+template <int Tokens>
+struct Nf4Boxes {
+  static constexpr int kWarps = 16;
+  static constexpr int kConsumers = kWarps * 32;  // threads
+  static constexpr int kThreads = kConsumers + 128;  // a warpgroup more, of which one copies
+  static constexpr int kRows = kWarps * 8;
 
-// Tokens: 8, 16 or 32.
-template <int Tokens, int Cluster>
-struct Nf4Geometry {
-  static constexpr int kPartialsHere = kPartials / Cluster;
-  static constexpr int kRowGroups = kNf4Warps / kPartialsHere;
-  static constexpr int kRows = kRowGroups * kTileRows;  // of a cluster's tile
-  static constexpr int kRowsOut = kRows / Cluster;  // that a block writes of it
-  static_assert(kRowsOut % kTileRows == 0);
-  using Partials = float[kPartials][Tokens][kRowsOut + 4];
-  static constexpr int kSumBytes = kPartials * Tokens * kRowsOut * int(sizeof(float));
+  // Bytes of a stage of the ring, a unit: codes, activations, scales.
+  static constexpr int kCodes = kRows * kBoxBytes;
+  static constexpr int kX = kUnitChunks * kWarpgroupX<Tokens>;
+  static constexpr int kRowScales = kUnitChunks * int(sizeof(float));
+  static constexpr int kScales = kRows * kRowScales;
+  static constexpr int kStage = kCodes + kX + kScales;
+  static_assert(kStage % 1024 == 0);  // a swizzled box begins at a multiple of its pattern
 
-  static constexpr int kUnitX = kUnit * 2 * Tokens;  // bytes of the activations of a unit
-  // Offsets in shared memory.
-  static constexpr int kBarriers = 0;  // four for tiles, kMaxStages for each warp
-  static constexpr int kTable = 2048;
-  static constexpr int kSums = kTable + kTableBytes;
-  static constexpr int kX = kSums + 2 * int(sizeof(Partials));
-  static_assert((4 + kNf4Warps * kMaxStages) * sizeof(uint64_t) <= kTable);
+  // Offsets: barriers, the table, the ring.
+  static constexpr int kTable = 1024;
+  static constexpr int kRing = kTable + kTableBytes;
+  static_assert(2 * kMaxStages * sizeof(uint64_t) <= kTable && kRing % 1024 == 0);
 
-  static BCY_INLINE constexpr int rounds_of(int units) {
-    return (units + kPartials - 1) / kPartials;
-  }
-  static BCY_INLINE constexpr int64_t ring_at(int units) {
-    return (kX + int64_t{kPartialsHere * kUnitX} * rounds_of(units) + 1023) / 1024 * 1024;
-  }
+  static constexpr int kSums = Tokens / 4;  // of a lane
 };
 
-template <class X, int Tokens, int Cluster>
-__global__ void __launch_bounds__(kNf4Threads, 1)
+// How a product is divided, and what it keeps in the workspace.
+struct Nf4Division {
+  int blocks;  // that divide K: 1, 2, 4 or 8
+  int tiles;
+  int64_t sums, counts;  // where they begin, behind the activations
+  int64_t bytes;
+};
+
+// Tokens at a time.
+inline int nf4_tokens(int64_t m) { return m > 16 ? 32 : m > 8 ? 16 : 8; }
+
+// bytes is 0 where the kernel is not to be had, or others are faster: those need less to begin
+// with, fewer rows to keep all multiprocessors busy, and gain less from more tokens.
+inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Device& device) {
+  constexpr int64_t kElementsWorthIt = 200000;  // a multiprocessor
+  constexpr int kRows = Nf4Boxes<8>::kRows, kWarps = Nf4Boxes<8>::kWarps;
+  Nf4Division division = {};
+  const int64_t tiles = ceil_div(weight.nrows, kRows), units = ceil_div(weight.ncols, kUnit);
+  if (device.arch < 900 || weight.block_size < kChunk || weight.ncols > kMaxColumns ||
+      weight.nrows > INT32_MAX / 2 || m < 2 || (m <= 8 && tiles < device.processors) ||
+      weight.nrows * weight.ncols < kElementsWorthIt * device.processors) {
+    return division;
+  }
+  // What the busiest multiprocessor takes, in tenths of a unit's time: as measured, an item takes
+  // as long as 0.3 units more than its own, or 4 where it meets others in the workspace.
+  int64_t least = INT64_MAX;
+  for (const int blocks : {1, 2, 4, 8}) {
+    if (blocks > units) break;  // each has one
+    const int64_t item = ceil_div(10 * units, blocks) + (blocks == 1 ? 3 : 40);
+    const int64_t takes = ceil_div(tiles * blocks, device.processors) * item;
+    if (takes < least) {
+      least = takes;
+      division.blocks = blocks;
+    }
+  }
+  if (m <= 16 && 10 * tiles * units < least * device.processors * 6 / 10) return division;
+  const int tokens = nf4_tokens(m);
+  division.tiles = int(tiles);
+  division.sums = units * kUnit * 2 * tokens;
+  const int64_t warps = division.blocks == 1 ? 0 : tiles * kWarps;
+  division.counts = division.sums + warps * division.blocks * 8 * tokens * int64_t(sizeof(float));
+  division.bytes = division.counts + warps * int64_t(sizeof(int));
+  return division;
+}
+
+// So few that blocks find room beside those of the product before.
+constexpr int kStagingThreads = 64;
+
+// The activations of all units: [piece of 8 elements][token]. A lane's byte t of a word has
+// elements 2 t and 2 t + 1 of four in a group, as multiply_group takes them: what are neighbours
+// there are eight apart here. A thread has a group of a token, and a count to set to zero.
+template <int Tokens>
+__global__ void nf4_stage(const __grid_constant__ ProductArgs args, int64_t pieces, int* counts,
+                          int64_t ncounts) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (args.overlap) let_next_kernel_start();
+  wait_for_previous_kernel();
+  if (!args.overlap) let_next_kernel_start();
+  const int64_t i = int64_t{blockIdx.x} * kStagingThreads + threadIdx.x;
+  if (i < ncounts) counts[i] = 0;
+  if (i >= pieces) return;
+  const int64_t group = i / Tokens, token = i % Tokens;
+  uint4 x[4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const int64_t k = group * kGroup + t * 8;
+    x[t] = {0, 0, 0, 0};
+    if (token < args.m && k < args.ncols) {
+      x[t] = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(args.x) +
+                                             token * args.x_stride + k);
+    }
+  }
+  auto* const to = static_cast<uint4*>(args.workspace) + i / Tokens * (4 * Tokens) + i % Tokens;
+  to[0 * Tokens] = {x[0].x, x[1].x, x[2].x, x[3].x};
+  to[1 * Tokens] = {x[0].y, x[1].y, x[2].y, x[3].y};
+  to[2 * Tokens] = {x[0].z, x[1].z, x[2].z, x[3].z};
+  to[3 * Tokens] = {x[0].w, x[1].w, x[2].w, x[3].w};
+#endif
+}
+
+// The s-th of the blocks that divide K is at partial sum s + visit_offset(v) when it visits its
+// v-th: then those that meet follow each other.
+BCY_INLINE int visit_offset(int visit) { return 0x73516240 >> 4 * visit & 7; }
+
+// sums, counts: used where several blocks divide K, each of which has units. Item i is part i %
+// blocks of tile i / blocks.
+template <class X, int Tokens, bool Boxed>
+__global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
     nf4_product_sm90(const __grid_constant__ ProductArgs args,
                      const __grid_constant__ Nf4Inputs inputs,
-                     const __grid_constant__ CUtensorMap matrix, int tiles, int stages) {
+                     const __grid_constant__ CUtensorMap matrix,
+                     const __grid_constant__ CUtensorMap scales, float* sums, int* counts,
+                     int blocks, int items, int stages) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  using G = Nf4Geometry<Tokens, Cluster>;
-  using Partials = typename G::Partials;
-  using UnitScales = bcy::UnitScales<kTileRows, 64, int>;
-  constexpr int kOctets = kTileRows / 8;
+  using B = Nf4Boxes<Tokens>;
   constexpr int kTiles = Tokens / 8;
   BCY_DYNAMIC_SHARED(shared);
-  auto* const ready = reinterpret_cast<uint64_t*>(shared + G::kBarriers);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint64_t* const freed = ready + 2;
-  uint64_t* const filled = freed + 2 + warp * kMaxStages;
-  auto* const sums = reinterpret_cast<Partials*>(shared + G::kSums);
+  auto* const filled = reinterpret_cast<uint64_t*>(shared);
+  uint64_t* const emptied = filled + kMaxStages;
+  uint8_t* const ring = shared + B::kRing;
+  // The same for all lanes, which the compiler then knows.
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+  const int nrows = int(args.nrows);
   const int units = int((args.ncols + kUnit - 1) / kUnit);
-  const int rounds = G::rounds_of(units);
-  uint8_t* const ring = shared + G::ring_at(units) + warp * stages * kNf4UnitBytes;
-  const int rank = Cluster == 1 ? 0 : int(cluster_rank());
-  const int here = warp % G::kPartialsHere;  // this warp's partial sum
-  const int partial = rank * G::kPartialsHere + here;
-  const int first_row = warp / G::kPartialsHere * kTileRows;  // in a tile
-  const int own = units > partial ? (units - partial + kPartials - 1) / kPartials : 0;
-  const int clusters = int(gridDim.x) / Cluster, cluster = int(blockIdx.x) / Cluster;
+  const int visits = kPartials / blocks;
 
-  if (lane == 0) {
-    for (int i = 0; i < stages; ++i) barrier_init(&filled[i], 1);
-    if (warp == 0) {
-      for (int i = 0; i < 2; ++i) {
-        barrier_init(&ready[i], Cluster == 1 ? kNf4Threads : 1);
-        barrier_init(&freed[i], kNf4Warps * Cluster);
-      }
+  if (threadIdx.x == B::kConsumers) {
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(&filled[i], 1);
+      barrier_init(&emptied[i], B::kWarps);
     }
     barrier_init_fence();
-    if (Cluster > 1 && warp == 0) {
-      for (int i = 0; i < 2; ++i) expect_bytes(&ready[i], G::kSumBytes);
-    }
-  }
-  __syncwarp();
-  if constexpr (Cluster == 1) {
-    __syncthreads();
-  } else {
-    cluster_sync();
-  }
-
-  // The units to come, by tile and round; one call of fetch each.
-  int fetch_tile = cluster, fetch_round = 0;
-  const auto fetch = [&](int stage) {
-    if (own == 0 || fetch_tile >= tiles) return;
-    const int row = fetch_tile * G::kRows + first_row;
-    UnitScales::prefetch_unit(args, inputs, row, fetch_round * kPartials + partial);
-    if (lane == 0) {
-      expect_bytes(&filled[stage], kNf4UnitBytes);
-      copy_box(ring + stage * kNf4UnitBytes, &matrix,
-               (fetch_round * kPartials + partial) * kBoxBytes, row, &filled[stage]);
-    }
-    if (++fetch_round == own) {
-      fetch_round = 0;
-      fetch_tile += clusters;
-    }
-  };
-  for (int i = 0; i < stages; ++i) fetch(i);
-  UnitScales scales(args, inputs, cluster * G::kRows + first_row, partial);
-  fill_table<kNf4Threads>(shared + G::kTable, inputs.codes, pair_of_halves);
-  wait_for_previous_kernel();
-  // Not before: the next kernel's weights would come ahead of this one's activations.
-  let_next_kernel_start();
-  // The activations of this block's partial sums: [partial][round][group][token][32].
-  {
-    constexpr int kPieces = kUnit / 8;  // of 16 bytes, of a token
-    const int count = G::kPartialsHere * rounds * kPieces * Tokens;
-    for (int i = threadIdx.x; i < count; i += kNf4Threads) {
-      const int t = i % 4, token = i / 4 % Tokens, group = i / (4 * Tokens) % kUnitGroups;
-      const int unit_here = i / (4 * Tokens * kUnitGroups);
-      const int unit =
-          unit_here % rounds * kPartials + rank * G::kPartialsHere + unit_here / rounds;
-      const int k = unit * kUnit + group * kGroup + t * 8;
-      uint4 x = {0, 0, 0, 0};
-      if (token < args.m && k < args.ncols) {
-        x = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(args.x) +
-                                            token * args.x_stride + k);
-      }
-      *reinterpret_cast<uint4*>(shared + G::kX + i * 16) = x;
-    }
   }
   __syncthreads();
 
-  const uint8_t* const x_here = shared + G::kX + here * rounds * G::kUnitX;
-  const Table table(shared + G::kTable);
-  // The sums of tile number `done` of this cluster meet.
-  const auto write = [&](int done) {
-    constexpr int kCount = G::kRowsOut * Tokens;
-    const int buffer = done % 2;
-    const int first = (cluster + done * clusters) * G::kRows + rank * G::kRowsOut;
-    barrier_wait(&ready[buffer], done / 2 % 2);
-    if (Cluster > 1 && threadIdx.x == 0) expect_bytes(&ready[buffer], G::kSumBytes);
-    for (int i = threadIdx.x; i < kCount; i += kNf4Threads) {
-      const int row = first + i % G::kRowsOut;
-      const int token = i / G::kRowsOut;
-      if (row >= args.nrows || token >= args.m) continue;
-      float p[kPartials];
-#pragma unroll
-      for (int j = 0; j < kPartials; ++j) p[j] = sums[buffer][j][token][i % G::kRowsOut];
-      float y = meet(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]);
-      if (args.bias != nullptr) y = add(y, load_element(args.bias, row, args.y_type));
-      store_element(args.y, token * args.y_stride + row, args.y_type, y);
-    }
-    if constexpr (Cluster > 1) {
-      __syncwarp();
-      if (lane < Cluster) arrive_in_cluster(in_block(shared_address(&freed[buffer]), lane));
+  // The units of this block, one after the other, in all of its items.
+  struct Place {
+    int item, visit, unit;
+  };
+  const auto first_of = [&](int item) { return Place{item, 0, item % blocks}; };
+  const auto exists = [&](const Place& place) { return place.item < items; };
+  const auto advance = [&](Place& place) {
+    place.unit += kPartials;
+    while (place.unit >= units) {
+      if (++place.visit == visits) {
+        place = first_of(place.item + int(gridDim.x));
+      } else {
+        place.unit = place.item % blocks + visit_offset(place.visit);
+      }
     }
   };
-  // Where this warp's rows meet.
-  const uint32_t target = first_row / G::kRowsOut;
-  const int first_out = first_row % G::kRowsOut;
+  const Place first = first_of(int(blockIdx.x));
 
-  Nf4Sums<X, kOctets, kTiles, 64> tile_sums;
-  int stage = 0, done = 0;
-  uint32_t phase = 0;
-  for (int tile = cluster; tile < tiles; tile += clusters, ++done) {
-    tile_sums.clear();
-    const int following = (tile + clusters) * G::kRows + first_row;
-    for (int round = 0; round < own; ++round) {
-      scales.take(inputs, round, round + 1 < own ? round + 1 : 0, following);
-      barrier_wait(&filled[stage], phase);
-      RowsOf<BoxBytes<4, kTileRows>, kTileRows> rows;
-#pragma unroll
-      for (int i = 0; i < kOctets; ++i) {
-        rows.row[i] = {ring + stage * kNf4UnitBytes + lane / 4 * kBoxBytes + i * (8 * kBoxBytes),
-                       uint32_t(lane / 4 * 16), 0, 0};
+  if (warp >= B::kWarps) {
+    leave_registers<24>();
+    if (threadIdx.x != B::kConsumers) return;
+    const auto copy_weights = [&](const Place& place, int stage) {
+      uint8_t* const to = ring + stage * B::kStage;
+      const int row = place.item / blocks * B::kRows;
+      expect_bytes(&filled[stage], B::kCodes + B::kX + (Boxed ? B::kScales : 0));
+      copy_box(to, &matrix, place.unit * kBoxBytes, row, &filled[stage]);
+      if constexpr (Boxed) {
+        copy_box(to + B::kCodes + B::kX, &scales, place.unit * (B::kRowScales / kPlainElement), row,
+                 &filled[stage]);
       }
-      const uint8_t* const unit_x = x_here + round * G::kUnitX;
-      tile_sums.add_unit(table, rows, scales, [&](int group, uint4(&x)[kTiles]) {
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          x[n] =
-              *reinterpret_cast<const uint4*>(unit_x + group * (Tokens * 64) + n * 512 + lane * 16);
-        }
-      });
-      __syncwarp();
-      fetch(stage);
+    };
+    Place ahead = first;
+    for (int i = 0; i < stages && exists(ahead); ++i, advance(ahead)) copy_weights(ahead, i);
+    wait_for_previous_kernel();
+    // Not before: the next kernel's weights would come ahead of this one's activations.
+    let_next_kernel_start();
+    int stage = 0, copied = 0;
+    uint32_t phase = 1;
+    for (Place place = first; exists(place); advance(place)) {
+      barrier_wait(&emptied[stage], phase);
+      if (copied++ >= stages) copy_weights(place, stage);
+      copy_row(ring + stage * B::kStage + B::kCodes,
+               static_cast<const uint8_t*>(args.workspace) + int64_t{place.unit} * B::kX, B::kX,
+               &filled[stage]);
       if (++stage == stages) {
         stage = 0;
         phase ^= 1;
       }
     }
-    // The sums of the tile before have met by now, or nearly. Blocks that are alone need no
-    // `freed`: a warp that is here has read those of the tile before that.
-    if (done > 0) write(done - 1);
-    const int buffer = done % 2;
-    if constexpr (Cluster == 1) {
-      tile_sums.store([&](int token, int row, float sum) {
-        sums[buffer][partial][token][first_out + row] = sum;
-      });
-      barrier_arrive(&ready[buffer]);
-    } else {
-      if (done > 1) barrier_wait(&freed[buffer], (done / 2 - 1) % 2);
-      const uint32_t barrier = in_block(shared_address(&ready[buffer]), target);
-      const uint32_t there = in_block(shared_address(&sums[buffer][partial][0][0]), target);
-      tile_sums.store([&](int token, int row, float sum) {
-        store_in_cluster(there + (token * (G::kRowsOut + 4) + first_out + row) * sizeof(float), sum,
-                         barrier);
-      });
-    }
+    return;
   }
-  if (done > 0) write(done - 1);
-  // No block may be gone while others read its sums.
-  if constexpr (Cluster > 1) cluster_sync();
+  take_registers<112>();
+
+  const int row_here = warp * 8 + lane / 4;  // in a tile
+  // Scales that are not boxed: lane t has that of chunk t of its row, loaded a unit ahead.
+  [[maybe_unused]] typename Scales::Loaded loaded = {0, 0.0f};
+  [[maybe_unused]] Place ahead = first;
+  [[maybe_unused]] const auto load_scale = [&] {
+    loaded = {0, 0.0f};
+    if (!exists(ahead)) return;
+    const int row = ahead.item / blocks * B::kRows + row_here;
+    const int chunk = ahead.unit * kUnitChunks + lane % 4, chunks = int(args.ncols / kChunk);
+    if (row < nrows && chunk < chunks) {
+      loaded = inputs.scales.load((int64_t{row} * chunks + chunk) >> inputs.shift);
+    }
+    advance(ahead);
+  };
+  if constexpr (!Boxed) load_scale();
+  fill_table<B::kConsumers>(shared + B::kTable, inputs.codes, pair_of_halves);
+  consumers_sync<B::kConsumers>();
+
+  const Table table(shared + B::kTable);
+  const uint32_t ring_at = shared_address(ring);
+  const uint32_t codes_at = row_here * kBoxBytes + lane / 4 * 16 + lane % 4 * 4;
+  // A chunk's codes as the parts of this warp's rows.
+  const auto decode = [&](uint32_t stage_at, int chunk, uint32_t (&parts)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t word = load_shared_word((stage_at + codes_at) ^ uint32_t(chunk * 32 + i * 16));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint2 entry = table(word, j);
+        parts[2 * i + j / 2][j % 2 * 2] = entry.x;
+        parts[2 * i + j / 2][j % 2 * 2 + 1] = entry.y;
+      }
+    }
+  };
+
+  // Sum i of a lane is that of token 8 (i / 2) + 2 t + i % 2.
+  const auto write = [&](int tile, const float (&values)[B::kSums]) {
+    const int row = tile * B::kRows + row_here;
+    if (row >= nrows) return;
+    const float bias = args.bias == nullptr ? 0.0f : load_element(args.bias, row, args.y_type);
+#pragma unroll
+    for (int i = 0; i < B::kSums; ++i) {
+      const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
+      if (token >= args.m) continue;
+      store_element(args.y, token * args.y_stride + row, args.y_type,
+                    args.bias == nullptr ? values[i] : add(values[i], bias));
+    }
+  };
+  // Whether all parts of this warp's rows are in the workspace by now; then their sums.
+  const auto meet_others = [&](int tile, int part, float (&values)[B::kSums]) {
+    const int64_t rows = int64_t{tile} * B::kWarps + warp;
+    const auto place_of = [&](int p, int i) {
+      return sums + ((rows * blocks + p) * B::kSums + i) * 32 + lane;
+    };
+#pragma unroll
+    for (int i = 0; i < B::kSums; ++i) *place_of(part, i) = values[i];
+    __threadfence();
+    __syncwarp();
+    int before = 0;
+    if (lane == 0) before = atomicAdd(&counts[rows], 1);
+    if (__shfl_sync(~0u, before, 0) != blocks - 1) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < B::kSums; ++i) {
+      const auto part_of = [&](int p) { return __ldcg(place_of(p, i)); };
+      if (blocks == 2) {
+        values[i] = add(part_of(0), part_of(1));
+      } else if (blocks == 4) {
+        values[i] = add(add(part_of(0), part_of(2)), add(part_of(1), part_of(3)));
+      } else {
+        values[i] = meet(part_of(0), part_of(1), part_of(2), part_of(3), part_of(4), part_of(5),
+                         part_of(6), part_of(7));
+      }
+    }
+    return true;
+  };
+
+  Nf4Sums<X, 1, kTiles, kChunk> unit_sums;
+  uint32_t parts[2][4][4];
+  int stage = 0;
+  uint32_t phase = 0;
+  Place next = first;
+  barrier_wait(&filled[0], 0);
+  decode(ring_at, 0, parts[0]);
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    const int part = item % blocks;
+    float waiting[3][B::kSums];  // for their neighbours in the tree
+    float values[B::kSums];
+    for (int visit = 0; visit < visits; ++visit) {
+      unit_sums.clear();
+      for (int unit = part + visit_offset(visit); unit < units; unit += kPartials) {
+        const int this_stage = stage;
+        const uint32_t stage_at = ring_at + this_stage * B::kStage;
+        float scale_of[kUnitChunks];
+        [[maybe_unused]] float scale = 0.0f;
+        if constexpr (Boxed) {
+          const float4 four = *reinterpret_cast<const float4*>(
+              ring + this_stage * B::kStage + B::kCodes + B::kX + row_here * B::kRowScales);
+          scale_of[0] = mul(four.x, inputs.unit);
+          scale_of[1] = mul(four.y, inputs.unit);
+          scale_of[2] = mul(four.z, inputs.unit);
+          scale_of[3] = mul(four.w, inputs.unit);
+        } else {
+          scale = mul(inputs.scales.decode(loaded), inputs.unit);
+          load_scale();
+        }
+        advance(next);
+#pragma unroll
+        for (int chunk = 0; chunk < kUnitChunks; ++chunk) {
+          float products[kTiles][4];
+          warpgroup_multiply<X, Tokens>(products, parts[chunk % 2],
+                                        stage_at + B::kCodes + chunk * kWarpgroupX<Tokens>);
+          if (chunk + 1 < kUnitChunks) {
+            decode(stage_at, chunk + 1, parts[(chunk + 1) % 2]);
+          } else if (exists(next)) {
+            if (++stage == stages) {
+              stage = 0;
+              phase ^= 1;
+            }
+            barrier_wait(&filled[stage], phase);
+            decode(ring_at + stage * B::kStage, 0, parts[0]);
+          }
+          if constexpr (!Boxed) {
+            scale_of[chunk] = __shfl_sync(~0u, scale, (lane & 28) + chunk);
+          }
+          warpgroup_wait<Tokens>(products);
+          unit_sums.add_chunk(0, chunk, products, scale_of[chunk]);
+        }
+        // All of the stage has been multiplied.
+        if (lane == 0) barrier_arrive(&emptied[this_stage]);
+      }
+      // The tree, as far as this part has its leaves.
+#pragma unroll
+      for (int i = 0; i < B::kSums; ++i) values[i] = unit_sums.partial[0][i / 2][i % 2];
+#pragma unroll
+      for (int level = 0; level < 3; ++level) {
+        const bool joins = visit >> level & 1;
+#pragma unroll
+        for (int i = 0; i < B::kSums; ++i) {
+          if (joins) {
+            values[i] = add(waiting[level][i], values[i]);
+          } else {
+            waiting[level][i] = values[i];
+          }
+        }
+        if (!joins) break;
+      }
+    }
+    if (blocks == 1 || meet_others(item / blocks, part, values)) write(item / blocks, values);
+  }
 #endif
 }
 
-// How many clusters fit a device together.
-struct ClustersAtOnce {
-  std::atomic<uint64_t> last{0};  // device + 1, shared bytes, clusters: asked for once as a rule
-
-  template <class Kernel>
-  int operator()(Kernel* kernel, int cluster, int shared, int device, int processors) {
-    const uint64_t key = uint64_t(device + 1) << 48 | uint64_t(shared) << 16;
-    const uint64_t found = last.load(std::memory_order_relaxed);
-    if (found >> 16 == key >> 16) return int(found & 0xffff);
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(processors / cluster * cluster));
-    config.blockDim = dim3(kNf4Threads);
-    config.dynamicSmemBytes = shared;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
-      cudaGetLastError();
-      clusters = 0;
-    }
-    last.store(key | uint64_t(clusters), std::memory_order_relaxed);
-    return clusters;
-  }
-};
-
-// Tokens at a time. Does nothing where the rows are too few to keep all blocks busy, the
-// activations too many for shared memory, or clusters not to be had.
-template <class X, int Tokens, int Cluster>
-int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Device& device,
-                    cudaStream_t stream, bool& launched) {
-  using G = Nf4Geometry<Tokens, Cluster>;
-  constexpr int kStageBytes = kNf4Warps * kNf4UnitBytes;
-  const int64_t tiles = ceil_div(args.nrows, G::kRows);
-  // Rows, those past the last tile too, are counted by an int.
-  if (args.ncols > kMaxColumns || args.nrows > INT32_MAX / 2) return BCY_OK;
-  const int64_t ring_at = G::ring_at(int(ceil_div(args.ncols, kUnit)));
-  const int64_t most = (device.shared_per_block - ring_at) / kStageBytes;
-  if (most < 2) return BCY_OK;
-  const int stages = int(std::min(most, int64_t{kMaxStages}));
-  const int shared = int(ring_at) + stages * kStageBytes;
-  auto* const kernel = nf4_product_sm90<X, Tokens, Cluster>;
-  if (const int status = allow_shared(kernel, device)) return status;
-  int clusters = device.processors;
-  if constexpr (Cluster > 1) {
-    static ClustersAtOnce at_once;
-    clusters = at_once(kernel, Cluster, shared, args.device, device.processors);
-    if (clusters < 1) return BCY_OK;
-  }
-  if (tiles < 3 * int64_t{clusters}) return BCY_OK;
-  CUtensorMap matrix;
+template <class X, int Tokens>
+int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4Division& division,
+                    const Device& device, cudaStream_t stream) {
+  using B = Nf4Boxes<Tokens>;
+  const int stages = std::min((device.shared_per_block - B::kRing) / B::kStage, kMaxStages);
+  if (stages < 2) return BCY_ERROR_TOO_LARGE;
+  CUtensorMap codes, scales = {};
   if (const int status = describe_boxes(args.weight, row_bytes<Nf4Rows>(args.ncols), args.nrows,
-                                        kTileRows, false, matrix)) {
+                                        B::kRows, false, codes)) {
     return status;
   }
-  launched = true;
+  bool boxed = false;
+  if (const int status = describe_scales(args, inputs, B::kRows, scales, boxed)) return status;
+  auto* const kernel =
+      boxed ? nf4_product_sm90<X, Tokens, true> : nf4_product_sm90<X, Tokens, false>;
+  if (const int status = allow_shared(kernel, device)) return status;
+
+  auto* const workspace = static_cast<uint8_t*>(args.workspace);
+  auto* const sums = reinterpret_cast<float*>(workspace + division.sums);
+  auto* const counts = reinterpret_cast<int*>(workspace + division.counts);
+  const int items = division.tiles * division.blocks;
+  const int64_t pieces = ceil_div(args.ncols, kUnit) * kUnitGroups * Tokens;
+  const int64_t ncounts = (division.bytes - division.counts) / int64_t(sizeof(int));
   for (int64_t first = 0; first < args.m; first += Tokens) {
     const ProductArgs some = some_tokens(args, first, Tokens);
-    const int status = launch_clusters(kernel, dim3(unsigned(clusters * Cluster)),
-                                       dim3(kNf4Threads), stream, shared, args.overlap != 0,
-                                       Cluster, some, inputs, matrix, int(tiles), stages);
-    if (status != BCY_OK) return status;
+    if (const int status = launch(
+            nf4_stage<Tokens>, dim3(unsigned(ceil_div(std::max(pieces, ncounts), kStagingThreads))),
+            dim3(kStagingThreads), stream, 0, args.overlap != 0, some, pieces, counts, ncounts)) {
+      return status;
+    }
+    if (const int status =
+            launch(kernel, dim3(unsigned(std::min(items, device.processors))), dim3(B::kThreads),
+                   stream, B::kRing + stages * B::kStage, true, some, inputs, codes, scales, sums,
+                   counts, division.blocks, items, stages)) {
+      return status;
+    }
   }
   return BCY_OK;
 }

@@ -84,19 +84,15 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
       return streamed(static_cast<Nf4Tile<X, 8, 64, false>*>(nullptr), any_rows, inputs);
     }
     const auto regular = [&](auto* tile) { return streamed(tile, rows_of_16, inputs); };
-    if (args.m == 1) return regular(static_cast<Nf4TokenTile<X>*>(nullptr));
-    if (device.arch >= 900) {
-      bool launched = false;
-      int status = BCY_OK;
-      if (args.m <= 8) {
-        status = launch_nf4_sm90<X, 8, 1>(rows, inputs, device, stream, launched);
-      } else if (args.m <= 16) {
-        status = launch_nf4_sm90<X, 16, 2>(rows, inputs, device, stream, launched);
-      } else {
-        status = launch_nf4_sm90<X, 32, 8>(rows, inputs, device, stream, launched);
-      }
-      if (launched || status != BCY_OK) return status;
+    const Nf4Division division = divide_nf4(args.weight, args.m, device);
+    if (args.workspace != nullptr && division.bytes > 0) {
+      const int tokens = nf4_tokens(args.m);
+      auto* const launch_some = tokens == 8    ? launch_nf4_sm90<X, 8>
+                                : tokens == 16 ? launch_nf4_sm90<X, 16>
+                                               : launch_nf4_sm90<X, 32>;
+      return launch_some(rows, inputs, division, device, stream);
     }
+    if (args.m == 1) return regular(static_cast<Nf4TokenTile<X>*>(nullptr));
     if (args.m > 16) return regular(static_cast<Nf4Tile<X, 32, 64, true>*>(nullptr));
     if (args.m > 8) return regular(static_cast<Nf4Tile<X, 16, 64, true>*>(nullptr));
     return regular(static_cast<Nf4Tile<X, 8, 64, true>*>(nullptr));

@@ -30,6 +30,18 @@ inline ProductArgs some_tokens(const ProductArgs& args, int64_t first, int64_t c
   return some;
 }
 
+// Describes the scales of a row's units to the copy engine, in boxes of four by `rows`, if they are
+// a float32 for each chunk at places that it can copy.
+inline int describe_scales(const ProductArgs& args, const Nf4Inputs& inputs, int rows,
+                           CUtensorMap& scales, bool& boxed) {
+  const void* const absmax = inputs.scales.absmax;
+  boxed = inputs.scales.nested_absmax == nullptr && inputs.shift == 0 && args.ncols % kUnit == 0 &&
+          reinterpret_cast<uintptr_t>(absmax) % 16 == 0;
+  if (!boxed) return BCY_OK;
+  return describe_plain_boxes(absmax, args.ncols / kChunk * int64_t(sizeof(float)), args.nrows,
+                              kUnitChunks * int(sizeof(float)), rows, true, scales);
+}
+
 // The scales of a unit in chunks of Chunk elements: lane t has those of chunks t, t + 4, ... of its
 // rows. The loads of a unit are under way while the one before it is multiplied. Row: a type for
 // the number of a row, int where that saves registers and rows are few enough.

@@ -84,6 +84,10 @@ inline int __dp4a(int a, int b, int sum) {
   return sum;
 }
 
+inline int atomicAdd(int* p, int value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline float __ldcg(const float* p) { return *p; }
+
 inline void __syncthreads() { emulator::sync_block(); }
 inline void __syncwarp(int line = __builtin_LINE()) { emulator::meet_warp("__syncwarp", line); }
 
@@ -125,11 +129,4 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const bool well = emulator::launch(
       launch, [kernel, values = std::move(values)] { std::apply(kernel, values); });
   return well ? cudaSuccess : cudaErrorLaunchFailure;
-}
-
-template <class... Parameters>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Parameters...),
-                                           const cudaLaunchConfig_t* config) {
-  *clusters = int(config->gridDim.x / config->attrs->val.clusterDim.x);
-  return cudaSuccess;
 }

@@ -3,8 +3,6 @@
 
 #include <cuda.h>
 
-#include <vector>
-
 #include "cuda_runtime.h"
 
 namespace bcy {
@@ -106,16 +104,6 @@ inline void copy_box(void* to, const void* matrix, int column, int row, uint64_t
 template <int Threads>
 inline void consumers_sync() {
   emulator::sync_named(1, Threads);
-}
-
-inline uint32_t cluster_rank() { return emulator::cluster_rank(); }
-inline void cluster_sync() { emulator::sync_cluster(); }
-inline uint32_t in_block(uint32_t address, uint32_t rank) {
-  return emulator::shared_address_in(address, rank);
-}
-inline void arrive_in_cluster(uint32_t barrier) { emulator::barrier_arrive(barrier); }
-inline void store_in_cluster(uint32_t address, float value, uint32_t barrier) {
-  emulator::store_remote(address, __float_as_uint(value), barrier);
 }
 
 }  // namespace bcy
