@@ -14,7 +14,8 @@ from baracuda_cy import _cuda
 
 NROWS = 19  # one whole tile of rows and a part of one
 MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
-MANY_WEIGHTS = 200_000 * _cuda.multiprocessors()  # of NF4: enough for boxes of 128 rows
+# Rows and columns of NF4 that are enough for boxes of 128 rows, in blocks that divide K or not.
+MANY_NF4 = [(128 * _cuda.multiprocessors() + 19, 1600), (32 * _cuda.multiprocessors() - 7, 6400)]
 
 
 def columns(block_format):
@@ -66,13 +67,12 @@ def nf4_weights(rng):
         (NROWS, 2368, 64),
         (NROWS, 320, 32),
         (NROWS, 99, 64),
-        (128 * _cuda.multiprocessors() + 19, 1600, 64),
-        (NROWS, MANY_WEIGHTS // NROWS // 256 * 256 + 256, 64),
+        *((*shape, 64) for shape in MANY_NF4),
     ):
         few = rng.standard_normal((NROWS, ncols), np.float32)
         x = np.resize(few, (nrows, ncols))
         yield x, bcy.quantize(x, "nf4", block_size=block_size)
-        if nrows * ncols < MANY_WEIGHTS:
+        if nrows == NROWS:
             yield x, bcy.quantize(x, "fp4", block_size=block_size, nested=True)
             yield x[:-1], bcy.quantize(x[:-1], "nf4", block_size=block_size).to_layout("row_pair")
 
@@ -108,9 +108,11 @@ def nf4_cases(rng):
             ).to("cpu")
             pairs.append((np.asarray(w.data).ravel(), np.asarray(packed.data).ravel()))
             pairs.append((np.asarray(w.absmax).ravel(), np.asarray(packed.absmax).ravel()))
-        many = w.nrows * w.ncols > MANY_WEIGHTS
-        for kind in ("float16",) if many else ("float32", "float16"):
-            for m in (1, 3, 16, 32) if many else (1, 5, 13, 33):
+        kinds, tokens = ("float32", "float16"), (1, 5, 13, 33)
+        if (w.nrows, w.ncols) in MANY_NF4:
+            kinds, tokens = ("float16",), (1, 3, 16) if w.ncols < 2048 else (20,)
+        for kind in kinds:
+            for m in tokens:
                 x = rng.standard_normal((m, w.ncols), np.float32).astype(kind)
                 here = nf4_product(w, x, "float32", None)
                 pairs.append((here, nf4_product(there, x, "float32", exact)))

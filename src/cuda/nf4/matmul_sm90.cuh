@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product of matmul.cuh for many rows and several tokens on Hopper and later: the same bits.
+// The product of matmul.cuh for many rows and several tokens on Hopper: the same bits.
 //
 // A thread block takes 128 rows and some units of K, one after the other. Each of its four
 // warpgroups has 32 rows, 8 to a warp, whose high and low parts are the 16 of an instruction. The
@@ -47,6 +47,7 @@ struct Nf4Boxes {
 struct Nf4Division {
   int blocks;  // that divide K: 1, 2, 4 or 8
   int tiles;
+  int stages;  // of the ring
   int64_t sums, counts;  // where they begin, behind the activations
   int64_t bytes;
 };
@@ -54,18 +55,23 @@ struct Nf4Division {
 // Tokens at a time.
 inline int nf4_tokens(int64_t m) { return m > 16 ? 32 : m > 8 ? 16 : 8; }
 
-// bytes is 0 where the kernel is not to be had, or others are faster: those need less to begin
-// with, fewer rows to keep all multiprocessors busy, and gain less from more tokens.
+// bytes is 0 where the kernel is not to be had, as on GPUs after Hopper, or others are faster:
+// those need less to begin with, fewer rows to keep all multiprocessors busy, and gain less from
+// more tokens.
 inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Device& device) {
   constexpr int64_t kElementsWorthIt = 200000;  // a multiprocessor
   constexpr int kRows = Nf4Boxes<8>::kRows, kWarps = Nf4Boxes<8>::kWarps;
   Nf4Division division = {};
   const int64_t tiles = ceil_div(weight.nrows, kRows), units = ceil_div(weight.ncols, kUnit);
-  if (device.arch < 900 || weight.block_size < kChunk || weight.ncols > kMaxColumns ||
+  if (device.arch != 900 || weight.block_size < kChunk || weight.ncols > kMaxColumns ||
       weight.nrows > INT32_MAX / 2 || m < 2 || (m <= 8 && tiles < device.processors) ||
       weight.nrows * weight.ncols < kElementsWorthIt * device.processors) {
     return division;
   }
+  const int tokens = nf4_tokens(m);
+  const int stage = Nf4Boxes<8>::kStage + (tokens - 8) * (kUnit * 2);
+  division.stages = std::min((device.shared_per_block - Nf4Boxes<8>::kRing) / stage, kMaxStages);
+  if (division.stages < 2) return division;
   // What the busiest multiprocessor takes, in tenths of a unit's time: as measured, an item takes
   // as long as 0.3 units more than its own, or 4 where it meets others in the workspace.
   int64_t least = INT64_MAX;
@@ -79,7 +85,6 @@ inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Dev
     }
   }
   if (m <= 16 && 10 * tiles * units < least * device.processors * 6 / 10) return division;
-  const int tokens = nf4_tokens(m);
   division.tiles = int(tiles);
   division.sums = units * kUnit * 2 * tokens;
   const int64_t warps = division.blocks == 1 ? 0 : tiles * kWarps;
@@ -369,8 +374,6 @@ template <class X, int Tokens>
 int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4Division& division,
                     const Device& device, cudaStream_t stream) {
   using B = Nf4Boxes<Tokens>;
-  const int stages = std::min((device.shared_per_block - B::kRing) / B::kStage, kMaxStages);
-  if (stages < 2) return BCY_ERROR_TOO_LARGE;
   CUtensorMap codes, scales = {};
   if (const int status = describe_boxes(args.weight, row_bytes<Nf4Rows>(args.ncols), args.nrows,
                                         B::kRows, false, codes)) {
@@ -397,8 +400,8 @@ int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4D
     }
     if (const int status =
             launch(kernel, dim3(unsigned(std::min(items, device.processors))), dim3(B::kThreads),
-                   stream, B::kRing + stages * B::kStage, true, some, inputs, codes, scales, sums,
-                   counts, division.blocks, items, stages)) {
+                   stream, B::kRing + division.stages * B::kStage, true, some, inputs, codes,
+                   scales, sums, counts, division.blocks, items, division.stages)) {
       return status;
     }
   }
