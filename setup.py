@@ -223,7 +223,7 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 def gencode(arch: str) -> str:
     number, _, virtual = arch.partition("-")
-    if arch == "90":  # every GPU of 9.0 runs what only code for 9.0 alone may use
+    if arch == "90":  # no other GPU runs its machine code, which may use what is 9.0's alone
         number = "90a"
     return f"-gencode=arch=compute_{number},code={'compute' if virtual else 'sm'}_{number}"
 

@@ -263,8 +263,8 @@ cdef class Nf4ProductPlan(Nf4Plan):
             and only there.
         workspace : Workspace or array, optional
             At least `workspace_size` bytes, 256-byte aligned. Without it the product has the same
-            bits and, where `workspace_size` is not 0 and the codes begin at a multiple of 16 bytes,
-            most often takes longer.
+            bits and, where `workspace_size` is not 0 and the codes and half-precision activations
+            begin at multiples of 16 bytes, most often takes longer.
         stream : Stream or object with ``__cuda_stream__``, optional
             Where to run on CUDA. By default the current stream of the activations' framework, else
             the legacy default stream. None on the CPU.

@@ -18,6 +18,7 @@ int look(int device, Device& found) {
   cudaError_t status = cudaFuncGetAttributes(&attributes, bcy_cuda_probe_kernel());
   if (status != cudaSuccess) return status;
   found.arch = attributes.ptxVersion * 10;
+  found.own_arch = attributes.binaryVersion * 10;
   const struct {
     cudaDeviceAttr attribute;
     int* value;

@@ -65,6 +65,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t st
 // What the choice of a kernel depends on.
 struct Device {
   int arch;                  // that the code this device runs was compiled for: 800, 900, ...
+  int own_arch;              // that of its machine code
   int processors;            // multiprocessors
   int shared_per_processor;  // bytes of shared memory
   int shared_per_block;

@@ -36,8 +36,8 @@ __device__ __forceinline__ void take_registers() {
 // Starts sums = a * x. a: 16 elements each, as mma_floats takes them: of this warp's 16 rows. x: a
 // shared address. Neither may change, nor sums be used, before warpgroup_wait.
 //
-// All in one statement: the compiler has taken products into the same variables, one after the
-// other, for the same values.
+// All in one statement: of several on the same variables the compiler may take the results of one
+// for those of another.
 #define BCY_STEP(SHAPE, TYPE, SUMS, A, X, ADD)                                                    \
   "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" SUMS "}, {" A "}, " X ", " ADD \
   ", 1, 1, 0;\n"

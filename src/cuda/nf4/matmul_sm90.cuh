@@ -33,7 +33,12 @@ struct Nf4Boxes {
   static constexpr int kRowScales = kUnitChunks * int(sizeof(float));
   static constexpr int kScales = kRows * kRowScales;
   static constexpr int kStage = kCodes + kX + kScales;
+  static_assert(kWarpgroupElements == kChunk);
   static_assert(kStage % 1024 == 0);  // a swizzled box begins at a multiple of its pattern
+
+  // Registers of threads that multiply, and of the others, out of those that all have at first.
+  static constexpr int kMany = 112, kFew = 24;
+  static_assert(kConsumers * kMany + 128 * kFew <= 65536 / kThreads / 8 * 8 * kThreads);
 
   // Offsets: barriers, the table, the ring.
   static constexpr int kTable = 1024;
@@ -63,8 +68,9 @@ inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Dev
   constexpr int kRows = Nf4Boxes<8>::kRows, kWarps = Nf4Boxes<8>::kWarps;
   Nf4Division division = {};
   const int64_t tiles = ceil_div(weight.nrows, kRows), units = ceil_div(weight.ncols, kUnit);
-  if (device.arch != 900 || weight.block_size < kChunk || weight.ncols > kMaxColumns ||
-      weight.nrows > INT32_MAX / 2 || m < 2 || (m <= 8 && tiles < device.processors) ||
+  if (device.arch < 900 || device.own_arch != 900 || weight.block_size < kChunk ||
+      weight.ncols > kMaxColumns || weight.nrows > INT32_MAX / 2 || m < 2 ||
+      (m <= 8 && tiles < device.processors) ||
       weight.nrows * weight.ncols < kElementsWorthIt * device.processors) {
     return division;
   }
@@ -100,7 +106,7 @@ constexpr int kStagingThreads = 64;
 // elements 2 t and 2 t + 1 of four in a group, as multiply_group takes them: what are neighbours
 // there are eight apart here. A thread has a group of a token, and a count to set to zero.
 template <int Tokens>
-__global__ void nf4_stage(const __grid_constant__ ProductArgs args, int64_t pieces, int* counts,
+__global__ void nf4_stage(const __grid_constant__ ProductArgs args, int64_t groups, int* counts,
                           int64_t ncounts) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (args.overlap) let_next_kernel_start();
@@ -108,7 +114,7 @@ __global__ void nf4_stage(const __grid_constant__ ProductArgs args, int64_t piec
   if (!args.overlap) let_next_kernel_start();
   const int64_t i = int64_t{blockIdx.x} * kStagingThreads + threadIdx.x;
   if (i < ncounts) counts[i] = 0;
-  if (i >= pieces) return;
+  if (i >= groups) return;
   const int64_t group = i / Tokens, token = i % Tokens;
   uint4 x[4];
 #pragma unroll
@@ -183,7 +189,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
   const Place first = first_of(int(blockIdx.x));
 
   if (warp >= B::kWarps) {
-    leave_registers<24>();
+    leave_registers<B::kFew>();
     if (threadIdx.x != B::kConsumers) return;
     const auto copy_weights = [&](const Place& place, int stage) {
       uint8_t* const to = ring + stage * B::kStage;
@@ -215,7 +221,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
     }
     return;
   }
-  take_registers<112>();
+  take_registers<B::kMany>();
 
   const int row_here = warp * 8 + lane / 4;  // in a tile
   // Scales that are not boxed: lane t has that of chunk t of its row, loaded a unit ahead.
@@ -345,7 +351,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
           warpgroup_wait<Tokens>(products);
           unit_sums.add_chunk(0, chunk, products, scale_of[chunk]);
         }
-        // All of the stage has been multiplied.
+        // All of the stage has been multiplied, which took what every lane has loaded.
         if (lane == 0) barrier_arrive(&emptied[this_stage]);
       }
       // The tree, as far as this part has its leaves.
@@ -389,13 +395,13 @@ int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4D
   auto* const sums = reinterpret_cast<float*>(workspace + division.sums);
   auto* const counts = reinterpret_cast<int*>(workspace + division.counts);
   const int items = division.tiles * division.blocks;
-  const int64_t pieces = ceil_div(args.ncols, kUnit) * kUnitGroups * Tokens;
+  const int64_t groups = ceil_div(args.ncols, kUnit) * kUnitGroups * Tokens;  // of all tokens
   const int64_t ncounts = (division.bytes - division.counts) / int64_t(sizeof(int));
   for (int64_t first = 0; first < args.m; first += Tokens) {
     const ProductArgs some = some_tokens(args, first, Tokens);
     if (const int status = launch(
-            nf4_stage<Tokens>, dim3(unsigned(ceil_div(std::max(pieces, ncounts), kStagingThreads))),
-            dim3(kStagingThreads), stream, 0, args.overlap != 0, some, pieces, counts, ncounts)) {
+            nf4_stage<Tokens>, dim3(unsigned(ceil_div(std::max(groups, ncounts), kStagingThreads))),
+            dim3(kStagingThreads), stream, 0, args.overlap != 0, some, groups, counts, ncounts)) {
       return status;
     }
     if (const int status =

@@ -43,14 +43,13 @@ inline int describe_scales(const ProductArgs& args, const Nf4Inputs& inputs, int
 }
 
 // The scales of a unit in chunks of Chunk elements: lane t has those of chunks t, t + 4, ... of its
-// rows. The loads of a unit are under way while the one before it is multiplied. Row: a type for
-// the number of a row, int where that saves registers and rows are few enough.
-template <int Rows, int Chunk, class Row = int64_t>
+// rows. The loads of a unit are under way while the one before it is multiplied.
+template <int Rows, int Chunk>
 class UnitScales {
  public:
   __device__ __forceinline__ UnitScales(const ProductArgs& args, const Nf4Inputs& inputs,
-                                        Row first_row, int first_unit)
-      : nrows_(Row(args.nrows)),
+                                        int64_t first_row, int first_unit)
+      : nrows_(args.nrows),
         in_row_(int(args.ncols / Chunk)),
         first_(first_unit * kChunks + threadIdx.x % 4),
         row_(first_row) {
@@ -60,7 +59,7 @@ class UnitScales {
   // The scales of the unit that was loaded; starts to load the one that is `next` rounds after the
   // first, of these rows or of those from `following` on.
   __device__ __forceinline__ void take(const Nf4Inputs& inputs, int round, int next,
-                                       Row following) {
+                                       int64_t following) {
 #pragma unroll
     for (int i = 0; i < Rows / 8; ++i) {
 #pragma unroll
@@ -79,16 +78,6 @@ class UnitScales {
   // which a loop that is not unrolled could not give to registers.
   __device__ __forceinline__ float own(int i, int chunk) const {
     return scales_[i][kOwn == 1 ? 0 : chunk / 4];
-  }
-
-  // Asks for the scales of one unit.
-  static __device__ __forceinline__ void prefetch_unit(const ProductArgs& args,
-                                                       const Nf4Inputs& inputs, Row first_row,
-                                                       int unit) {
-    const Row row = first_row + threadIdx.x % Rows;
-    if (row >= args.nrows || threadIdx.x % 32 >= Rows) return;
-    const int64_t at = int64_t{row} * int(args.ncols / Chunk) + unit * kChunks;
-    inputs.scales.prefetch(at >> inputs.shift, (at >> inputs.shift) + 1, 0, 1);
   }
 
   // Asks for the scales of a round of the eight warps.
@@ -110,8 +99,8 @@ class UnitScales {
   static constexpr int kChunks = kUnit / Chunk;
   static constexpr int kOwn = kChunks / 4;
 
-  __device__ __forceinline__ void load(const Nf4Inputs& inputs, Row first_row, int round) {
-    const Row row = first_row + Row(threadIdx.x % 32 / 4);
+  __device__ __forceinline__ void load(const Nf4Inputs& inputs, int64_t first_row, int round) {
+    const int64_t row = first_row + threadIdx.x % 32 / 4;
     const int chunk = first_ + round * (kPartials * kChunks);
 #pragma unroll
     for (int i = 0; i < Rows / 8; ++i) {
@@ -119,17 +108,17 @@ class UnitScales {
       for (int j = 0; j < kOwn; ++j) {
         loaded_[i][j] = {0, 0.0f};
         if (row + 8 * i < nrows_ && chunk + 4 * j < in_row_) {
-          const int64_t at = int64_t{row + 8 * i} * in_row_ + chunk + 4 * j;
+          const int64_t at = (row + 8 * i) * in_row_ + chunk + 4 * j;
           loaded_[i][j] = inputs.scales.load(at >> inputs.shift);
         }
       }
     }
   }
 
-  Row nrows_;
+  int64_t nrows_;
   int in_row_;
   int first_;
-  Row row_;
+  int64_t row_;
   typename Scales::Loaded loaded_[Rows / 8][kOwn];
   float scales_[Rows / 8][kOwn];
 };

@@ -55,7 +55,7 @@ struct cudaDeviceProp {
   size_t totalGlobalMem;
 };
 struct cudaFuncAttributes {
-  int ptxVersion;
+  int ptxVersion, binaryVersion;
 };
 struct cudaPointerAttributes {
   cudaMemoryType type;
