@@ -15,7 +15,7 @@ from baracuda_cy import _cuda
 NROWS = 19  # one whole tile of rows and a part of one
 MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
 # Rows and columns of NF4 that are enough for boxes of 128 rows: two to a thread block, or parts.
-MANY_NF4 = [(256 * _cuda.multiprocessors() - 5, 832), (32 * _cuda.multiprocessors() - 7, 6400)]
+MANY_NF4 = [(256 * _cuda.multiprocessors() - 5, 832), (32 * _cuda.multiprocessors() - 7, 6656)]
 
 
 def columns(block_format):
