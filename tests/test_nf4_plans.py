@@ -709,14 +709,14 @@ def test_many_rows(m, activation):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("block_size", "nested"), [(64, None), (64, 256), (128, None)])
 @pytest.mark.parametrize(
-    ("tiles", "m"),
-    [(1, 20), (2, 20), (_cuda.multiprocessors() // 4, 12), (_cuda.multiprocessors() * 3 // 8, 9)],
-    ids=["by 8", "by 8 or 4", "by 4", "by 2"],
+    ("share", "m"),
+    [(0, 20), (1 / 8, 20), (1 / 4, 12), (3 / 8, 9)],
+    ids=["by 8", "by 8 too", "by 4", "by 2"],
 )
-def test_blocks_that_divide_k(tiles, m, block_size, nested):
-    """Few rows of many columns: thread blocks divide those, and meet in the workspace."""
+def test_blocks_that_divide_k(share, m, block_size, nested):
+    """Rows for a share of the multiprocessors: blocks divide K, and meet in the workspace."""
     backend = Backend("cuda")
-    n = 128 * tiles - 7
+    n = 128 * max(1, int(share * _cuda.multiprocessors())) - 7
     # Whole units of 256, whose scales are boxed, and not.
     k = (max(MANY * _cuda.multiprocessors() // n, 12800) // 256 + 1) * 256 + (64 if nested else 0)
     weight = Nf4Weight(n, k, block_size, nested=nested)
