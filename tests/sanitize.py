@@ -111,7 +111,7 @@ def nf4_cases(rng):
         kinds, tokens = ("float32", "float16"), (1, 5, 13, 33)
         many = (w.nrows, w.ncols) in MANY_NF4
         if many:
-            kinds, tokens = ("float16",), (1, 3, 16) if w.ncols < 1024 else (20,)
+            kinds, tokens = ("float16",), (1, 3, 16, 32) if w.ncols < 1024 else (20,)
         for kind in kinds:
             for m in tokens:
                 x = rng.standard_normal((m, w.ncols), np.float32).astype(kind)

@@ -689,11 +689,11 @@ def assert_has_workspace(plan):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "activation"), [(8, "float16"), (13, "bfloat16"), (33, "float16")])
 def test_many_rows(m, activation):
-    """Two tiles of rows to a thread block have the bits that few rows have by another kernel."""
+    """Tiles of rows, several to a thread block, have the bits few rows have by another kernel."""
     backend, some = Backend("cuda"), 500
-    n = 2 * 128 * _cuda.multiprocessors() - 5
-    # Scales are not boxed, and are.
-    for k in (832, 1024):
+    # Less than a unit; scales are not boxed, and are.
+    for k in (192, 832, 1024):
+        n = max(2 * 128 * _cuda.multiprocessors() - 5, MANY * _cuda.multiprocessors() // k + 1)
         whole = Nf4Weight(n, k)
         x = random_activations(m, k, activation)
         assert_has_workspace(whole.plan("cuda", m, activation))
