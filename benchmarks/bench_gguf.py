@@ -227,7 +227,8 @@ class GpuBench:
     ) -> Iterator[tuple[str, bool, list[Callable[[], Any]]]]:
         """Yield kind, overlap and calls, each on another copy of the weight."""
         kinds = self.options.kinds
-        nbytes = self.functions.workspace_size(int(weights.format), weights.ncols, m)
+        problem = weights.arguments(nrows, m, "float16")
+        nbytes = self.functions.workspace_size(native.address(problem))
         workspace = self.cupy.empty(nbytes, dtype=self.cupy.uint8)
         if "product" in kinds:
             places = {"y": y.data.ptr, "workspace": workspace.data.ptr}

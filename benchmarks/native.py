@@ -66,7 +66,7 @@ class Native:
 
     `stage` and `matmul`, of GGUF, and `nf4_quantize` take the arguments' address and a stream, or a
     number of threads.
-    `workspace_size` takes a format, K and M, and returns the bytes that `stage` writes. On CUDA
+    `workspace_size` takes the arguments' address and returns the bytes that both take. On CUDA
     `matmul` stages too, unless x is NULL: then it multiplies what the workspace holds.
 
     Parameters
@@ -85,7 +85,7 @@ class Native:
             from baracuda_cy import _cpu as module
 
             prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-        size = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
+        size = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
         self.stage = exported(module, "gguf_stage", prototype)
         self.matmul = exported(module, "gguf_matmul", prototype)
         self.nf4_quantize = exported(module, "nf4_quantize", prototype)

@@ -14,6 +14,13 @@ from baracuda_cy import _cuda
 
 NROWS = 19  # one whole tile of rows and a part of one
 MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
+# Tokens, rows and columns that are enough for the kernel for many tokens on Hopper: two tiles of
+# 128 rows to a thread block, or parts of one.
+MANY_TOKENS = [
+    ("Q4_0", 12, 256 * _cuda.multiprocessors() - 5, 4096),
+    ("Q5_K", 20, 256 * _cuda.multiprocessors() - 5, 1280),
+    ("Q2_K", 40, 32 * _cuda.multiprocessors() - 7, 6400),
+]
 # Rows and columns of NF4 that are enough for boxes of 128 rows: two to a thread block, or parts.
 MANY_NF4 = [(256 * _cuda.multiprocessors() - 5, 832), (32 * _cuda.multiprocessors() - 7, 6656)]
 
@@ -146,6 +153,9 @@ def main():
         ]
         wide = next(k for k in (256, 512, 1024, 2048) if block_format.row_bytes(k) % 16 == 0)
         shapes.append((MANY_ROWS, wide, (1, 2, 16, 40), ("float16",)))
+        for name, m, nrows, ncols in MANY_TOKENS:
+            if name == block_format.name:
+                shapes.append((nrows, ncols, (m,), ("float16",)))
         for nrows, ncols, tokens, kinds in shapes:
             few = rng.standard_normal((NROWS, ncols), np.float32)
             packed = np.asarray(bcy.quantize(few, block_format).data).reshape(NROWS, -1)

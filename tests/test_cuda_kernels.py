@@ -64,6 +64,51 @@ def test_many_rows_of_many_tokens(cpu, gpu, name, ncols, m):
     expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
 
 
+# A multiprocessor has at least so many weights where Hopper's kernel for many tokens takes over: of
+# formats with minima or bytes and more than 16 tokens, and of all that it is for.
+SOME, MANY = 200_000, 1_000_000
+
+
+def expect_same_bits_of_many(cpu, gpu, name, weights, m, nrows, output):
+    """So many weights a multiprocessor: rows that repeat few, whose results the CPU gives."""
+    block_format, some = bcy.GgufBlockFormat(name), 611
+    units = weights * _cuda.multiprocessors() // nrows // 256 + 1
+    ncols = next(k for k in range(256 * units, 1 << 28, 256) if block_format.row_bytes(k) % 16 == 0)
+    weight = random_weight(name, some, ncols)
+    x = random_activations(m, ncols, "float16")
+    bias = np.random.default_rng(m).standard_normal(some).astype(output)
+    few = problems.staged_plan("cpu", name, some, ncols, m, "float16", output)
+    want = cpu.run(few, weight, x, bias)[:, np.arange(nrows) % some]
+    plan = problems.staged_plan("cuda", name, nrows, ncols, m, "float16", output)
+    if plan.sku.arch == 90 and m > 16 and name != "Q6_K":  # as many are staged as are multiplied
+        other = problems.staged_plan("cuda", name, 16, ncols, m, "float16", output)
+        assert plan.workspace_size > other.workspace_size
+    got = gpu.run(
+        plan,
+        np.resize(weight.reshape(some, -1), (nrows, len(weight) // some)),
+        x,
+        np.resize(bias, nrows),
+    )
+    np.testing.assert_array_equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize("m", [13, 40])
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_weights_of_many_tokens(cpu, gpu, name, m):
+    """Tiles of rows, several to a thread block, whose warpgroups divide K."""
+    nrows = 2 * 128 * _cuda.multiprocessors() + 5
+    expect_same_bits_of_many(cpu, gpu, name, MANY, m, nrows, "float32")
+
+
+@pytest.mark.parametrize("share", [0, 1 / 8, 1 / 4, 3 / 8])
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "Q2_K", "Q5_K", "Q8_K"])
+def test_blocks_that_divide_k(cpu, gpu, name, share):
+    """Rows for a share of the multiprocessors: blocks divide K, and meet in the workspace."""
+    nrows = 128 * max(1, int(share * _cuda.multiprocessors())) - 7
+    for _ in range(2):
+        expect_same_bits_of_many(cpu, gpu, name, SOME, 20, nrows, "float16")
+
+
 @pytest.mark.parametrize("m", [1, 2, 3, 16, 17])
 def test_many_rows_without_columns(gpu, m):
     nrows = 3 * 32 * _cuda.multiprocessors() + 5

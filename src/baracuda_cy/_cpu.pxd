@@ -22,7 +22,7 @@ cdef int nf4_dequantize(const bcy_nf4_dequantize_args* args, int threads) except
 cdef int nf4_quantize(const bcy_nf4_quantize_args* args, int threads) except -1 nogil
 cdef int nf4_nest(const bcy_nf4_nest_args* args, int threads) except -1 nogil
 # -1 beyond int64
-cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil
+cdef int64_t gguf_workspace_size(const bcy_gguf_matmul_args* args) noexcept nogil
 # Elements and bytes of one block, 0 for a format that is not in formats.def.
 cdef int64_t gguf_block_elements(int32_t format) noexcept nogil
 cdef int64_t gguf_block_bytes(int32_t format) noexcept nogil

@@ -71,8 +71,8 @@ cdef int nf4_nest(const bcy_nf4_nest_args* args, int threads) except -1 nogil:
     return fail(status, b"quantizing absmax values on the CPU") if status else 0
 
 
-cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil:
-    return bcy_cpu_gguf_workspace_size(format, ncols, m)
+cdef int64_t gguf_workspace_size(const bcy_gguf_matmul_args* args) noexcept nogil:
+    return bcy_cpu_gguf_workspace_size(args.format, args.ncols, args.m)
 
 
 cdef int64_t gguf_block_elements(int32_t format) noexcept nogil:

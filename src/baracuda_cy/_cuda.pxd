@@ -19,11 +19,10 @@ cdef int gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream) exc
 cdef int gguf_matvec(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil
 cdef int gguf_stage(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil
 cdef int gguf_matmul(const bcy_gguf_matmul_args* args, void* stream) except -1 nogil
+# 1 where a staged product stages for itself, else 0.
+cdef int gguf_needs_no_workspace(const bcy_gguf_matmul_args* args) except -1 nogil
 # -1 beyond int64
-cdef int gguf_needs_no_workspace(
-    int32_t device, int32_t format, int64_t ncols, int64_t m
-) except -1 nogil
-cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil
+cdef int64_t gguf_workspace_size(const bcy_gguf_matmul_args* args) except -2 nogil
 
 # 1 where the product's bits are its own, 0 where they are those of the CPU backend.
 cdef int nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args) except -1 nogil

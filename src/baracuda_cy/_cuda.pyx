@@ -237,19 +237,20 @@ cdef int gguf_matmul(const bcy_gguf_matmul_args* args, void* stream) except -1 n
     return fail(status, b"staging activations or multiplying them on CUDA") if status else 0
 
 
-cdef int gguf_needs_no_workspace(
-    int32_t device, int32_t format, int64_t ncols, int64_t m
-) except -1 nogil:
-    """1 where a staged product on CUDA stages for itself, else 0."""
+cdef int gguf_needs_no_workspace(const bcy_gguf_matmul_args* args) except -1 nogil:
     cdef int32_t answer = 0
-    cdef int status = bcy_cuda_gguf_needs_no_workspace(device, format, ncols, m, &answer)
+    cdef int status = bcy_cuda_gguf_needs_no_workspace(args, &answer)
     if status:
         fail(status, b"looking at a CUDA device")
     return answer
 
 
-cdef int64_t gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) noexcept nogil:
-    return bcy_cuda_gguf_workspace_size(format, ncols, m)
+cdef int64_t gguf_workspace_size(const bcy_gguf_matmul_args* args) except -2 nogil:
+    cdef int64_t size = 0
+    cdef int status = bcy_cuda_gguf_workspace_size(args, &size)
+    if status:
+        fail(status, b"looking at a CUDA device")
+    return size
 
 
 cdef int nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args) except -1 nogil:

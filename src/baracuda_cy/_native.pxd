@@ -116,11 +116,9 @@ cdef extern from "baracuda/api.h" nogil:
 
     int64_t bcy_gguf_block_elements(int32_t format)
     int64_t bcy_gguf_block_bytes(int32_t format)
-    int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m)
+    int bcy_cuda_gguf_workspace_size(const bcy_gguf_matmul_args* args, int64_t* size)
     int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m)
-    int bcy_cuda_gguf_needs_no_workspace(
-        int32_t device, int32_t format, int64_t ncols, int64_t m, int32_t* answer
-    )
+    int bcy_cuda_gguf_needs_no_workspace(const bcy_gguf_matmul_args* args, int32_t* answer)
     int bcy_cuda_gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream)
     int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream)
     int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream)

@@ -13,7 +13,7 @@ cdef class GgufProductPlan(Plan):
     cdef bcy_gguf_matmul_args args     # what does not change from call to call
 
     cdef int prepare(self, object device, object descriptor, object preference) except -1
-    cdef int64_t staged_bytes(self, int32_t format, int64_t ncols, int64_t m) except -1
+    cdef int64_t staged_bytes(self) except -1
     cdef int apply(
         self, object weight, object activations, object output, object bias, object workspace,
         object stream, bint start) except -1

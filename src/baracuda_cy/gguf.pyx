@@ -113,10 +113,6 @@ cdef class GgufProductPlan(Plan):
                 "output", f"{descriptor.activation.dtype} (the activation's type) or float32",
                 descriptor.output.dtype, "choose one of them or select a GgufMmvqMultiMPlan",
             )
-        if self.staged:
-            self.bind_workspace(
-                self.staged_bytes(descriptor.block_format, descriptor.ncols, m), True
-            )
         self.block_format = descriptor.block_format
         self.ncols = descriptor.ncols
         self.args.nrows = descriptor.nrows
@@ -127,22 +123,24 @@ cdef class GgufProductPlan(Plan):
         self.args.y_type = descriptor.output
         self.args.device = self.device_id
         self.args.overlap = self.preference.overlap
+        if self.staged:
+            self.bind_workspace(self.staged_bytes(), True)
         self.sku = self.describe_kernel(
             QuantizeKind.GGUF_MMVQ, descriptor.activation, descriptor.output, path,
             descriptor.block_format,
         )
         return 0
 
-    cdef int64_t staged_bytes(self, int32_t format, int64_t ncols, int64_t m) except -1:
+    cdef int64_t staged_bytes(self) except -1:
         cdef int64_t size = 0
         if self.device_type == HOST:
-            size = _cpu.gguf_workspace_size(format, ncols, m)
-        elif not _cuda.gguf_needs_no_workspace(self.device_id, format, ncols, m):
-            size = _cuda.gguf_workspace_size(format, ncols, m)
+            size = _cpu.gguf_workspace_size(&self.args)
+        elif not _cuda.gguf_needs_no_workspace(&self.args):
+            size = _cuda.gguf_workspace_size(&self.args)
         if size < 0:
             raise invalid(
-                "m", "a workspace whose bytes an int64 counts", f"{m} tokens of {ncols} columns",
-                "split the problem",
+                "m", "a workspace whose bytes an int64 counts",
+                f"{self.args.m} tokens of {self.args.ncols} columns", "split the problem",
             )
         return size
 

@@ -54,8 +54,10 @@ int bcy_cuda_memset(int, void*, int, int64_t, void*) { return BCY_ERROR_NO_CUDA;
 int bcy_cuda_pointer_device(const void*, int*, int*) { return BCY_ERROR_NO_CUDA; }
 const void* bcy_cuda_probe_kernel(void) { return nullptr; }
 
-int64_t bcy_cuda_gguf_workspace_size(int32_t, int64_t, int64_t) { return BCY_ERROR_NO_CUDA; }
-int bcy_cuda_gguf_needs_no_workspace(int32_t, int32_t, int64_t, int64_t, int32_t*) {
+int bcy_cuda_gguf_workspace_size(const bcy_gguf_matmul_args*, int64_t*) {
+  return BCY_ERROR_NO_CUDA;
+}
+int bcy_cuda_gguf_needs_no_workspace(const bcy_gguf_matmul_args*, int32_t*) {
   return BCY_ERROR_NO_CUDA;
 }
 int bcy_cuda_gguf_dequantize(const bcy_gguf_dequantize_args*, void*) { return BCY_ERROR_NO_CUDA; }

@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <algorithm>
+
 #include "baracuda/api.h"
 #include "baracuda/numeric.h"
 
@@ -17,6 +19,16 @@ constexpr int64_t kMaxGridX = 0x7fffffff;
 using ProductArgs = bcy_gguf_matmul_args;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The same product of `count` tokens, or what is left, from number `first` on.
+inline ProductArgs some_tokens(const ProductArgs& args, int64_t first, int64_t count) {
+  const auto bytes = [](int32_t type) { return type == BCY_F32 ? 4 : 2; };
+  ProductArgs some = args;
+  some.m = std::min(args.m - first, count);
+  some.x = static_cast<const uint8_t*>(args.x) + first * args.x_stride * bytes(args.x_type);
+  some.y = static_cast<uint8_t*>(args.y) + first * args.y_stride * bytes(args.y_type);
+  return some;
+}
 
 // Makes a device current and puts the caller's back.
 class DeviceGuard {
@@ -95,6 +107,18 @@ int with_element(int element, Function&& function) {
       return function(BF16{});
     default:
       return BCY_ERROR_UNSUPPORTED_TYPE;
+  }
+}
+
+// The same in a kernel; the branch is the same for every thread.
+template <class Function>
+__device__ __forceinline__ void with_element_type(int element, Function&& function) {
+  if (element == BCY_F32) {
+    function(F32{});
+  } else if (element == BCY_F16) {
+    function(F16{});
+  } else {
+    function(BF16{});
   }
 }
 

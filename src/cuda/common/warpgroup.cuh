@@ -31,6 +31,14 @@ __device__ __forceinline__ void take_registers() {
 #endif
 }
 
+// How tensor cores find the codes of a group at a shared address: pieces of eight tokens' sixteen
+// codes, 128 bytes, follow each other by tokens, of which there are Tokens, then by codes. An
+// address that is 16 n further on has n more.
+template <int Tokens>
+__device__ __forceinline__ uint32_t describe_codes(uint32_t address) {
+  return (address & 0x3ffff) / 16 | uint32_t(Tokens * 16 / 16) << 16;
+}
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Starts sums = a * x. a: 16 elements each, as mma_floats takes them: of this warp's 16 rows. x: a
@@ -117,11 +125,70 @@ __device__ __forceinline__ void warpgroup_wait(float (&sums)[Tokens / 8][4]) {
   }
 }
 
+// Starts sums = (a + offset) * codes: the integers of a group. a: of this warp's 16 rows, as
+// mma_group takes them; offset: of all its bytes. codes: of Tokens tokens, as described.
+#define BCY_CODES(SHAPE, SUMS, A, X, ADD) \
+  "wgmma.mma_async.sync.aligned." SHAPE ".s32.s8.s8 {" SUMS "}, {" A "}, " X ", " ADD ";\n"
+#define BCY_MULTIPLY_CODES(SHAPE, SUMS, A, OFFSET, LOW, HIGH, ...)                           \
+  if constexpr (Offset == 0) {                                                               \
+    asm volatile("{\n.reg .b64 x;\nmov.b64 x, {" LOW ", " HIGH                               \
+                 "};\nwgmma.fence.sync.aligned;\n" BCY_CODES(                                \
+                     SHAPE, SUMS, A, "x", "0") "wgmma.commit_group.sync.aligned;\n}"         \
+                 : __VA_ARGS__                                                               \
+                 : BCY_WORDS);                                                               \
+  } else {                                                                                   \
+    asm volatile("{\n.reg .b64 x;\nmov.b64 x, {" LOW ", " HIGH                               \
+                 "};\nwgmma.fence.sync.aligned;\n" BCY_CODES(SHAPE, SUMS, A, "x", "0")       \
+                     BCY_CODES(SHAPE, SUMS, OFFSET ", " OFFSET ", " OFFSET ", " OFFSET, "x", \
+                               "1") "wgmma.commit_group.sync.aligned;\n}"                    \
+                 : __VA_ARGS__                                                               \
+                 : BCY_WORDS);                                                               \
+  }
+#define BCY_WORDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(offset), "r"(codes), "n"(128 / 16)
+
+template <int Tokens, int Offset>
+__device__ __forceinline__ void warpgroup_multiply_codes(int (&sums)[Tokens / 8][4],
+                                                         const uint32_t (&a)[4], uint32_t codes) {
+  static_assert(Tokens == 8 || Tokens == 16 || Tokens == 32);
+  const uint32_t offset = uint8_t(Offset) * 0x01010101u;
+  if constexpr (Tokens == 8) {
+    BCY_MULTIPLY_CODES("m64n8k32", "%0, %1, %2, %3", "%4, %5, %6, %7", "%8", "%9", "%10",
+                       BCY_SUMS("=r", 0))
+  } else if constexpr (Tokens == 16) {
+    BCY_MULTIPLY_CODES("m64n16k32", "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11", "%12",
+                       "%13", "%14", BCY_SUMS("=r", 0), BCY_SUMS("=r", 1))
+  } else {
+    BCY_MULTIPLY_CODES("m64n32k32",
+                       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
+                       "%16, %17, %18, %19", "%20", "%21", "%22", BCY_SUMS("=r", 0),
+                       BCY_SUMS("=r", 1), BCY_SUMS("=r", 2), BCY_SUMS("=r", 3))
+  }
+}
+
+// Until all but the last Pending of them are done, sums among those that are.
+template <int Pending, int Tiles>
+__device__ __forceinline__ void warpgroup_wait_codes(int (&sums)[Tiles][4]) {
+  if constexpr (Tiles == 1) {
+    asm volatile("wgmma.wait_group.sync.aligned %4;" : BCY_SUMS("+r", 0) : "n"(Pending));
+  } else if constexpr (Tiles == 2) {
+    asm volatile("wgmma.wait_group.sync.aligned %8;"
+                 : BCY_SUMS("+r", 0), BCY_SUMS("+r", 1)
+                 : "n"(Pending));
+  } else {
+    asm volatile("wgmma.wait_group.sync.aligned %16;"
+                 : BCY_SUMS("+r", 0), BCY_SUMS("+r", 1), BCY_SUMS("+r", 2), BCY_SUMS("+r", 3)
+                 : "n"(Pending));
+  }
+}
+
 #undef BCY_STEP
 #undef BCY_STEPS
 #undef BCY_SUMS
 #undef BCY_A
 #undef BCY_OPERANDS
+#undef BCY_CODES
+#undef BCY_MULTIPLY_CODES
+#undef BCY_WORDS
 #undef BCY_MULTIPLY_8
 #undef BCY_MULTIPLY_16
 #undef BCY_MULTIPLY_32
@@ -147,6 +214,26 @@ __device__ __forceinline__ void warpgroup_multiply(float (&sums)[Tokens / 8][4],
 
 template <int Tokens>
 __device__ __forceinline__ void warpgroup_wait(float (&)[Tokens / 8][4]) {}
+
+template <int Tokens, int Offset>
+__device__ __forceinline__ void warpgroup_multiply_codes(int (&sums)[Tokens / 8][4],
+                                                         const uint32_t (&a)[4], uint32_t codes) {
+  constexpr uint32_t kOffset = uint8_t(Offset) * 0x01010101u;
+  const uint32_t offsets[4] = {kOffset, kOffset, kOffset, kOffset};
+  const uint32_t here = (codes & 0x3fff) * 16 + threadIdx.x % 32 * 4;
+#pragma unroll
+  for (int n = 0; n < Tokens / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[n][i] = 0;
+    const uint32_t b[2] = {load_shared_word(here + n * 128),
+                           load_shared_word(here + (codes >> 16) * 16 + n * 128)};
+    mma_group<false>(sums[n], a, b);
+    if constexpr (Offset != 0) mma_group<false>(sums[n], offsets, b);
+  }
+}
+
+template <int Pending, int Tiles>
+__device__ __forceinline__ void warpgroup_wait_codes(int (&)[Tiles][4]) {}
 
 #endif
 

@@ -41,24 +41,22 @@ bool is_empty(const bcy_gguf_matmul_args* args) { return args->m == 0 || args->n
 
 using namespace bcy;
 
-int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) {
-  int64_t bytes = -1;
-  with_format(format, [&](auto f) {
-    bytes = staged_bytes(ncols, m, decltype(f)::kMinima);
+int bcy_cuda_gguf_workspace_size(const bcy_gguf_matmul_args* args, int64_t* size) {
+  *size = 0;
+  return run(args, [&](auto format) {
+    Device device;
+    if (const int status = look_at_device(args->device, device)) return status;
+    *size = GgufOperations<decltype(format)>::workspace_size(*args, device);
     return int(BCY_OK);
   });
-  return bytes;
 }
 
-int bcy_cuda_gguf_needs_no_workspace(int32_t device, int32_t format, int64_t ncols, int64_t m,
-                                     int32_t* answer) {
+int bcy_cuda_gguf_needs_no_workspace(const bcy_gguf_matmul_args* args, int32_t* answer) {
   *answer = 0;
-  const DeviceGuard guard(device);
-  if (guard.status() != cudaSuccess) return guard.status();
-  Device looked;
-  if (const int status = look_at_device(device, looked)) return status;
-  return with_format(format, [&](auto f) {
-    *answer = stages_inside<decltype(f)>(looked.arch, ncols, m);
+  return run(args, [&](auto format) {
+    Device device;
+    if (const int status = look_at_device(args->device, device)) return status;
+    *answer = stages_inside<decltype(format)>(device.arch, args->ncols, args->m);
     return int(BCY_OK);
   });
 }

@@ -9,6 +9,8 @@
 #include "cuda/common/mma.cuh"
 #include "cuda/common/product.cuh"
 #include "lanes.cuh"
+#include "matmul_sm90.cuh"
+#include "operands.cuh"
 #include "operations.h"
 #include "staged.cuh"
 
@@ -161,7 +163,8 @@ class StagedTile : public TileDefaults {
   static constexpr int kColumns = Tokens == 1 ? 1 : 2;
   static constexpr int kBlockGroups = Format::kElements / kGroup;
   static constexpr int kMinima = Format::kMinima;
-  static constexpr bool kHalves = Format::kScaleElements == 16 && !scales_fit_codes<Format>;
+  static constexpr bool kMany = Tokens > kTileTokens;
+  static constexpr bool kHalves = multiplies_halves<Format, kMany>;
 
   using Record = StagedRecord<Tokens == 1 ? 1 : kTileTokens, kMinima>;
 
@@ -258,36 +261,14 @@ class StagedTile : public TileDefaults {
   __device__ __forceinline__ void add_row_tile(float (&partial)[kTiles][4], Block upper,
                                                Block lower, int g, const Activations& x,
                                                int in_pair) {
-    const int t = threadIdx.x % 4;
     uint32_t a[4];
-    if constexpr (gives_turns<Format>) {
-      const uint2 turns[2] = {look_up_by_turns(Format::table(), Format::nibbles(upper, g, t)),
-                              look_up_by_turns(Format::table(), Format::nibbles(lower, g, t))};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        a[i] = turns[i].x;
-        a[i + 2] = turns[i].y;
-      }
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        a[2 * half] = Format::codes(upper, g, half, t);
-        a[2 * half + 1] = Format::codes(lower, g, half, t);
-      }
-    }
-    int shift = Format::shift(g);
-    if constexpr (scales_fit_codes<Format>) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        a[2 * half] = (a[2 * half] >> shift) * uint32_t(half_scale<Format>(upper, g, half));
-        a[2 * half + 1] = (a[2 * half + 1] >> shift) * uint32_t(half_scale<Format>(lower, g, half));
-      }
-      shift = 0;
-    }
+    load_operands<Format, kMany>(upper, lower, g, a);
+    const int shift = operand_shift<Format, kMany>(g);
     // An integer in the low mantissa bits of 1.5 * 2^(23 - shift), where every sum of a group fits.
     const float bias = as_float(0x4b400000u - (uint32_t(shift) << 23));
     const int start = int(as_bits(bias));
-    const float scales[2] = {Format::scale(upper, g), Format::scale(lower, g)};
+    const float scales[2] = {operand_scale<Format, kMany>(upper, g),
+                             operand_scale<Format, kMany>(lower, g)};
     [[maybe_unused]] float half_scales[2][2], half_biases[2][2];
     if constexpr (kHalves) {
 #pragma unroll
@@ -347,12 +328,30 @@ class StagedTile : public TileDefaults {
 
 // ---- launch -----------------------------------------------------------------------------------------------------
 
+// Enough for all kernels, whichever a weight's address lets run.
+template <class Format>
+int64_t GgufOperations<Format>::workspace_size(const ProductArgs& args, const Device& device) {
+  const int64_t staged = staged_bytes(args.ncols, args.m, Format::kMinima);
+  return staged < 0 ? staged : std::max(staged, divide_gguf<Format>(args, device).bytes);
+}
+
 template <class Format>
 int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) {
   Device device;
   if (const int status = look_at_device(args.device, device)) return status;
-  const bool single = args.m == 1 || takes_lanes<Format>(args, device);
-  return gguf_stage(args, Format::kMinima, gives_turns<Format>, single, stream);
+  constexpr int kMinima = Format::kMinima;
+  constexpr bool kTurns = gives_turns<Format>;
+  if (const GgufDivision division = divide_gguf<Format>(args, device); division.blocks > 0) {
+    return with_warpgroup_tokens<Format>(args.m, [&](auto tokens) {
+      using Record = WarpgroupRecord<decltype(tokens)::value, kMinima>;
+      return gguf_stage<Record>(args, kTurns, division.counts_in(args.workspace), division.ncounts,
+                                stream);
+    });
+  }
+  if (args.m == 1 || takes_lanes<Format>(args, device)) {
+    return gguf_stage<StagedRecord<1, kMinima>>(args, kTurns, nullptr, 0, stream);
+  }
+  return gguf_stage<StagedRecord<kTileTokens, kMinima>>(args, kTurns, nullptr, 0, stream);
 }
 
 template <class Format>
@@ -366,9 +365,15 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   if (unstaged) {
     if (const int status = stage(args, stream)) return status;
   }
-  const Staged staged = staged_of(args, gives_turns<Format>, fused);
   // After this call's own staging the product may start early: only activations come from there.
   const bool early = args.overlap != 0 || unstaged;
+  if (const GgufDivision division = divide_gguf<Format>(args, device); division.blocks > 0) {
+    return with_warpgroup_tokens<Format>(args.m, [&](auto tokens) {
+      constexpr int kTokens = decltype(tokens)::value;
+      return launch_gguf_sm90<Format, kTokens>(args, division, device, early, stream);
+    });
+  }
+  const Staged staged = staged_of(args, gives_turns<Format>, fused);
   // extra: bytes of activations in shared memory.
   const auto run = [&](auto* tile, auto* ring, int64_t extra) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
@@ -442,8 +447,7 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
                      args.ncols > 0;             // nothing cannot be described
   if (args.m > 8) {
     // Where 32 rows of scales of halves leave no registers for the places in boxes.
-    constexpr bool kHalves = Format::kScaleElements == 16 && !scales_fit_codes<Format>;
-    if constexpr (kHalves) return by_rows(wide(sixteen));
+    if constexpr (multiplies_halves<Format>) return by_rows(wide(sixteen));
     return boxed ? streamed(wide(sixteen), boxes) : by_rows(wide(sixteen));
   }
   if (args.m > 1) return boxed ? streamed(wide(eight), boxes) : by_rows(narrow(eight));

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "baracuda/api.h"
+#include "cuda/common/launch.cuh"
 
 namespace bcy {
 
@@ -13,13 +14,15 @@ template <class Format>
 struct GgufOperations {
   static int dequantize(const bcy_gguf_dequantize_args& args, cudaStream_t stream);
   static int matvec(const bcy_gguf_matmul_args& args, cudaStream_t stream);
+  static int64_t workspace_size(const bcy_gguf_matmul_args& args, const Device& device);
   static int stage(const bcy_gguf_matmul_args& args, cudaStream_t stream);
   static int matmul(const bcy_gguf_matmul_args& args, cudaStream_t stream);
 };
 
-// Staging depends on the format only through its number of minima per group and on whether it gives
-// codes by turns. single: in records of single tokens.
-int gguf_stage(const bcy_gguf_matmul_args& args, int minima, bool turns, bool single,
+// Staging depends on the format only through the records that its product takes and on whether it
+// gives codes by turns. It sets `ncounts` of counts to zero, too.
+template <class Record>
+int gguf_stage(const bcy_gguf_matmul_args& args, bool turns, int* counts, int ncounts,
                cudaStream_t stream);
 
 }  // namespace bcy

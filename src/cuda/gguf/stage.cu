@@ -9,40 +9,50 @@ namespace {
 
 constexpr int kWarps = 4;
 
-template <int Tokens, int Minima>
+// Sets `ncounts` of counts to zero, too.
+template <class Record>
 __global__ void __launch_bounds__(kWarps * 32)
     stage_kernel(const __grid_constant__ ProductArgs args, const __grid_constant__ Staged staged,
-                 unsigned blocks_of_token) {
+                 unsigned blocks_of_token, int* counts, int ncounts) {
   let_next_kernel_start();
   const unsigned here = blockIdx.x / blocks_of_token, block = blockIdx.x % blocks_of_token;
   const int64_t first = int64_t{block} * kWarps + threadIdx.x / 32;
-  if (first >= staged.units) return;
   wait_for_previous_kernel();
-  stage_units<Tokens, Minima, 1>(args, staged, staged.records, first, staged.units,
-                                 [&](int64_t i, int64_t& token, int64_t& unit) {
-                                   token = here;
-                                   unit = i;
-                                 });
-}
-
-template <int Tokens>
-int stage(const ProductArgs& args, int minima, bool turns, cudaStream_t stream) {
-  const Staged staged = staged_of(args, turns, false);
-  const int64_t tokens = args.m <= kTileTokens ? args.m : token_tiles(args.m) * kTileTokens;
-  const int64_t blocks_of_token = ceil_div(staged.units, kWarps);
-  if (tokens > kMaxGridX / blocks_of_token) return BCY_ERROR_TOO_LARGE;
-  auto* kernel = minima == 0   ? stage_kernel<Tokens, 0>
-                 : minima == 1 ? stage_kernel<Tokens, 1>
-                               : stage_kernel<Tokens, 2>;
-  return launch(kernel, dim3(unsigned(tokens * blocks_of_token)), dim3(kWarps * 32), stream, 0,
-                args.overlap != 0, args, staged, unsigned(blocks_of_token));
+  for (unsigned i = blockIdx.x * (kWarps * 32) + threadIdx.x; i < unsigned(ncounts);
+       i += gridDim.x * (kWarps * 32)) {
+    counts[i] = 0;
+  }
+  if (first >= staged.units) return;
+  stage_units<Record, 1>(args, staged, staged.records, first, staged.units,
+                         [&](int64_t i, int64_t& token, int64_t& unit) {
+                           token = here;
+                           unit = i;
+                         });
 }
 
 }  // namespace
 
-int gguf_stage(const ProductArgs& args, int minima, bool turns, bool single, cudaStream_t stream) {
-  return single ? stage<1>(args, minima, turns, stream)
-                : stage<kTileTokens>(args, minima, turns, stream);
+template <class Record>
+int gguf_stage(const ProductArgs& args, bool turns, int* counts, int ncounts, cudaStream_t stream) {
+  const Staged staged = staged_of(args, turns, false);
+  constexpr int kTokens = Record::kTokens;
+  const bool few = kTokens <= kTileTokens && args.m <= kTileTokens;
+  const int64_t tokens = few ? args.m : ceil_div(args.m, kTokens) * kTokens;
+  const int64_t blocks_of_token = ceil_div(staged.units, kWarps);
+  if (tokens > kMaxGridX / blocks_of_token) return BCY_ERROR_TOO_LARGE;
+  return launch(stage_kernel<Record>, dim3(unsigned(tokens * blocks_of_token)), dim3(kWarps * 32),
+                stream, 0, args.overlap != 0, args, staged, unsigned(blocks_of_token), counts,
+                ncounts);
 }
+
+#define BCY_STAGE_MINIMA(Record, Tokens)                                                         \
+  template int gguf_stage<Record<Tokens, 0>>(const ProductArgs&, bool, int*, int, cudaStream_t); \
+  template int gguf_stage<Record<Tokens, 1>>(const ProductArgs&, bool, int*, int, cudaStream_t); \
+  template int gguf_stage<Record<Tokens, 2>>(const ProductArgs&, bool, int*, int, cudaStream_t);
+BCY_STAGE_MINIMA(StagedRecord, 1)
+BCY_STAGE_MINIMA(StagedRecord, 8)
+BCY_STAGE_MINIMA(WarpgroupRecord, 16)
+BCY_STAGE_MINIMA(WarpgroupRecord, 32)
+#undef BCY_STAGE_MINIMA
 
 }  // namespace bcy

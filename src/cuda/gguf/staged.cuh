@@ -11,6 +11,12 @@
 //   sums    [4 pairs of groups][minima], then as scales: d_a * (sum of u over what the minimum
 //   covers)
 //
+// or with one unit of weights for each 16 or 32 tokens that a warpgroup takes:
+//
+//   codes   [8 groups][2 halves][token][16]
+//   scales  [8 groups][4 lanes][eight tokens][2], of tokens 2 t and 2 t + 1 of each eight
+//   sums    [8 groups][minima], then as scales
+//
 // K is filled up to whole units with zeros, and so are tokens where M is above eight.
 #pragma once
 
@@ -26,14 +32,62 @@ BCY_INLINE constexpr int64_t unit_count(int64_t ncols) { return (ncols + kUnit -
 BCY_INLINE constexpr int64_t token_tiles(int64_t m) { return (m + kTileTokens - 1) / kTileTokens; }
 
 // Tokens: 1 or kTileTokens.
-template <int Tokens, int Minima>
+template <int Tokens, int M>
 struct StagedRecord {
+  static constexpr int kTokens = Tokens, kMinima = M;
   static constexpr int kLaneBytes = Tokens == 1 ? 8 : 16;  // of the scales of two groups
   static constexpr int kCodes = Tokens * 64;  // of a pair of groups
   static constexpr int kScales = Tokens == 1 ? 8 : Tokens / 2 * 16;
   static constexpr int kScalesAt = kUnitPairs * kCodes;
   static constexpr int kSumsAt = kScalesAt + kUnitPairs * kScales;
-  static constexpr int kBytes = kSumsAt + kUnitPairs * Minima * kScales;
+  static constexpr int kBytes = kSumsAt + kUnitPairs * kMinima * kScales;
+
+  static __device__ __forceinline__ void put_codes(uint8_t* record, int token, int group, int t,
+                                                   uint2 halves) {
+    *reinterpret_cast<uint2*>(record + group / 2 * kCodes + token * 64 + t * 16 + group % 2 * 8) =
+        halves;
+  }
+  // Of the scale, or of sum i.
+  static BCY_INLINE int scale_at(int token, int group) {
+    return kScalesAt + group / 2 * kScales + in_pair(token, group);
+  }
+  static BCY_INLINE int sum_at(int token, int group, int i) {
+    return kSumsAt + (group / 2 * kMinima + i) * kScales + in_pair(token, group);
+  }
+
+ private:
+  static BCY_INLINE int in_pair(int token, int group) {
+    return Tokens == 1 ? 4 * (group % 2) : token / 2 * 16 + 8 * (group % 2) + 4 * (token % 2);
+  }
+};
+
+// Tokens: 16 or 32.
+template <int Tokens, int M>
+struct WarpgroupRecord {
+  static constexpr int kTokens = Tokens, kMinima = M;
+  static constexpr int kCodes = Tokens * kGroup;  // of a group
+  static constexpr int kScales = Tokens * int(sizeof(float));
+  static constexpr int kScalesAt = kUnitGroups * kCodes;
+  static constexpr int kSumsAt = kScalesAt + kUnitGroups * kScales;
+  static constexpr int kBytes = kSumsAt + kUnitGroups * kMinima * kScales;
+
+  static __device__ __forceinline__ void put_codes(uint8_t* record, int token, int group, int t,
+                                                   uint2 halves) {
+    uint8_t* const here = record + group * kCodes + token * 16 + t * 4;
+    *reinterpret_cast<uint32_t*>(here) = halves.x;
+    *reinterpret_cast<uint32_t*>(here + Tokens * 16) = halves.y;
+  }
+  static BCY_INLINE int scale_at(int token, int group) {
+    return kScalesAt + group * kScales + in_group(token);
+  }
+  static BCY_INLINE int sum_at(int token, int group, int i) {
+    return kSumsAt + (group * kMinima + i) * kScales + in_group(token);
+  }
+
+ private:
+  static BCY_INLINE int in_group(int token) {
+    return (token % 8 / 2 * (Tokens / 8) + token / 8) * 8 + token % 2 * 4;
+  }
 };
 
 inline int64_t record_bytes(int64_t m, int minima) {
@@ -111,11 +165,11 @@ __device__ __forceinline__ int sum_of_codes(uint32_t codes) {
 }
 
 // One unit of one token: lane 4 g + t has words t and t + 4 of group g in x.
-template <int Tokens, int Minima>
+template <class Record>
 __device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged& staged,
                                            const float (&x)[8], uint8_t* records, int64_t token,
                                            int64_t unit) {
-  using Record = StagedRecord<Tokens, Minima>;
+  constexpr int kTokens = Record::kTokens, kMinima = Record::kMinima;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   // Magnitudes are ordered as their bits are, infinities and NaN last.
   uint32_t largest = 0;
@@ -128,28 +182,26 @@ __device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged
   const uint2 turns = {__byte_perm(words.x, words.y, 0x5140),
                        __byte_perm(words.x, words.y, 0x7362)};
 
-  uint8_t* const record = records + (token / Tokens * staged.units + unit) * Record::kBytes;
-  const int in_tile = int(token % Tokens), pair = g / 2, in_pair = g % 2;
-  *reinterpret_cast<uint2*>(record + pair * Record::kCodes + in_tile * 64 + t * 16 + in_pair * 8) =
-      staged.turns ? turns : words;
+  uint8_t* const record = records + (token / kTokens * staged.units + unit) * Record::kBytes;
+  const int in_tile = int(token % kTokens);
+  Record::put_codes(record, in_tile, g, t, staged.turns ? turns : words);
   // The last of an odd number of tokens below eight has no partner: its place holds a zero.
-  const bool alone = Tokens > 1 && args.m < Tokens && token + 1 == args.m && in_tile % 2 == 0;
-  const auto put = [&](int plane, float value) {
-    float* const two = reinterpret_cast<float*>(
-        record + plane + (Tokens == 1 ? 4 * in_pair : in_tile / 2 * 16 + 8 * in_pair));
-    if (t == 0) two[in_tile % 2] = value;
-    if (t == 1 && alone) two[1] = 0.0f;
+  const bool alone =
+      kTokens == kTileTokens && args.m < kTokens && token + 1 == args.m && in_tile % 2 == 0;
+  const auto put = [&](int at, float value) {
+    float* const place = reinterpret_cast<float*>(record + at);
+    if (t == 0) place[0] = value;
+    if (t == 1 && alone) place[1] = 0.0f;
   };
-  put(Record::kScalesAt + pair * Record::kScales, scale.scale);
-  if constexpr (Minima == 1) {
+  put(Record::scale_at(in_tile, g), scale.scale);
+  if constexpr (kMinima == 1) {
     const int sum = sum_of_codes(words.x) + sum_of_codes(words.y);
-    put(Record::kSumsAt + pair * Record::kScales, staged_sum(scale, sum_of_four_lanes(sum)));
-  } else if constexpr (Minima == 2) {
+    put(Record::sum_at(in_tile, g, 0), staged_sum(scale, sum_of_four_lanes(sum)));
+  } else if constexpr (kMinima == 2) {
     const int sums[2] = {sum_of_codes(words.x), sum_of_codes(words.y)};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      put(Record::kSumsAt + (pair * 2 + half) * Record::kScales,
-          staged_sum(scale, sum_of_four_lanes(sums[half])));
+      put(Record::sum_at(in_tile, g, half), staged_sum(scale, sum_of_four_lanes(sums[half])));
     }
   }
 }
@@ -173,7 +225,7 @@ __device__ __forceinline__ void load_unit(const ProductArgs& args, const Staged&
 
 // Each units from number `first` of `count` on; place(i, token, unit) says which they are. All
 // loads come first, so that they wait together.
-template <int Tokens, int Minima, int Each, class Place>
+template <class Record, int Each, class Place>
 __device__ __forceinline__ void stage_units(const ProductArgs& args, const Staged& staged,
                                             uint8_t* records, int64_t first, int64_t count,
                                             Place place) {
@@ -198,7 +250,7 @@ __device__ __forceinline__ void stage_units(const ProductArgs& args, const Stage
     if (first + i >= count) return;
     int64_t token, unit;
     place(first + i, token, unit);
-    stage_unit<Tokens, Minima>(args, staged, x[i], records, token, unit);
+    stage_unit<Record>(args, staged, x[i], records, token, unit);
   }
 }
 
@@ -211,11 +263,11 @@ __device__ __forceinline__ void stage_own_units(const ProductArgs& args, const S
   const int warp = threadIdx.x / 32;
   const int count = (int(staged.units) - warp + kPartials - 1) / kPartials * tokens;
   for (int first = 0; first < count; first += kAtOnce) {
-    stage_units<Tokens, Minima, kAtOnce>(args, staged, memory, first, count,
-                                         [&](int64_t i, int64_t& token, int64_t& unit) {
-                                           token = int(i) % tokens;
-                                           unit = int(i) / tokens * kPartials + warp;
-                                         });
+    stage_units<StagedRecord<Tokens, Minima>, kAtOnce>(
+        args, staged, memory, first, count, [&](int64_t i, int64_t& token, int64_t& unit) {
+          token = int(i) % tokens;
+          unit = int(i) / tokens * kPartials + warp;
+        });
   }
   __syncwarp();
 }

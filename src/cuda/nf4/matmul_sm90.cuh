@@ -6,13 +6,12 @@
 // copy engine brings the codes of a unit, its scales where they can be boxed, and the activations,
 // which a kernel before has put into the workspace in the order in which tensor cores read them.
 //
-// Where rows are few, S blocks divide K: block s adds up the partial sums p with p % S == s, in the
-// order of the tree in which they meet, so that one sum is left. It goes to the workspace, and
-// whichever of a row's warps is the last to get there adds all S up.
+// Where rows are few, several blocks divide K, and meet in the workspace.
 #pragma once
 
 #include <algorithm>
 
+#include "cuda/common/divided.cuh"
 #include "cuda/common/warpgroup.cuh"
 #include "matmul.cuh"
 #include "operations.h"
@@ -78,19 +77,9 @@ inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Dev
   const int stage = Nf4Boxes<8>::kStage + (tokens - 8) * (kUnit * 2);
   division.stages = std::min((device.shared_per_block - Nf4Boxes<8>::kRing) / stage, kMaxStages);
   if (division.stages < 2) return division;
-  // What the busiest multiprocessor takes, in tenths of a unit's time: as measured, an item takes
-  // as long as 0.3 units more than its own, or 4 where it meets others in the workspace.
-  int64_t least = INT64_MAX;
-  for (const int blocks : {1, 2, 4, 8}) {
-    if (blocks > units) break;  // each has one
-    const int64_t item = ceil_div(10 * units, blocks) + (blocks == 1 ? 3 : 40);
-    const int64_t takes = ceil_div(tiles * blocks, device.processors) * item;
-    if (takes < least) {
-      least = takes;
-      division.blocks = blocks;
-    }
-  }
-  if (m <= 16 && 10 * tiles * units < least * device.processors * 6 / 10) return division;
+  int64_t takes;
+  division.blocks = divide_k(tiles, units, 8, device.processors, 3, 37, takes);
+  if (m <= 16 && 10 * tiles * units < takes * device.processors * 6 / 10) return division;
   division.tiles = int(tiles);
   division.sums = units * kUnit * 2 * tokens;
   const int64_t warps = division.blocks == 1 ? 0 : tiles * kWarps;
@@ -133,10 +122,6 @@ __global__ void nf4_stage(const __grid_constant__ ProductArgs args, int64_t grou
   to[3 * Tokens] = {x[0].w, x[1].w, x[2].w, x[3].w};
 #endif
 }
-
-// The s-th of the blocks that divide K is at partial sum s + visit_offset(v) when it visits its
-// v-th: then those that meet follow each other.
-BCY_INLINE int visit_offset(int visit) { return 0x73516240 >> 4 * visit & 7; }
 
 // sums, counts: used where several blocks divide K, each of which has units. Item i is part i %
 // blocks of tile i / blocks.
@@ -271,35 +256,6 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
                     args.bias == nullptr ? values[i] : add(values[i], bias));
     }
   };
-  // Whether all parts of this warp's rows are in the workspace by now; then their sums.
-  const auto meet_others = [&](int tile, int part, float (&values)[B::kSums]) {
-    const int64_t rows = int64_t{tile} * B::kWarps + warp;
-    const auto place_of = [&](int p, int i) {
-      return sums + ((rows * blocks + p) * B::kSums + i) * 32 + lane;
-    };
-#pragma unroll
-    for (int i = 0; i < B::kSums; ++i) *place_of(part, i) = values[i];
-    __threadfence();
-    __syncwarp();
-    int before = 0;
-    if (lane == 0) before = atomicAdd(&counts[rows], 1);
-    if (__shfl_sync(~0u, before, 0) != blocks - 1) return false;
-    __threadfence();
-#pragma unroll
-    for (int i = 0; i < B::kSums; ++i) {
-      const auto part_of = [&](int p) { return __ldcg(place_of(p, i)); };
-      if (blocks == 2) {
-        values[i] = add(part_of(0), part_of(1));
-      } else if (blocks == 4) {
-        values[i] = add(add(part_of(0), part_of(2)), add(part_of(1), part_of(3)));
-      } else {
-        values[i] = meet(part_of(0), part_of(1), part_of(2), part_of(3), part_of(4), part_of(5),
-                         part_of(6), part_of(7));
-      }
-    }
-    return true;
-  };
-
   Nf4Sums<X, 1, kTiles, kChunk> unit_sums;
   uint32_t parts[2][4][4];
   int stage = 0;
@@ -309,7 +265,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
   decode(ring_at, 0, parts[0]);
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int part = item % blocks;
-    float waiting[3][B::kSums];  // for their neighbours in the tree
+    float waiting[3][B::kSums];
     float values[B::kSums];
     for (int visit = 0; visit < visits; ++visit) {
       unit_sums.clear();
@@ -354,24 +310,15 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
         // All of the stage has been multiplied, which took what every lane has loaded.
         if (lane == 0) barrier_arrive(&emptied[this_stage]);
       }
-      // The tree, as far as this part has its leaves.
 #pragma unroll
       for (int i = 0; i < B::kSums; ++i) values[i] = unit_sums.partial[0][i / 2][i % 2];
-#pragma unroll
-      for (int level = 0; level < 3; ++level) {
-        const bool joins = visit >> level & 1;
-#pragma unroll
-        for (int i = 0; i < B::kSums; ++i) {
-          if (joins) {
-            values[i] = add(waiting[level][i], values[i]);
-          } else {
-            waiting[level][i] = values[i];
-          }
-        }
-        if (!joins) break;
-      }
+      join_tree(visit, values, waiting);
     }
-    if (blocks == 1 || meet_others(item / blocks, part, values)) write(item / blocks, values);
+    const int64_t rows = int64_t{item / blocks} * B::kWarps + warp;
+    if (blocks == 1 ||
+        meet_parts(sums + rows * blocks * B::kSums * 32, counts + rows, part, blocks, values)) {
+      write(item / blocks, values);
+    }
   }
 #endif
 }

@@ -20,16 +20,6 @@ struct Nf4Inputs {
   float unit = 1.0f;  // what the codes stand for, over what they are in `codes`
 };
 
-// The same product of `count` tokens, or what is left, from number `first` on.
-inline ProductArgs some_tokens(const ProductArgs& args, int64_t first, int64_t count) {
-  const auto bytes = [](int32_t type) { return type == BCY_F32 ? 4 : 2; };
-  ProductArgs some = args;
-  some.m = std::min(args.m - first, count);
-  some.x = static_cast<const uint8_t*>(args.x) + first * args.x_stride * bytes(args.x_type);
-  some.y = static_cast<uint8_t*>(args.y) + first * args.y_stride * bytes(args.y_type);
-  return some;
-}
-
 // Describes the scales of a row's units to the copy engine, in boxes of four by `rows`, if they are
 // a float32 for each chunk at places that it can copy.
 inline int describe_scales(const ProductArgs& args, const Nf4Inputs& inputs, int rows,

@@ -69,13 +69,13 @@ typedef struct bcy_gguf_quantize_args {
 int64_t bcy_gguf_block_elements(int32_t format);
 int64_t bcy_gguf_block_bytes(int32_t format);
 
-// Scratch of the staged product: upper bound in bytes, -1 when it exceeds int64.
-int64_t bcy_cuda_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m);
+// Scratch of the staged product: upper bound in bytes, -1 when it exceeds int64. On CUDA the weight
+// may be NULL, which stands for one on a 16-byte boundary; at any other it takes no more.
+int bcy_cuda_gguf_workspace_size(const bcy_gguf_matmul_args* args, int64_t* size);
 int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m);
 
 // Whether bcy_cuda_gguf_matmul stages in the product itself and wants no workspace.
-int bcy_cuda_gguf_needs_no_workspace(int32_t device, int32_t format, int64_t ncols, int64_t m,
-                                     int32_t* answer);
+int bcy_cuda_gguf_needs_no_workspace(const bcy_gguf_matmul_args* args, int32_t* answer);
 
 int bcy_cuda_gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream);
 int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream);  // float activations

@@ -9,7 +9,8 @@
 //
 //   codes(block, group, half, word)   four codes: elements 32 group + 16 half + 4 word .. + 3 of
 //   the
-//                                     block, the first in the low byte
+//                                     block, the first in the low byte; of those that are int8 and
+//                                     carry a factor, codes<false> leaves the sign bit unflipped
 //   shift(group)                      codes carry a factor 2^shift, where that saves instructions
 //   scale(block, group)               weight of a unit code, exact in float32 (without the half's)
 //   half_scales(block, group)         integer scales of the halves, plus kHalfOffset, in bytes 2 i
@@ -52,11 +53,13 @@ inline constexpr bool gives_turns<IQ4_XS> = true;
 template <>
 inline constexpr bool gives_turns<MXFP4> = true;
 
-// Whether a code times its half's scale still fits a byte.
+// Whether a code times its half's scale still fits a byte, for Q3_K the negative of it.
 template <class Format>
 constexpr bool scales_fit_codes = false;
 template <>
 inline constexpr bool scales_fit_codes<Q2_K> = true;  // 3 * 15
+template <>
+inline constexpr bool scales_fit_codes<Q3_K> = true;  // -4 * 32 to 4 * 31
 
 template <class Format, class Block>
 BCY_INLINE int half_scale(Block block, int group, int half) {

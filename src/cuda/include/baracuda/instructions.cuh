@@ -7,6 +7,9 @@
 
 namespace bcy {
 
+// Keeps the compiler from turning a branch into predicates.
+__device__ __forceinline__ void stay_branch() { asm volatile(""); }
+
 // (x & mask) ^ flip in one instruction: compilers make two of it when both are constants.
 __device__ __forceinline__ uint32_t mask_and_flip_words(uint32_t x, uint32_t mask, uint32_t flip) {
   uint32_t result;

@@ -183,6 +183,13 @@ BCY_INLINE uint32_t mask_and_flip(uint32_t x, uint32_t mask, uint32_t flip) {
 #endif
 }
 
+// The same where `Flips`, else x & mask, which compilers merge with what follows.
+template <bool Flips>
+BCY_INLINE uint32_t mask_and_flip_if(uint32_t x, uint32_t mask, uint32_t flip) {
+  if constexpr (Flips) return mask_and_flip(x, mask, flip);
+  return x & mask;
+}
+
 // Bit i of four goes to bit Place of byte i.
 template <int Place>
 BCY_INLINE uint32_t spread_bits(uint32_t four) {

@@ -5,6 +5,8 @@
 
 namespace bcy {
 
+inline void stay_branch() {}
+
 inline uint32_t mask_and_flip_words(uint32_t x, uint32_t mask, uint32_t flip) {
   return (x & mask) ^ flip;
 }

@@ -14,10 +14,10 @@ struct Q4_0 {
   static constexpr bool kUnsignedCodes = false;
 
   // A nibble at the top of its byte, sign bit flipped, is 16 (q - 8) as int8.
-  template <class Block>
+  template <bool Signed = true, class Block>
   static BCY_INLINE uint32_t codes(Block block, int, int half, int word) {
     const uint32_t nibbles = block.load32(2, 4 * word);
-    return mask_and_flip(half ? nibbles : nibbles << 4, 0xf0f0f0f0u, 0x80808080u);
+    return mask_and_flip_if<Signed>(half ? nibbles : nibbles << 4, 0xf0f0f0f0u, 0x80808080u);
   }
   static BCY_INLINE constexpr int shift(int) { return 4; }
   template <class Block>

@@ -14,12 +14,12 @@ struct Q5_0 {
   static constexpr bool kUnsignedCodes = false;
 
   // Five bits at the top of their byte, sign bit flipped, are 8 (q - 16) as int8.
-  template <class Block>
+  template <bool Signed = true, class Block>
   static BCY_INLINE uint32_t codes(Block block, int, int half, int word) {
     const uint32_t nibbles = block.load32(6, 4 * word);
     const uint32_t fifth = spread_bits<7>(block.load32(2, 0) >> (16 * half + 4 * word));
     const uint32_t low = half ? nibbles >> 1 : nibbles << 3;
-    return mask_and_flip(low, 0x78787878u, 0x80808080u) ^ fifth;
+    return mask_and_flip_if<Signed>(low, 0x78787878u, 0x80808080u) ^ fifth;
   }
   static BCY_INLINE constexpr int shift(int) { return 3; }
   template <class Block>

@@ -1,0 +1,471 @@
+// SPDX-License-Identifier: Apache-2.0
+// The product of matmul.cuh for many tokens on Hopper: the same bits.
+//
+// A thread block takes 128 rows and some units of K. Two of its four warpgroups have 64 rows, 16 to
+// a warp; one takes every other unit, the other those between, and they meet at the end. The copy
+// engine brings a unit of the rows and of the activations, which staging has put into the order in
+// which tensor cores read them; those multiply one group while the warps unpack the next and add up
+// the one before.
+//
+// Where rows are few, several blocks divide K in the same way, and meet in the workspace.
+//
+// Formats whose halves are multiplied one by one have none: they gain nothing.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/common/divided.cuh"
+#include "cuda/common/product.cuh"
+#include "cuda/common/warpgroup.cuh"
+#include "operands.cuh"
+#include "staged.cuh"
+#include "unit_words.cuh"
+
+namespace bcy {
+
+// Tokens: 16 or 32. What a block holds in shared memory.
+template <class Format, int Tokens>
+struct GgufBoxes {
+  using Record = WarpgroupRecord<Tokens, Format::kMinima>;
+  static constexpr int kWarps = 16;
+  static constexpr int kConsumers = kWarps * 32;  // threads
+  static constexpr int kThreads = kConsumers + 128;  // a warpgroup more, of which one copies
+  static constexpr int kRows = 128;
+  static constexpr int kHalves = 2;  // that divide units
+
+  // Rows follow each other an odd number of 16-byte pieces apart: then eight of them are read
+  // without bank conflicts.
+  // The copy engine begins at multiples of 16 bytes, units at those of kAlignment.
+  static constexpr int kAlignment = greatest_power_of_two_in(kUnitBytes<Format>, 16);
+  static constexpr int kPitch = ((kUnitBytes<Format> + 16 - kAlignment + 15) / 16 | 1) * 16;
+  static_assert(kPitch <= kMostPlainBoxBytes);
+
+  // Bytes of a stage of the ring, a unit: codes, activations.
+  static constexpr int kCodes = kRows * kPitch;
+  static constexpr int kX = Record::kBytes;
+  static constexpr int kStage = kCodes + kX;
+  static_assert(kStage % 128 == 0);
+
+  // Registers of threads that multiply, and of the others, out of those that all have at first.
+  static constexpr int kMany = 112, kFew = 24;
+  static_assert(kConsumers * kMany + 128 * kFew <= 65536 / kThreads / 8 * 8 * kThreads);
+
+  // Offsets: barriers, where warps of the same rows exchange sums, the ring.
+  static constexpr int kSums = Tokens / 2;  // of a lane, of which it keeps half
+  static constexpr int kExchange = 1024;
+  static constexpr int kExchangeWarp = kSums / 2 * 32 * int(sizeof(float));
+  static constexpr int kRing = kExchange + kWarps * kExchangeWarp;
+  static_assert((2 * kMaxStages + 2 * kWarps) * sizeof(uint64_t) <= kExchange);
+};
+
+// How a product is divided, and what it keeps in the workspace.
+struct GgufDivision {
+  int blocks;  // that divide K: 1, 2 or 4; 0 where the kernel is not to be had or others are faster
+  int tiles;
+  int stages;  // of the ring
+  int ncounts;
+  int64_t sums, counts;  // where they begin, behind the activations
+  int64_t bytes;
+
+  int* counts_in(void* workspace) const {
+    return reinterpret_cast<int*>(static_cast<uint8_t*>(workspace) + counts);
+  }
+};
+
+// From how many weights a multiprocessor on this kernel is the faster one, as measured. It gains
+// most where a group takes many instructions for each of many tokens, or unpacking takes few; what
+// it lacks is rows that keep all multiprocessors busy.
+template <class Format>
+constexpr int64_t worth_it(bool many_tokens) {
+  constexpr int64_t kSome = 200000, kMany = 1000000;
+  if (multiplies_halves<Format>) return INT64_MAX;
+  constexpr bool kBytes = Format::kBytes >= Format::kElements;  // eight bits a code
+  if (many_tokens) return kBytes || Format::kMinima > 0 ? kSome : kMany;
+  return kBytes || negates_scaled_codes<Format> ? INT64_MAX : kMany;
+}
+
+// Calls function(std::integral_constant<int, Tokens>{}) for as many tokens as are multiplied at a
+// time, if the kernel is ever worth it.
+template <class Format, class Function>
+int with_warpgroup_tokens(int64_t m, Function&& function) {
+  if constexpr (worth_it<Format>(false) < INT64_MAX) {
+    if (m <= 16) return function(std::integral_constant<int, 16>{});
+  }
+  if constexpr (worth_it<Format>(true) < INT64_MAX) {
+    return function(std::integral_constant<int, 32>{});
+  }
+  return BCY_ERROR_INVALID_ARGUMENT;
+}
+
+template <class Format>
+GgufDivision divide_gguf(const ProductArgs& args, const Device& device) {
+  GgufDivision division = {};
+  if (device.arch < 900 || device.own_arch != 900 || args.m <= 8 || args.ncols == 0 ||
+      args.ncols % kUnit != 0 || args.ncols > kMaxColumns || args.nrows > INT32_MAX / 2 ||
+      args.nrows * args.ncols / device.processors < worth_it<Format>(args.m > 16) ||
+      !rows_on_boundaries<Format>(args) || staged_bytes(args.ncols, args.m, Format::kMinima) < 0) {
+    return division;
+  }
+  const bool many = args.m > 16;
+  const int tokens = many ? 32 : 16;
+  using Many = GgufBoxes<Format, 32>;
+  using Some = GgufBoxes<Format, 16>;
+  constexpr int kRows = Many::kRows;
+  const int ring = device.shared_per_block - (many ? Many::kRing : Some::kRing);
+  division.stages = std::min(ring / (many ? Many::kStage : Some::kStage), kMaxStages) / 2 * 2;
+  if (division.stages == 0) return division;
+  const int64_t tiles = ceil_div(args.nrows, kRows), units = args.ncols / kUnit;
+  int64_t takes;
+  division.blocks = divide_k(tiles, units, 4, device.processors, 5, 40, takes);
+  division.tiles = int(tiles);
+  const int64_t record = many ? Many::kX : Some::kX;
+  division.sums = ceil_div(args.m, tokens) * units * record;
+  const int64_t warps = division.blocks == 1 ? 0 : tiles * Many::kWarps;
+  division.ncounts = int(warps);
+  division.counts = division.sums + warps * division.blocks * 8 * tokens * int64_t(sizeof(float));
+  division.bytes = division.counts + warps * int64_t(sizeof(int));
+  return division;
+}
+
+// sums, counts: used where several blocks divide K, 2^log2_blocks of them, each of which has units.
+// Item i is part i % blocks of tile i / blocks.
+template <class Format, int Tokens>
+__global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
+    gguf_product_sm90(const __grid_constant__ ProductArgs args,
+                      const __grid_constant__ CUtensorMap matrix, const uint8_t* records,
+                      float* sums, int* counts, int log2_blocks, int items, int stages) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  using B = GgufBoxes<Format, Tokens>;
+  using Record = typename B::Record;
+  constexpr int kMinima = Format::kMinima;
+  constexpr int kBlockGroups = Format::kElements / kGroup;
+  BCY_DYNAMIC_SHARED(shared);
+  auto* const filled = reinterpret_cast<uint64_t*>(shared);
+  uint64_t* const emptied = filled + kMaxStages;
+  uint64_t* const given = emptied + kMaxStages;
+  uint64_t* const taken = given + B::kWarps;
+  uint8_t* const ring = shared + B::kRing;
+  // The same for all lanes, which the compiler then knows.
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+  const int nrows = int(args.nrows), tokens = int(args.m), units = int(args.ncols / kUnit);
+  const int blocks = 1 << log2_blocks;
+  const int visits = kPartials / B::kHalves >> log2_blocks;
+  const auto part_of = [&](int item) { return item & (blocks - 1); };
+
+  if (threadIdx.x == B::kConsumers) {
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(&filled[i], 1);
+      barrier_init(&emptied[i], B::kConsumers / B::kHalves);
+    }
+    for (int i = 0; i < B::kWarps; ++i) {
+      barrier_init(&given[i], 32);
+      barrier_init(&taken[i], 32);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+
+  // Each half has a ring of its own, of every other stage.
+  struct Stage {
+    int index;
+    uint32_t phase;
+  };
+  const auto step = [&](Stage& stage) {
+    stage.index += B::kHalves;
+    if (stage.index >= stages) {
+      stage.index -= stages;
+      stage.phase ^= 1;
+    }
+  };
+
+  // The units of a half, one after the other, in all items of this block.
+  struct Place {
+    int item, visit, unit;
+  };
+  const auto first_unit = [&](int item, int visit, int half) {
+    return part_of(item) + half * blocks + visit_offset(visit);
+  };
+  const auto exists = [&](const Place& place) { return place.item < items; };
+  const auto settle = [&](Place& place, int half) {
+    while (exists(place) && place.unit >= units) {
+      if (++place.visit == visits) {
+        place.item += int(gridDim.x);
+        place.visit = 0;
+      }
+      place.unit = first_unit(place.item, place.visit, half);
+    }
+  };
+  const auto first_of = [&](int half) {
+    Place place = {int(blockIdx.x), 0, first_unit(blockIdx.x, 0, half)};
+    settle(place, half);
+    return place;
+  };
+  const auto advance = [&](Place& place, int half) {
+    place.unit += kPartials;
+    settle(place, half);
+  };
+
+  if (warp >= B::kWarps) {
+    leave_registers<B::kFew>();
+    if (threadIdx.x != B::kConsumers) return;
+    // Where the first half has a unit, the second one has the one `blocks` on, if there is one.
+    const auto copy_weights = [&](int item, int unit, int stage) {
+      expect_bytes(&filled[stage], B::kStage);
+      copy_box(ring + stage * B::kStage, &matrix,
+               unit * kUnitBytes<Format> / 16 * (16 / kPlainElement),
+               (item >> log2_blocks) * B::kRows, &filled[stage]);
+    };
+    const Place first = first_of(0);
+    int ahead[B::kHalves] = {0, 0};
+    Place place = first;
+    for (int i = 0; i < stages && exists(place); i += B::kHalves, advance(place, 0)) {
+#pragma unroll
+      for (int half = 0; half < B::kHalves; ++half) {
+        const int unit = place.unit + half * blocks;
+        if (unit < units) copy_weights(place.item, unit, half + B::kHalves * ahead[half]++);
+      }
+    }
+    wait_for_previous_kernel();
+    // Not before: the next kernel's weights would come ahead of this one's activations.
+    let_next_kernel_start();
+    Stage next[B::kHalves] = {{0, 1}, {1, 1}};
+    for (place = first; exists(place); advance(place, 0)) {
+#pragma unroll
+      for (int half = 0; half < B::kHalves; ++half) {
+        const int unit = place.unit + half * blocks;
+        if (unit >= units) continue;
+        const int stage = next[half].index;
+        barrier_wait(&emptied[stage], next[half].phase);
+        if (ahead[half]-- <= 0) copy_weights(place.item, unit, stage);
+        copy_row(ring + stage * B::kStage + B::kCodes, records + int64_t{unit} * B::kX, B::kX,
+                 &filled[stage]);
+        step(next[half]);
+      }
+    }
+    return;
+  }
+  take_registers<B::kMany>();
+
+  const int half = warp / 4 % B::kHalves;
+  const int partner = warp ^ 4;
+  const int row_here = warp / 8 * 64 + warp % 4 * 16 + lane / 4;  // in a tile, and 8 on
+  const int t = lane % 4;
+
+  // Where row i of the lane is in a stage that holds a unit.
+  using Row = Bytes<B::kAlignment>;
+  const auto row_in = [&](const uint8_t* stage_at, int unit, int i) {
+    const int ahead = B::kAlignment == 16 ? 0 : unit * kUnitBytes<Format> % 16;
+    return Row(stage_at + (row_here + 8 * i) * B::kPitch + ahead);
+  };
+
+  uint32_t a[2][4];
+  const auto unpack = [&](Row upper, Row lower, int group) {
+    const int offset = group / kBlockGroups * Format::kBytes;
+    load_plain_operands<Format>(upper + offset, lower + offset, group % kBlockGroups, a[group % 2]);
+  };
+
+  // Of two groups, one multiplied while the other joins.
+  constexpr int kTiles = Tokens / kTileTokens;
+  int dots[2][kTiles][4];
+  const auto multiply = [&](uint32_t codes, int group) {
+    warpgroup_multiply_codes<Tokens, operand_offset<Format>>(dots[group % 2], a[group % 2],
+                                                             codes + group * (Record::kCodes / 16));
+  };
+
+  // What belongs to tokens 2 t and 2 t + 1 of each eight.
+  struct Pairs {
+    float of[kTiles][2];
+    __device__ __forceinline__ explicit Pairs(const uint8_t* from) {
+#pragma unroll
+      for (int n = 0; n < kTiles; n += 2) {
+        const float4 four = *reinterpret_cast<const float4*>(from + n * 8);
+        of[n][0] = four.x;
+        of[n][1] = four.y;
+        of[n + 1][0] = four.z;
+        of[n + 1][1] = four.w;
+      }
+    }
+  };
+
+  Place next = first_of(half);
+  Stage stage = {half, 0};
+  // Two groups of the next unit; if there is none, what is there is unpacked for nothing.
+  const auto wait_for_next = [&] {
+    if (exists(next)) barrier_wait(&filled[stage.index], stage.phase);
+  };
+  const auto unpack_next = [&](int group) {
+    const uint8_t* const stage_at = ring + stage.index * B::kStage;
+    unpack(row_in(stage_at, next.unit, 0), row_in(stage_at, next.unit, 1), group);
+  };
+  wait_for_next();
+  unpack_next(0);
+  unpack_next(1);
+  uint32_t exchanges = 0;
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    float waiting[2][B::kSums];
+    float values[B::kSums];  // [eight tokens][row, 8 on][token 2 t, 2 t + 1]
+    for (int visit = 0; visit < visits; ++visit) {
+#pragma unroll
+      for (int i = 0; i < B::kSums; ++i) values[i] = 0.0f;
+      for (int unit = first_unit(item, visit, half); unit < units; unit += kPartials) {
+        const int this_stage = stage.index;
+        const uint8_t* const stage_at = ring + this_stage * B::kStage;
+        const uint8_t* const x = stage_at + B::kCodes;
+        const uint32_t codes = describe_codes<Tokens>(shared_address(x));
+        const Row rows[2] = {row_in(stage_at, unit, 0), row_in(stage_at, unit, 1)};
+        step(stage);
+        advance(next, half);
+        // What scales the groups of a block, in registers.
+        [[maybe_unused]] uint32_t words[2][kUnitWords<Format>];
+        if constexpr (kBlockGroups == kUnitGroups) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            load_unit_words<Format>(rows[i], words[i]);
+          }
+        }
+        const auto block_of = [&](int i, int group) {
+          if constexpr (kBlockGroups == kUnitGroups) {
+            return WordBytes{words[i], 0};
+          } else {
+            return rows[i] + group / kBlockGroups * Format::kBytes;
+          }
+        };
+        multiply(codes, 0);
+#pragma unroll
+        for (int group = 0; group < kUnitGroups; ++group) {
+          const int g = group % kBlockGroups;
+          float scales[2];
+          [[maybe_unused]] float minima[2][2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            scales[i] = operand_scale<Format, true>(block_of(i, group), g);
+            if constexpr (kMinima > 0) {
+#pragma unroll
+              for (int j = 0; j < kMinima; ++j) {
+                minima[i][j] = Format::minimum(block_of(i, group), g, j);
+              }
+            }
+          }
+          const uint8_t* const pairs = x + t * Tokens;
+          const Pairs x_scales(pairs + Record::kScalesAt + group * Record::kScales);
+          auto& done = dots[group % 2];
+          if (group + 1 < kUnitGroups) {
+            multiply(codes, group + 1);
+            warpgroup_wait_codes<1>(done);
+          } else {
+            warpgroup_wait_codes<0>(done);
+          }
+          // Two groups ahead.
+          if (group + 2 < kUnitGroups) {
+            unpack(rows[0], rows[1], group + 2);
+          } else {
+            if (group + 2 == kUnitGroups) wait_for_next();
+            unpack_next(group + 2 - kUnitGroups);
+          }
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              float& sum = values[4 * n + i];
+              sum = fma(float(done[n][i]), mul(scales[i / 2], x_scales.of[n][i % 2]), sum);
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < kMinima; ++j) {
+            const Pairs x_sums(pairs + Record::kSumsAt + (group * kMinima + j) * Record::kScales);
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                float& sum = values[4 * n + i];
+                sum = add_minimum(sum, minima[i / 2][j], x_sums.of[n][i % 2]);
+              }
+            }
+          }
+        }
+        // Every lane for itself: that costs no more than to meet in the warp first.
+        barrier_arrive(&emptied[this_stage]);
+      }
+      join_tree(visit, values, waiting);
+    }
+
+    // Each warp of a pair keeps half of the tokens and gives the other half away.
+    constexpr int kKept = B::kSums / 2;
+    float* const mine = reinterpret_cast<float*>(shared + B::kExchange + warp * B::kExchangeWarp);
+    float* const theirs =
+        reinterpret_cast<float*>(shared + B::kExchange + partner * B::kExchangeWarp);
+    barrier_wait(&taken[partner], exchanges & 1 ^ 1);
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      theirs[i * 32 + lane] = half == 0 ? values[kKept + i] : values[i];
+    }
+    barrier_arrive(&given[partner]);
+    barrier_wait(&given[warp], exchanges & 1);
+    float kept[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      kept[i] = half == 0 ? add(values[i], mine[i * 32 + lane])
+                          : add(mine[i * 32 + lane], values[kKept + i]);
+    }
+    barrier_arrive(&taken[warp]);
+    ++exchanges;
+
+    const int tile = item >> log2_blocks;
+    const int64_t place = int64_t{tile} * B::kWarps + warp;
+    if (blocks > 1 && !meet_parts(sums + place * blocks * kKept * 32, counts + place, part_of(item),
+                                  blocks, kept)) {
+      continue;
+    }
+    with_element_type(args.y_type, [&](auto element) {
+      using Y = decltype(element);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = tile * B::kRows + row_here + 8 * i;
+        if (row >= nrows) continue;
+        const auto* const bias = static_cast<const typename Y::Storage*>(args.bias);
+        const float added = bias == nullptr ? 0.0f : Y::load(bias + row);
+        auto* const y = static_cast<typename Y::Storage*>(args.y) + row;
+#pragma unroll
+        for (int j = 0; j < kKept / 2; ++j) {
+          const int token = half * (Tokens / 2) + j / 2 * 8 + t * 2 + j % 2;
+          if (token >= tokens) continue;
+          const float value = kept[j / 2 * 4 + 2 * i + j % 2];
+          y[token * args.y_stride] = Y::round(bias == nullptr ? value : add(value, added));
+        }
+      }
+    });
+  }
+#endif
+}
+
+template <class Format, int Tokens>
+int launch_gguf_sm90(const ProductArgs& args, const GgufDivision& division, const Device& device,
+                     bool early, cudaStream_t stream) {
+  using B = GgufBoxes<Format, Tokens>;
+  CUtensorMap matrix;
+  if (const int status = describe_plain_boxes(args.weight, row_bytes<Format>(args.ncols),
+                                              args.nrows, B::kPitch, B::kRows, true, matrix)) {
+    return status;
+  }
+  auto* const kernel = gguf_product_sm90<Format, Tokens>;
+  if (const int status = allow_shared(kernel, device)) return status;
+  auto* const workspace = static_cast<uint8_t*>(args.workspace);
+  const int items = division.tiles * division.blocks;
+  const int log2_blocks = division.blocks / 2;  // of 1, 2 and 4
+  const int64_t record_bytes = unit_count(args.ncols) * B::kX;  // of a pass
+  for (int64_t first = 0; first < args.m; first += Tokens) {
+    if (const int status =
+            launch(kernel, dim3(unsigned(std::min(items, device.processors))), dim3(B::kThreads),
+                   stream, B::kRing + division.stages * B::kStage, early || first > 0,
+                   some_tokens(args, first, Tokens), matrix,
+                   static_cast<const uint8_t*>(workspace + first / Tokens * record_bytes),
+                   reinterpret_cast<float*>(workspace + division.sums),
+                   division.counts_in(workspace), log2_blocks, items, division.stages)) {
+      return status;
+    }
+  }
+  return BCY_OK;
+}
+
+}  // namespace bcy

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// The codes of a group of rows as tensor cores take them.
+#pragma once
+
+#include "baracuda/formats.h"
+
+namespace bcy {
+
+// Whether codes times the scales of their halves fit a byte as unsigned ones, or negated. The
+// latter take more instructions, which pay for several times eight tokens.
+template <class Format>
+constexpr bool scales_unsigned_codes = scales_fit_codes<Format> && Format::kUnsignedCodes;
+template <class Format>
+constexpr bool negates_scaled_codes = scales_fit_codes<Format> && !Format::kUnsignedCodes;
+
+template <class Format, bool ManyTokens>
+constexpr bool scales_codes =
+    scales_unsigned_codes<Format> || (ManyTokens && negates_scaled_codes<Format>);
+
+// Whether a group's halves are multiplied one by one, as each has a scale of its own.
+template <class Format, bool ManyTokens = true>
+constexpr bool multiplies_halves =
+    Format::kScaleElements == 16 && !scales_codes<Format, ManyTokens>;
+
+// Operands carry a factor 2^operand_shift.
+template <class Format, bool ManyTokens>
+BCY_INLINE constexpr int operand_shift(int g) {
+  return scales_codes<Format, ManyTokens> ? 0 : Format::shift(g);
+}
+
+// What scales the products of operands of group g.
+template <class Format, bool ManyTokens, class Block>
+BCY_INLINE float operand_scale(Block block, int g) {
+  const float scale = Format::scale(block, g);
+  return ManyTokens && negates_scaled_codes<Format> ? -scale : scale;
+}
+
+// The codes of a word times the scale of its half.
+template <class Format, class Block>
+__device__ __forceinline__ uint32_t scaled_codes(Block block, int g, int half, int t) {
+  const int scale = half_scale<Format>(block, g, half), shift = Format::shift(g);
+  if constexpr (Format::kUnsignedCodes) {
+    return (Format::codes(block, g, half, t) >> shift) * uint32_t(scale);
+  } else {
+    // Four bytes at once: 128 is added to each product, so that none borrows from the next.
+    const uint32_t codes = Format::template codes<false>(block, g, half, t) >> shift;
+    const uint32_t offset = 0x80808080u + (0x80808080u >> shift) * uint32_t(scale);
+    return (offset - codes * uint32_t(scale)) ^ 0x80808080u;
+  }
+}
+
+// Group g of two rows, as mma_group wants it: codes, or codes times scales.
+template <class Format, bool ManyTokens, class Block>
+__device__ __forceinline__ void load_operands(Block upper, Block lower, int g, uint32_t (&a)[4]) {
+  const int t = threadIdx.x % 4;
+  if constexpr (gives_turns<Format>) {
+    const uint2 turns[2] = {look_up_by_turns(Format::table(), Format::nibbles(upper, g, t)),
+                            look_up_by_turns(Format::table(), Format::nibbles(lower, g, t))};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      a[i] = turns[i].x;
+      a[i + 2] = turns[i].y;
+    }
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (scales_codes<Format, ManyTokens>) {
+        a[2 * half] = scaled_codes<Format>(upper, g, half, t);
+        a[2 * half + 1] = scaled_codes<Format>(lower, g, half, t);
+      } else {
+        a[2 * half] = Format::codes(upper, g, half, t);
+        a[2 * half + 1] = Format::codes(lower, g, half, t);
+      }
+    }
+  }
+}
+
+// The same of many tokens without the factor: operand_offset is to be added to each code, by a
+// product of its own, which takes fewer instructions.
+template <class Format>
+constexpr int operand_offset =
+    !Format::kUnsignedCodes && operand_shift<Format, true>(0) > 0 ? -(128 >> Format::shift(0)) : 0;
+template <class Format, class Block>
+__device__ __forceinline__ void load_plain_operands(Block upper, Block lower, int g,
+                                                    uint32_t (&a)[4]) {
+  if constexpr (operand_offset<Format> != 0) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      a[2 * half] = Format::template codes<false>(upper, g, half, t) >> Format::shift(g);
+      a[2 * half + 1] = Format::template codes<false>(lower, g, half, t) >> Format::shift(g);
+    }
+  } else {
+    load_operands<Format, true>(upper, lower, g, a);
+    // Unsigned codes, whose lower bits are zero.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] >>= operand_shift<Format, true>(g);
+  }
+}
+
+}  // namespace bcy
