@@ -17,7 +17,7 @@ MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
 # Tokens, rows and columns that are enough for the kernel for many tokens on Hopper: two tiles of
 # 128 rows to a thread block, or parts of one.
 MANY_TOKENS = [
-    ("Q4_0", 12, 256 * _cuda.multiprocessors() - 5, 4096),
+    ("Q4_1", 12, 256 * _cuda.multiprocessors() - 5, 4096),
     ("Q5_K", 20, 256 * _cuda.multiprocessors() - 5, 1280),
     ("Q2_K", 40, 32 * _cuda.multiprocessors() - 7, 6400),
 ]

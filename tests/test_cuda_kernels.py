@@ -65,7 +65,7 @@ def test_many_rows_of_many_tokens(cpu, gpu, name, ncols, m):
 
 
 # A multiprocessor has at least so many weights where Hopper's kernel for many tokens takes over: of
-# formats with minima or bytes and more than 16 tokens, and of all that it is for.
+# formats with minima or bytes and more than 16 tokens, and of all others that it is for.
 SOME, MANY = 200_000, 1_000_000
 
 

@@ -74,14 +74,14 @@ struct GgufDivision {
 
 // From how many weights a multiprocessor on this kernel is the faster one, as measured. It gains
 // most where a group takes many instructions for each of many tokens, or unpacking takes few; what
-// it lacks is rows that keep all multiprocessors busy.
+// it lacks is rows that keep all multiprocessors busy. INT64_MAX: never.
 template <class Format>
 constexpr int64_t worth_it(bool many_tokens) {
   constexpr int64_t kSome = 200000, kMany = 1000000;
   if (multiplies_halves<Format>) return INT64_MAX;
   constexpr bool kBytes = Format::kBytes >= Format::kElements;  // eight bits a code
   if (many_tokens) return kBytes || Format::kMinima > 0 ? kSome : kMany;
-  return kBytes || negates_scaled_codes<Format> ? INT64_MAX : kMany;
+  return Format::kMinima > 0 ? kMany : INT64_MAX;
 }
 
 // Calls function(std::integral_constant<int, Tokens>{}) for as many tokens as are multiplied at a
