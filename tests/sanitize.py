@@ -19,7 +19,7 @@ MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
 MANY_TOKENS = [
     ("Q4_1", 12, 256 * _cuda.multiprocessors() - 5, 4096),
     ("Q5_K", 20, 256 * _cuda.multiprocessors() - 5, 1280),
-    ("Q2_K", 40, 32 * _cuda.multiprocessors() - 7, 6400),
+    ("Q2_K", 40, 32 * _cuda.multiprocessors() - 7, 7168),
 ]
 # Rows and columns of NF4 that are enough for boxes of 128 rows: two to a thread block, or parts.
 MANY_NF4 = [(256 * _cuda.multiprocessors() - 5, 832), (32 * _cuda.multiprocessors() - 7, 6656)]
@@ -143,7 +143,22 @@ def nf4_cases(rng):
     return cases
 
 
+def check_many_tokens():
+    for name, m, nrows, ncols in MANY_TOKENS:
+        sizes = []
+        for n in (nrows, 16):
+            descriptor = bcy.GgufMmvqMultiMDescriptor(
+                nrows=n, ncols=ncols, block_format=name, m=m, activation="float16"
+            )
+            plan = bcy.GgufMmvqMultiMPlan.select("cuda", descriptor)
+            sizes.append(plan.workspace_size)
+        # As many tokens are staged as are multiplied at a time: of 9 to 16 no more than otherwise.
+        if plan.sku.arch == 90 and m > 16 and sizes[0] == sizes[1]:
+            sys.exit(f"{name}, m={m}: not the kernel that is meant")
+
+
 def main():
+    check_many_tokens()
     rng = np.random.default_rng(0)
     cases = nf4_cases(rng)
     for block_format in bcy.GgufBlockFormat:

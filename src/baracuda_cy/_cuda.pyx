@@ -241,7 +241,7 @@ cdef int gguf_needs_no_workspace(const bcy_gguf_matmul_args* args) except -1 nog
     cdef int32_t answer = 0
     cdef int status = bcy_cuda_gguf_needs_no_workspace(args, &answer)
     if status:
-        fail(status, b"looking at a CUDA device")
+        fail(status, b"asking for the workspace of a product on CUDA")
     return answer
 
 
@@ -249,7 +249,7 @@ cdef int64_t gguf_workspace_size(const bcy_gguf_matmul_args* args) except -2 nog
     cdef int64_t size = 0
     cdef int status = bcy_cuda_gguf_workspace_size(args, &size)
     if status:
-        fail(status, b"looking at a CUDA device")
+        fail(status, b"asking for the workspace of a product on CUDA")
     return size
 
 

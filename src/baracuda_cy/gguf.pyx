@@ -6,7 +6,7 @@
 cimport cython
 from cpython.ref cimport PyObject
 from cpython.type cimport PyType_IsSubtype
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int64_t
 
 from baracuda_cy cimport _cpu, _cuda
 from baracuda_cy._native cimport bcy_gguf_dequantize_args, bcy_gguf_matmul_args

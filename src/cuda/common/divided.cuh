@@ -6,8 +6,6 @@
 // tree in which the eight meet, so that one sum is left of each part.
 #pragma once
 
-#include <algorithm>
-
 #include "baracuda/order.cuh"
 #include "cuda/common/launch.cuh"
 
@@ -68,20 +66,20 @@ __device__ __forceinline__ bool meet_parts(float* place, int* count, int part, i
   return true;
 }
 
-// Into how many thread blocks, up to `most`, it is best to divide K for tiles of rows: what the
-// busiest multiprocessor then takes is in `takes`, in tenths of a unit's time. end, meeting: what
-// an item takes longer than its units, and longer still where it meets others.
-inline int divide_k(int64_t tiles, int64_t units, int most, int processors, int end, int meeting,
-                    int64_t& takes) {
-  int best = 1;
-  takes = INT64_MAX;
+// Into how many thread blocks, up to `most`, it is best to divide K for tiles of rows, and what the
+// busiest multiprocessor then takes, in tenths of a unit's time. end, meeting: what an item takes
+// longer than its units, and longer still where it meets others.
+struct DividedK {
+  int blocks;
+  int64_t takes;
+};
+inline DividedK divide_k(int64_t tiles, int64_t units, int most, int processors, int end,
+                         int meeting) {
+  DividedK best = {1, INT64_MAX};
   for (int blocks = 1; blocks <= most && blocks <= units; blocks *= 2) {  // each has one
     const int64_t item = ceil_div(10 * units, blocks) + end + (blocks == 1 ? 0 : meeting);
     const int64_t all = ceil_div(tiles * blocks, processors) * item;
-    if (all < takes) {
-      takes = all;
-      best = blocks;
-    }
+    if (all < best.takes) best = {blocks, all};
   }
   return best;
 }

@@ -25,7 +25,9 @@ inline ProductArgs some_tokens(const ProductArgs& args, int64_t first, int64_t c
   const auto bytes = [](int32_t type) { return type == BCY_F32 ? 4 : 2; };
   ProductArgs some = args;
   some.m = std::min(args.m - first, count);
-  some.x = static_cast<const uint8_t*>(args.x) + first * args.x_stride * bytes(args.x_type);
+  if (args.x != nullptr) {  // is staged
+    some.x = static_cast<const uint8_t*>(args.x) + first * args.x_stride * bytes(args.x_type);
+  }
   some.y = static_cast<uint8_t*>(args.y) + first * args.y_stride * bytes(args.y_type);
   return some;
 }

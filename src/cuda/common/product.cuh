@@ -9,6 +9,7 @@
 //   product_streamed  a ninth warp keeps a ring of copies to shared memory in flight, through the
 //                     ends of tiles; the grid fills the GPU once (Ampere and later)
 //   product_direct    every lane loads what it needs
+// Those of Hopper alone, in files that end in _sm90, have ways of their own, and the same order.
 //
 // What a lane adds up is a Tile: a struct with
 //   Format, Inputs                        weights, activations

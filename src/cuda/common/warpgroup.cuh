@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tensor-core products of a warpgroup, four warps that start at a multiple of four: 64 rows by 64
-// elements by 8, 16 or 32 tokens, whose activations are in shared memory. Hopper's own instruction
-// reads those itself, and runs while its warps do other things; where it is not to be had, the same
-// products by mma.cuh. Both give the same bits.
+// elements by 8, 16 or 32 tokens, or by 32 codes by 16 or 32 tokens, whose activations are in
+// shared memory. Hopper's own instruction reads those itself, and runs while its warps do other
+// things; where it is not to be had, the same products by mma.cuh. Both give the same bits.
 #pragma once
 
 #include "cuda/common/async.cuh"
@@ -149,12 +149,9 @@ __device__ __forceinline__ void warpgroup_wait(float (&sums)[Tokens / 8][4]) {
 template <int Tokens, int Offset>
 __device__ __forceinline__ void warpgroup_multiply_codes(int (&sums)[Tokens / 8][4],
                                                          const uint32_t (&a)[4], uint32_t codes) {
-  static_assert(Tokens == 8 || Tokens == 16 || Tokens == 32);
+  static_assert(Tokens == 16 || Tokens == 32);
   const uint32_t offset = uint8_t(Offset) * 0x01010101u;
-  if constexpr (Tokens == 8) {
-    BCY_MULTIPLY_CODES("m64n8k32", "%0, %1, %2, %3", "%4, %5, %6, %7", "%8", "%9", "%10",
-                       BCY_SUMS("=r", 0))
-  } else if constexpr (Tokens == 16) {
+  if constexpr (Tokens == 16) {
     BCY_MULTIPLY_CODES("m64n16k32", "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11", "%12",
                        "%13", "%14", BCY_SUMS("=r", 0), BCY_SUMS("=r", 1))
   } else {
@@ -168,9 +165,7 @@ __device__ __forceinline__ void warpgroup_multiply_codes(int (&sums)[Tokens / 8]
 // Until all but the last Pending of them are done, sums among those that are.
 template <int Pending, int Tiles>
 __device__ __forceinline__ void warpgroup_wait_codes(int (&sums)[Tiles][4]) {
-  if constexpr (Tiles == 1) {
-    asm volatile("wgmma.wait_group.sync.aligned %4;" : BCY_SUMS("+r", 0) : "n"(Pending));
-  } else if constexpr (Tiles == 2) {
+  if constexpr (Tiles == 2) {
     asm volatile("wgmma.wait_group.sync.aligned %8;"
                  : BCY_SUMS("+r", 0), BCY_SUMS("+r", 1)
                  : "n"(Pending));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y[m, n] = sum_k weight[n, k] * x[m, k] on staged int8 activations, by integer tensor cores at
-// every M.
+// y[m, n] = sum_k weight[n, k] * x[m, k] on staged int8 activations, by integer tensor cores where
+// lanes.cuh does not take it.
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product of matmul.cuh for many tokens on Hopper: the same bits.
 //
-// A thread block takes 128 rows and some units of K. Two of its four warpgroups have 64 rows, 16 to
-// a warp; one takes every other unit, the other those between, and they meet at the end. The copy
+// A thread block takes 128 rows and some units of K. Each 64 rows belong to two of four warpgroups,
+// 16 to a warp; one takes every other unit, the other those between, and they meet at the end. A
+// fifth copies. The copy
 // engine brings a unit of the rows and of the activations, which staging has put into the order in
 // which tensor cores read them; those multiply one group while the warps unpack the next and add up
 // the one before.
@@ -12,6 +13,7 @@
 // Formats whose halves are multiplied one by one have none: they gain nothing.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/common/divided.cuh"
@@ -76,11 +78,11 @@ struct GgufDivision {
 // most where a group takes many instructions for each of many tokens, or unpacking takes few; what
 // it lacks is rows that keep all multiprocessors busy. INT64_MAX: never.
 template <class Format>
-constexpr int64_t worth_it(bool many_tokens) {
+constexpr int64_t worth_it(bool more_than_16) {
   constexpr int64_t kSome = 200000, kMany = 1000000;
   if (multiplies_halves<Format>) return INT64_MAX;
-  constexpr bool kBytes = Format::kBytes >= Format::kElements;  // eight bits a code
-  if (many_tokens) return kBytes || Format::kMinima > 0 ? kSome : kMany;
+  constexpr bool kWholeBytes = Format::kBytes >= Format::kElements;  // eight bits a code
+  if (more_than_16) return kWholeBytes || Format::kMinima > 0 ? kSome : kMany;
   return Format::kMinima > 0 ? kMany : INT64_MAX;
 }
 
@@ -113,10 +115,10 @@ GgufDivision divide_gguf(const ProductArgs& args, const Device& device) {
   constexpr int kRows = Many::kRows;
   const int ring = device.shared_per_block - (many ? Many::kRing : Some::kRing);
   division.stages = std::min(ring / (many ? Many::kStage : Some::kStage), kMaxStages) / 2 * 2;
-  if (division.stages == 0) return division;
+  // A half unpacks its next unit before it leaves this one.
+  if (division.stages < 2 * Many::kHalves) return division;
   const int64_t tiles = ceil_div(args.nrows, kRows), units = args.ncols / kUnit;
-  int64_t takes;
-  division.blocks = divide_k(tiles, units, 4, device.processors, 5, 40, takes);
+  division.blocks = divide_k(tiles, units, 4, device.processors, 5, 40).blocks;
   division.tiles = int(tiles);
   const int64_t record = many ? Many::kX : Some::kX;
   division.sums = ceil_div(args.m, tokens) * units * record;
@@ -453,13 +455,13 @@ int launch_gguf_sm90(const ProductArgs& args, const GgufDivision& division, cons
   auto* const workspace = static_cast<uint8_t*>(args.workspace);
   const int items = division.tiles * division.blocks;
   const int log2_blocks = division.blocks / 2;  // of 1, 2 and 4
-  const int64_t record_bytes = unit_count(args.ncols) * B::kX;  // of a pass
+  const int64_t pass_bytes = unit_count(args.ncols) * B::kX;
   for (int64_t first = 0; first < args.m; first += Tokens) {
     if (const int status =
             launch(kernel, dim3(unsigned(std::min(items, device.processors))), dim3(B::kThreads),
                    stream, B::kRing + division.stages * B::kStage, early || first > 0,
                    some_tokens(args, first, Tokens), matrix,
-                   static_cast<const uint8_t*>(workspace + first / Tokens * record_bytes),
+                   static_cast<const uint8_t*>(workspace + first / Tokens * pass_bytes),
                    reinterpret_cast<float*>(workspace + division.sums),
                    division.counts_in(workspace), log2_blocks, items, division.stages)) {
       return status;

@@ -7,7 +7,7 @@
 namespace bcy {
 
 // Whether codes times the scales of their halves fit a byte as unsigned ones, or negated. The
-// latter take more instructions, which pay for several times eight tokens.
+// latter take more instructions, which pay for many tokens, more than eight.
 template <class Format>
 constexpr bool scales_unsigned_codes = scales_fit_codes<Format> && Format::kUnsignedCodes;
 template <class Format>

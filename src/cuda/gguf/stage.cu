@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   const unsigned here = blockIdx.x / blocks_of_token, block = blockIdx.x % blocks_of_token;
   const int64_t first = int64_t{block} * kWarps + threadIdx.x / 32;
   wait_for_previous_kernel();
-  for (unsigned i = blockIdx.x * (kWarps * 32) + threadIdx.x; i < unsigned(ncounts);
-       i += gridDim.x * (kWarps * 32)) {
+  for (int64_t i = int64_t{blockIdx.x} * (kWarps * 32) + threadIdx.x; i < ncounts;
+       i += int64_t{gridDim.x} * (kWarps * 32)) {
     counts[i] = 0;
   }
   if (first >= staged.units) return;
@@ -45,14 +45,20 @@ int gguf_stage(const ProductArgs& args, bool turns, int* counts, int ncounts, cu
                 ncounts);
 }
 
-#define BCY_STAGE_MINIMA(Record, Tokens)                                                         \
-  template int gguf_stage<Record<Tokens, 0>>(const ProductArgs&, bool, int*, int, cudaStream_t); \
-  template int gguf_stage<Record<Tokens, 1>>(const ProductArgs&, bool, int*, int, cudaStream_t); \
-  template int gguf_stage<Record<Tokens, 2>>(const ProductArgs&, bool, int*, int, cudaStream_t);
-BCY_STAGE_MINIMA(StagedRecord, 1)
-BCY_STAGE_MINIMA(StagedRecord, 8)
-BCY_STAGE_MINIMA(WarpgroupRecord, 16)
-BCY_STAGE_MINIMA(WarpgroupRecord, 32)
-#undef BCY_STAGE_MINIMA
+#define BCY_STAGE(Record, Tokens, Minima)                                              \
+  template int gguf_stage<Record<Tokens, Minima>>(const ProductArgs&, bool, int*, int, \
+                                                  cudaStream_t);
+BCY_STAGE(StagedRecord, 1, 0)
+BCY_STAGE(StagedRecord, 1, 1)
+BCY_STAGE(StagedRecord, 1, 2)
+BCY_STAGE(StagedRecord, kTileTokens, 0)
+BCY_STAGE(StagedRecord, kTileTokens, 1)
+BCY_STAGE(StagedRecord, kTileTokens, 2)
+BCY_STAGE(WarpgroupRecord, 16, 1)
+BCY_STAGE(WarpgroupRecord, 16, 2)
+BCY_STAGE(WarpgroupRecord, 32, 0)
+BCY_STAGE(WarpgroupRecord, 32, 1)
+BCY_STAGE(WarpgroupRecord, 32, 2)
+#undef BCY_STAGE
 
 }  // namespace bcy

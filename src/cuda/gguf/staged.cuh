@@ -35,7 +35,6 @@ BCY_INLINE constexpr int64_t token_tiles(int64_t m) { return (m + kTileTokens - 
 template <int Tokens, int M>
 struct StagedRecord {
   static constexpr int kTokens = Tokens, kMinima = M;
-  static constexpr int kLaneBytes = Tokens == 1 ? 8 : 16;  // of the scales of two groups
   static constexpr int kCodes = Tokens * 64;  // of a pair of groups
   static constexpr int kScales = Tokens == 1 ? 8 : Tokens / 2 * 16;
   static constexpr int kScalesAt = kUnitPairs * kCodes;

@@ -77,9 +77,9 @@ inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Dev
   const int stage = Nf4Boxes<8>::kStage + (tokens - 8) * (kUnit * 2);
   division.stages = std::min((device.shared_per_block - Nf4Boxes<8>::kRing) / stage, kMaxStages);
   if (division.stages < 2) return division;
-  int64_t takes;
-  division.blocks = divide_k(tiles, units, 8, device.processors, 3, 37, takes);
-  if (m <= 16 && 10 * tiles * units < takes * device.processors * 6 / 10) return division;
+  const DividedK divided = divide_k(tiles, units, 8, device.processors, 3, 37);
+  division.blocks = divided.blocks;
+  if (m <= 16 && 10 * tiles * units < divided.takes * device.processors * 6 / 10) return division;
   division.tiles = int(tiles);
   division.sums = units * kUnit * 2 * tokens;
   const int64_t warps = division.blocks == 1 ? 0 : tiles * kWarps;

@@ -5,8 +5,6 @@
 // group, its elements 8 t .. 8 t + 7.
 #pragma once
 
-#include <algorithm>
-
 #include "cuda/common/product.cuh"
 #include "lookup.cuh"
 #include "weight.cuh"

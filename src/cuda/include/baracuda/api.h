@@ -79,10 +79,12 @@ int bcy_cuda_gguf_needs_no_workspace(const bcy_gguf_matmul_args* args, int32_t* 
 
 int bcy_cuda_gguf_dequantize(const bcy_gguf_dequantize_args* args, void* stream);
 int bcy_cuda_gguf_matvec(const bcy_gguf_matmul_args* args, void* stream);  // float activations
-int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream);  // x -> workspace
+// x -> workspace, for this problem; the weight as in workspace_size.
+int bcy_cuda_gguf_stage(const bcy_gguf_matmul_args* args, void* stream);
 
 // x -> y; without a workspace only where none is needed. With x NULL the workspace is staged
-// already, for the same problem and weights on 16-byte boundaries where these are.
+// already, for the same problem and weights on 16-byte boundaries where these are. The product
+// writes to the workspace, too: one at a time.
 int bcy_cuda_gguf_matmul(const bcy_gguf_matmul_args* args, void* stream);
 
 // threads <= 0 takes the size of the pool (bcy_cpu_default_threads).

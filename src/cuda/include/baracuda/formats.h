@@ -9,8 +9,8 @@
 //
 //   codes(block, group, half, word)   four codes: elements 32 group + 16 half + 4 word .. + 3 of
 //   the
-//                                     block, the first in the low byte; of those that are int8 and
-//                                     carry a factor, codes<false> leaves the sign bit unflipped
+//                                     block, the first in the low byte; codes<false> of Q4_0,
+//                                     Q5_0 and Q3_K leaves the sign bit unflipped
 //   shift(group)                      codes carry a factor 2^shift, where that saves instructions
 //   scale(block, group)               weight of a unit code, exact in float32 (without the half's)
 //   half_scales(block, group)         integer scales of the halves, plus kHalfOffset, in bytes 2 i

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Instructions on words that CUDA C++ has no name for. PTX is written in three files: this one,
-// mma.cuh and async.cuh in src/cuda/common.
+// Instructions on words that CUDA C++ has no name for. PTX is written in four files: this one,
+// mma.cuh, warpgroup.cuh and async.cuh in src/cuda/common.
 #pragma once
 
 #include <stdint.h>
