@@ -437,7 +437,8 @@ def test_native_functions_give_the_plan_s_bits():
     x = rng.standard_normal((3, 256), dtype=np.float32)
     y = np.zeros((3, 40), np.float32)
     functions = native.Native("cpu")
-    nbytes = functions.workspace_size(int(w.format), 256, 3)
+    problem = native.MatmulArgs(nrows=40, ncols=256, m=3, format=int(w.format))
+    nbytes = functions.workspace_size(native.address(problem))
     assert nbytes == w.plan(m=3).workspace_size
     workspace = bcy.Workspace(nbytes, device="cpu")
     arguments = native.MatmulArgs(
