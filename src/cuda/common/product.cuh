@@ -25,7 +25,7 @@
 //                                         many exist; next: round that comes next; read(): called
 //                                         when no byte of the unit is needed any more
 //   store(partials)                       this warp's sums, [token][row]
-// and, where it differs from TileDefaults, kStartsNextAtOnce, kActivationsStay and
+// and, where it differs from TileDefaults, kStartsNextAtOnce, kActivationsStay, kLittleButReads and
 //   prefetch(args, inputs, first_row, round)
 //                                         by the warp that fetches a round's weights: asks for what
 //                                         else of them comes from memory
@@ -56,6 +56,8 @@ struct TileDefaults {
   // Whether shared memory holds the activations of a tile's tokens: then a thread block keeps to
   // those.
   static constexpr bool kActivationsStay = false;
+  // Whether a tile takes little longer than its weights take to arrive.
+  static constexpr bool kLittleButReads = false;
 
   template <class Inputs>
   static __device__ __forceinline__ void prefetch(const ProductArgs&, const Inputs&, int64_t, int) {
@@ -255,7 +257,9 @@ bool rows_on_boundaries(const ProductArgs& args) {
 // Stages of the ring and thread blocks. A ring that holds more than it takes to keep the memory
 // busy gains nothing. Where two blocks fit a multiprocessor they are of one launch, or, when
 // kernels may overlap and there are few tiles, of this one and the next, which then fetches its
-// weights ahead.
+// weights ahead. A block of one tile that is more than half of shared memory holds has all of it
+// where multiprocessors are left over for the next kernel, or where it does little but read: it
+// begins later, but has fetched more when its turn comes.
 struct Geometry {
   int stages;
   int shared_bytes;
@@ -281,13 +285,15 @@ int geometry_of(const Device& device, int64_t tiles, int64_t passes, int64_t rou
   const int whole = device.shared_per_block;
   const int share = device.shared_per_processor / Tile::kBlocks - device.shared_reserved;
   const auto stages_in = [&](int bytes) { return (bytes - fixed) / Ring::kStageBytes; };
-  const bool shares = stages_in(share) >= 2;
+  const bool one_each =
+      tiles <= device.processors / (Tile::kLittleButReads ? 1 : 2) && rounds > stages_in(share);
+  const bool shares = stages_in(share) >= 2 && !one_each;
   const int most = stages_in(shares && share < whole ? share : whole);
   if (most < 1) return BCY_ERROR_TOO_LARGE;
   constexpr int kBusy = (Tile::kBlocks > 1 ? 75 : 104) << 10;
   int stages = (kBusy + Ring::kStageBytes / 2) / Ring::kStageBytes;
   if (stages < 2) stages = 2;
-  if (stages > kMaxStages) stages = kMaxStages;
+  if (one_each || stages > kMaxStages) stages = kMaxStages;
   if (stages > most) stages = most;
   // Few: what a block takes of the matrix is little more than the ring holds.
   const bool leaves_room = alone && ceil_div(tiles, int64_t{device.processors}) * rounds <= stages;

@@ -125,39 +125,39 @@ __device__ __forceinline__ void warpgroup_wait(float (&sums)[Tokens / 8][4]) {
   }
 }
 
-// Starts sums = (a + offset) * codes: the integers of a group. a: of this warp's 16 rows, as
-// mma_group takes them; offset: of all its bytes. codes: of Tokens tokens, as described.
-#define BCY_CODES(SHAPE, SUMS, A, X, ADD) \
-  "wgmma.mma_async.sync.aligned." SHAPE ".s32.s8.s8 {" SUMS "}, {" A "}, " X ", " ADD ";\n"
-#define BCY_MULTIPLY_CODES(SHAPE, SUMS, A, OFFSET, LOW, HIGH, ...)                           \
-  if constexpr (Offset == 0) {                                                               \
-    asm volatile("{\n.reg .b64 x;\nmov.b64 x, {" LOW ", " HIGH                               \
-                 "};\nwgmma.fence.sync.aligned;\n" BCY_CODES(                                \
-                     SHAPE, SUMS, A, "x", "0") "wgmma.commit_group.sync.aligned;\n}"         \
-                 : __VA_ARGS__                                                               \
-                 : BCY_WORDS);                                                               \
-  } else {                                                                                   \
-    asm volatile("{\n.reg .b64 x;\nmov.b64 x, {" LOW ", " HIGH                               \
-                 "};\nwgmma.fence.sync.aligned;\n" BCY_CODES(SHAPE, SUMS, A, "x", "0")       \
-                     BCY_CODES(SHAPE, SUMS, OFFSET ", " OFFSET ", " OFFSET ", " OFFSET, "x", \
-                               "1") "wgmma.commit_group.sync.aligned;\n}"                    \
-                 : __VA_ARGS__                                                               \
-                 : BCY_WORDS);                                                               \
+// Starts sums = (the sum of parts) * codes: the integers of a group. A part: of this warp's 16
+// rows, as mma_group takes them. codes: of Tokens tokens, as described.
+#define BCY_CODES(SHAPE, SUMS, A, ADD) \
+  "wgmma.mma_async.sync.aligned." SHAPE ".s32.s8.s8 {" SUMS "}, {" A "}, x, " ADD ";\n"
+#define BCY_MULTIPLY_CODES(SHAPE, SUMS, FIRST, SECOND, LOW, HIGH, ...)                            \
+  if constexpr (Parts == 1) {                                                                     \
+    asm volatile("{\n.reg .b64 x;\nmov.b64 x, {" LOW ", " HIGH                                  \
+                 "};\nwgmma.fence.sync.aligned;\n" BCY_CODES(SHAPE, SUMS, FIRST,               \
+                                                             "0") "wgmma.commit_group.sync."    \
+                                                                  "aligned;\n}"                 \
+                 : __VA_ARGS__                                                                  \
+                 : BCY_PART(0), BCY_PART(0), "r"(codes), "n"(128 / 16)); \
+  } else {                                                                                        \
+    asm volatile("{\n.reg .b64 x;\nmov.b64 x, {" LOW ", " HIGH                                    \
+                 "};\nwgmma.fence.sync.aligned;\n" BCY_CODES(SHAPE, SUMS, FIRST, "0")             \
+                     BCY_CODES(SHAPE, SUMS, SECOND, "1") "wgmma.commit_group.sync.aligned;\n}"    \
+                 : __VA_ARGS__                                                                    \
+                 : BCY_PART(0), BCY_PART(1), "r"(codes), "n"(128 / 16));                          \
   }
-#define BCY_WORDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(offset), "r"(codes), "n"(128 / 16)
+#define BCY_PART(I) "r"(parts[I][0]), "r"(parts[I][1]), "r"(parts[I][2]), "r"(parts[I][3])
 
-template <int Tokens, int Offset>
+template <int Tokens, int Parts>
 __device__ __forceinline__ void warpgroup_multiply_codes(int (&sums)[Tokens / 8][4],
-                                                         const uint32_t (&a)[4], uint32_t codes) {
-  static_assert(Tokens == 16 || Tokens == 32);
-  const uint32_t offset = uint8_t(Offset) * 0x01010101u;
+                                                         const uint32_t (&parts)[Parts][4],
+                                                         uint32_t codes) {
+  static_assert((Tokens == 16 || Tokens == 32) && Parts <= 2);
   if constexpr (Tokens == 16) {
-    BCY_MULTIPLY_CODES("m64n16k32", "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11", "%12",
-                       "%13", "%14", BCY_SUMS("=r", 0), BCY_SUMS("=r", 1))
+    BCY_MULTIPLY_CODES("m64n16k32", "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11",
+                       "%12, %13, %14, %15", "%16", "%17", BCY_SUMS("=r", 0), BCY_SUMS("=r", 1))
   } else {
     BCY_MULTIPLY_CODES("m64n32k32",
                        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
-                       "%16, %17, %18, %19", "%20", "%21", "%22", BCY_SUMS("=r", 0),
+                       "%16, %17, %18, %19", "%20, %21, %22, %23", "%24", "%25", BCY_SUMS("=r", 0),
                        BCY_SUMS("=r", 1), BCY_SUMS("=r", 2), BCY_SUMS("=r", 3))
   }
 }
@@ -183,7 +183,7 @@ __device__ __forceinline__ void warpgroup_wait_codes(int (&sums)[Tiles][4]) {
 #undef BCY_OPERANDS
 #undef BCY_CODES
 #undef BCY_MULTIPLY_CODES
-#undef BCY_WORDS
+#undef BCY_PART
 #undef BCY_MULTIPLY_8
 #undef BCY_MULTIPLY_16
 #undef BCY_MULTIPLY_32
@@ -210,11 +210,10 @@ __device__ __forceinline__ void warpgroup_multiply(float (&sums)[Tokens / 8][4],
 template <int Tokens>
 __device__ __forceinline__ void warpgroup_wait(float (&)[Tokens / 8][4]) {}
 
-template <int Tokens, int Offset>
+template <int Tokens, int Parts>
 __device__ __forceinline__ void warpgroup_multiply_codes(int (&sums)[Tokens / 8][4],
-                                                         const uint32_t (&a)[4], uint32_t codes) {
-  constexpr uint32_t kOffset = uint8_t(Offset) * 0x01010101u;
-  const uint32_t offsets[4] = {kOffset, kOffset, kOffset, kOffset};
+                                                         const uint32_t (&parts)[Parts][4],
+                                                         uint32_t codes) {
   const uint32_t here = (codes & 0x3fff) * 16 + threadIdx.x % 32 * 4;
 #pragma unroll
   for (int n = 0; n < Tokens / 8; ++n) {
@@ -222,8 +221,8 @@ __device__ __forceinline__ void warpgroup_multiply_codes(int (&sums)[Tokens / 8]
     for (int i = 0; i < 4; ++i) sums[n][i] = 0;
     const uint32_t b[2] = {load_shared_word(here + n * 128),
                            load_shared_word(here + (codes >> 16) * 16 + n * 128)};
-    mma_group<false>(sums[n], a, b);
-    if constexpr (Offset != 0) mma_group<false>(sums[n], offsets, b);
+#pragma unroll
+    for (const auto& a : parts) mma_group<false>(sums[n], a, b);
   }
 }
 

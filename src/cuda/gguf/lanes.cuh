@@ -41,6 +41,8 @@ class LaneTile : public TileDefaults {
   static constexpr int kTokens = Tokens;
   static constexpr int kRows = kLaneRows;
   static constexpr int kBlocks = 2;
+  static constexpr bool kLittleButReads =
+      Tokens == 1 && 2 * Format::kBytes >= Format::kElements && !gives_turns<Format>;
 
   static __device__ __forceinline__ void bring_activations(const ProductArgs& args,
                                                            const Staged& staged, int64_t,

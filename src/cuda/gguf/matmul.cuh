@@ -165,6 +165,8 @@ class StagedTile : public TileDefaults {
   static constexpr int kMinima = Format::kMinima;
   static constexpr bool kMany = Tokens > kTileTokens;
   static constexpr bool kHalves = multiplies_halves<Format, kMany>;
+  // More products than that take longer than what they save.
+  static constexpr int kParts = gives_turns<Format> && Tokens <= 16 ? 2 : 1;
 
   using Record = StagedRecord<Tokens == 1 ? 1 : kTileTokens, kMinima>;
 
@@ -261,8 +263,8 @@ class StagedTile : public TileDefaults {
   __device__ __forceinline__ void add_row_tile(float (&partial)[kTiles][4], Block upper,
                                                Block lower, int g, const Activations& x,
                                                int in_pair) {
-    uint32_t a[4];
-    load_operands<Format, kMany>(upper, lower, g, a);
+    uint32_t parts[kParts][4];
+    load_operands<Format, kMany>(upper, lower, g, table_, parts);
     const int shift = operand_shift<Format, kMany>(g);
     // An integer in the low mantissa bits of 1.5 * 2^(23 - shift), where every sum of a group fits.
     const float bias = as_float(0x4b400000u - (uint32_t(shift) << 23));
@@ -290,6 +292,7 @@ class StagedTile : public TileDefaults {
       float values[4];
       if constexpr (kHalves) {
         int second[4] = {start, start, start, start};
+        const auto& a = parts[0];
         mma_half<Format::kUnsignedCodes>(dots, a[0], a[1], b[0]);
         mma_half<Format::kUnsignedCodes>(second, a[2], a[3], b[1]);
         // Exact, as the sum of integers is: all are below 2^24.
@@ -299,7 +302,8 @@ class StagedTile : public TileDefaults {
                           fma(half_scales[i / 2][1], as_float(second[i]), half_biases[i / 2][1]));
         }
       } else {
-        mma_group<Format::kUnsignedCodes>(dots, a, b);
+#pragma unroll
+        for (const auto& a : parts) mma_group<Format::kUnsignedCodes>(dots, a, b);
 #pragma unroll
         for (int i = 0; i < 4; ++i) values[i] = add(as_float(dots[i]), -bias);
       }
@@ -322,6 +326,7 @@ class StagedTile : public TileDefaults {
   const uint8_t* start_[kTiles];  // this lane's codes in the record of this warp's first unit
   int to_floats_;                 // from there to its floats, less what they are into the record
   uint8_t* memory_;               // that holds activations that stay
+  Table16 table_ = operand_table<Format, kParts>();
   Activations next_;
   float partial_[RowTiles][kTiles][4];
 };
@@ -441,8 +446,11 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
     }
     return by_rows(wide(thirty_two));
   }
-  // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side.
-  const bool boxed = device.arch >= 900 && args.nrows >= 3 * 32 * int64_t{device.processors} &&
+  // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side, which
+  // five and six bits gain from longest: they take the most instructions for their bytes.
+  constexpr int kBits = 8 * Format::kBytes / Format::kElements;
+  const int fewest = args.m <= 8 && (kBits == 5 || kBits == 6) ? 12 : 3;
+  const bool boxed = device.arch >= 900 && args.nrows >= fewest * 32 * int64_t{device.processors} &&
                      args.nrows <= INT32_MAX &&  // places in boxes are 32 bits
                      args.ncols > 0;             // nothing cannot be described
   if (args.m > 8) {

@@ -76,24 +76,27 @@ struct GgufDivision {
 
 // From how many weights a multiprocessor on this kernel is the faster one, as measured. It gains
 // most where a group takes many instructions for each of many tokens, or unpacking takes few; what
-// it lacks is rows that keep all multiprocessors busy. INT64_MAX: never.
+// it lacks is rows that keep all multiprocessors busy. divided: several blocks divide K. INT64_MAX:
+// never.
 template <class Format>
-constexpr int64_t worth_it(bool more_than_16) {
-  constexpr int64_t kSome = 200000, kMany = 1000000;
+constexpr int64_t worth_it(bool more_than_16, bool divided) {
+  constexpr int64_t kFew = 200000, kSome = 400000, kMany = 1000000;
   if (multiplies_halves<Format>) return INT64_MAX;
-  constexpr bool kWholeBytes = Format::kBytes >= Format::kElements;  // eight bits a code
-  if (more_than_16) return kWholeBytes || Format::kMinima > 0 ? kSome : kMany;
-  return Format::kMinima > 0 ? kMany : INT64_MAX;
+  constexpr int kBits = 8 * Format::kBytes / Format::kElements;  // of a weight
+  constexpr bool kMinima = Format::kMinima > 0;
+  if (!more_than_16) return kMinima || gives_turns<Format> ? kMany : INT64_MAX;
+  if (kMinima || kBits >= 8) return kFew;
+  return kBits == 4 && !divided ? kSome : kMany;
 }
 
 // Calls function(std::integral_constant<int, Tokens>{}) for as many tokens as are multiplied at a
 // time, if the kernel is ever worth it.
 template <class Format, class Function>
 int with_warpgroup_tokens(int64_t m, Function&& function) {
-  if constexpr (worth_it<Format>(false) < INT64_MAX) {
+  if constexpr (worth_it<Format>(false, false) < INT64_MAX) {
     if (m <= 16) return function(std::integral_constant<int, 16>{});
   }
-  if constexpr (worth_it<Format>(true) < INT64_MAX) {
+  if constexpr (worth_it<Format>(true, false) < INT64_MAX) {
     return function(std::integral_constant<int, 32>{});
   }
   return BCY_ERROR_INVALID_ARGUMENT;
@@ -104,7 +107,6 @@ GgufDivision divide_gguf(const ProductArgs& args, const Device& device) {
   GgufDivision division = {};
   if (device.arch < 900 || device.own_arch != 900 || args.m <= 8 || args.ncols == 0 ||
       args.ncols % kUnit != 0 || args.ncols > kMaxColumns || args.nrows > INT32_MAX / 2 ||
-      args.nrows * args.ncols / device.processors < worth_it<Format>(args.m > 16) ||
       !rows_on_boundaries<Format>(args) || staged_bytes(args.ncols, args.m, Format::kMinima) < 0) {
     return division;
   }
@@ -118,7 +120,11 @@ GgufDivision divide_gguf(const ProductArgs& args, const Device& device) {
   // A half unpacks its next unit before it leaves this one.
   if (division.stages < 2 * Many::kHalves) return division;
   const int64_t tiles = ceil_div(args.nrows, kRows), units = args.ncols / kUnit;
-  division.blocks = divide_k(tiles, units, 4, device.processors, 5, 40).blocks;
+  const int blocks = divide_k(tiles, units, 4, device.processors, 5, 40).blocks;
+  if (args.nrows * args.ncols / device.processors < worth_it<Format>(many, blocks > 1)) {
+    return division;
+  }
+  division.blocks = blocks;
   division.tiles = int(tiles);
   const int64_t record = many ? Many::kX : Some::kX;
   division.sums = ceil_div(args.m, tokens) * units * record;
@@ -261,18 +267,20 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
     return Row(stage_at + (row_here + 8 * i) * B::kPitch + ahead);
   };
 
-  uint32_t a[2][4];
+  const Table16 table = operand_table<Format, plain_parts<Format>>();
+  uint32_t operands[2][plain_parts<Format>][4];
   const auto unpack = [&](Row upper, Row lower, int group) {
     const int offset = group / kBlockGroups * Format::kBytes;
-    load_plain_operands<Format>(upper + offset, lower + offset, group % kBlockGroups, a[group % 2]);
+    load_plain_operands<Format>(upper + offset, lower + offset, group % kBlockGroups, table,
+                                operands[group % 2]);
   };
 
   // Of two groups, one multiplied while the other joins.
   constexpr int kTiles = Tokens / kTileTokens;
   int dots[2][kTiles][4];
   const auto multiply = [&](uint32_t codes, int group) {
-    warpgroup_multiply_codes<Tokens, operand_offset<Format>>(dots[group % 2], a[group % 2],
-                                                             codes + group * (Record::kCodes / 16));
+    warpgroup_multiply_codes<Tokens>(dots[group % 2], operands[group % 2],
+                                     codes + group * (Record::kCodes / 16));
   };
 
   // What belongs to tokens 2 t and 2 t + 1 of each eight.

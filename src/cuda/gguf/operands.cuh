@@ -49,17 +49,39 @@ __device__ __forceinline__ uint32_t scaled_codes(Block block, int g, int half, i
   }
 }
 
-// Group g of two rows, as mma_group wants it: codes, or codes times scales.
-template <class Format, bool ManyTokens, class Block>
-__device__ __forceinline__ void load_operands(Block upper, Block lower, int g, uint32_t (&a)[4]) {
-  const int t = threadIdx.x % 4;
+// What codes are looked up in, of formats that have a table. In two parts, whose products are
+// added, that takes fewer instructions, but twice as many products.
+template <class Format, int Parts>
+__device__ __forceinline__ Table16 operand_table() {
   if constexpr (gives_turns<Format>) {
-    const uint2 turns[2] = {look_up_by_turns(Format::table(), Format::nibbles(upper, g, t)),
-                            look_up_by_turns(Format::table(), Format::nibbles(lower, g, t))};
+    return Parts == 2 ? in_registers(in_two_parts(Format::table())) : Format::table();
+  }
+  return {};
+}
+
+// Group g of two rows, as mma_group wants it: codes, or codes times scales.
+template <class Format, bool ManyTokens, class Block, int Parts>
+__device__ __forceinline__ void load_operands(Block upper, Block lower, int g,
+                                              [[maybe_unused]] const Table16& table,
+                                              uint32_t (&parts)[Parts][4]) {
+  const int t = threadIdx.x % 4;
+  auto& a = parts[0];
+  if constexpr (gives_turns<Format>) {
+    const Block rows[2] = {upper, lower};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      a[i] = turns[i].x;
-      a[i + 2] = turns[i].y;
+      const uint32_t nibbles = Format::nibbles(rows[i], g, t);
+      if constexpr (Parts == 2) {
+        const TurnsInParts turns = look_up_in_parts(table, nibbles);
+        a[i] = turns.first.x;
+        a[i + 2] = turns.first.y;
+        parts[1][i] = turns.second.x;
+        parts[1][i + 2] = turns.second.y;
+      } else {
+        const uint2 turns = look_up_by_turns(table, nibbles);
+        a[i] = turns.x;
+        a[i + 2] = turns.y;
+      }
     }
   } else {
 #pragma unroll
@@ -75,26 +97,32 @@ __device__ __forceinline__ void load_operands(Block upper, Block lower, int g, u
   }
 }
 
-// The same of many tokens without the factor: operand_offset is to be added to each code, by a
-// product of its own, which takes fewer instructions.
+// The same of many tokens without the factor. What codes lack is a part of its own, which takes
+// fewer instructions than to subtract it from each.
 template <class Format>
 constexpr int operand_offset =
     !Format::kUnsignedCodes && operand_shift<Format, true>(0) > 0 ? -(128 >> Format::shift(0)) : 0;
+template <class Format>
+constexpr int plain_parts = gives_turns<Format> || operand_offset<Format> != 0 ? 2 : 1;
+
 template <class Format, class Block>
 __device__ __forceinline__ void load_plain_operands(Block upper, Block lower, int g,
-                                                    uint32_t (&a)[4]) {
+                                                    const Table16& table,
+                                                    uint32_t (&parts)[plain_parts<Format>][4]) {
   if constexpr (operand_offset<Format> != 0) {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      a[2 * half] = Format::template codes<false>(upper, g, half, t) >> Format::shift(g);
-      a[2 * half + 1] = Format::template codes<false>(lower, g, half, t) >> Format::shift(g);
+      parts[0][2 * half] = Format::template codes<false>(upper, g, half, t) >> Format::shift(g);
+      parts[0][2 * half + 1] = Format::template codes<false>(lower, g, half, t) >> Format::shift(g);
     }
+#pragma unroll
+    for (uint32_t& offsets : parts[1]) offsets = uint8_t(operand_offset<Format>) * 0x01010101u;
   } else {
-    load_operands<Format, true>(upper, lower, g, a);
+    load_operands<Format, true>(upper, lower, g, table, parts);
     // Unsigned codes, whose lower bits are zero.
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] >>= operand_shift<Format, true>(g);
+    for (uint32_t& codes : parts[0]) codes >>= operand_shift<Format, true>(g);
   }
 }
 
