@@ -240,33 +240,25 @@ cdef int gguf_matmul(const bcy_gguf_matmul_args* args, void* stream) except -1 n
 cdef int gguf_needs_no_workspace(const bcy_gguf_matmul_args* args) except -1 nogil:
     cdef int32_t answer = 0
     cdef int status = bcy_cuda_gguf_needs_no_workspace(args, &answer)
-    if status:
-        fail(status, b"asking for the workspace of a product on CUDA")
-    return answer
+    return fail(status, b"asking for the workspace of a product on CUDA") if status else answer
 
 
 cdef int64_t gguf_workspace_size(const bcy_gguf_matmul_args* args) except -2 nogil:
     cdef int64_t size = 0
     cdef int status = bcy_cuda_gguf_workspace_size(args, &size)
-    if status:
-        fail(status, b"asking for the workspace of a product on CUDA")
-    return size
+    return fail(status, b"asking for the workspace of a product on CUDA") if status else size
 
 
 cdef int nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args) except -1 nogil:
     cdef int32_t answer = 0
     cdef int status = bcy_cuda_nf4_uses_tensor_cores(args, &answer)
-    if status:
-        fail(status, b"looking at a CUDA device")
-    return answer
+    return fail(status, b"looking at a CUDA device") if status else answer
 
 
 cdef int64_t nf4_workspace_size(const bcy_nf4_matmul_args* args) except -1 nogil:
     cdef int64_t size = 0
     cdef int status = bcy_cuda_nf4_workspace_size(args, &size)
-    if status:
-        fail(status, b"looking at a CUDA device")
-    return size
+    return fail(status, b"looking at a CUDA device") if status else size
 
 
 cdef int nf4_matmul(const bcy_nf4_matmul_args* args, void* stream) except -1 nogil:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product of one or two staged tokens with a row of weights to each lane.
+// The product of one staged token, or a few, with a row of weights to each lane.
 //
 // Tensor cores take eight tokens at a time, and four lanes each unpack the scales of a row for
 // them. Where there are fewer it takes half the instructions that a lane has the row to itself and
@@ -32,7 +32,16 @@ bool takes_lanes(const ProductArgs& args, const Device& device) {
          args.m * staged_bytes(args.ncols, 1, Format::kMinima) <= kMostStagedInLanes;
 }
 
-// 32 rows by one token or two, for a LaneRing.
+// Calls function(std::integral_constant<int, m>{}).
+template <int Most, class Function>
+int with_lane_tokens(int64_t m, Function&& function) {
+  if constexpr (Most > 1) {
+    if (m < Most) return with_lane_tokens<Most - 1>(m, function);
+  }
+  return function(std::integral_constant<int, Most>{});
+}
+
+// 32 rows by a few tokens, for a LaneRing.
 template <class F, int Tokens>
 class LaneTile : public TileDefaults {
  public:

@@ -418,8 +418,9 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
     if (takes_lanes<Format>(args, device)) {
       LaneRing<Format>* const units = nullptr;
       const int64_t extra = args.m * staged_bytes(args.ncols, 1, Format::kMinima);
-      return args.m == 1 ? run(static_cast<LaneTile<Format, 1>*>(nullptr), units, extra)
-                         : run(static_cast<LaneTile<Format, kMost>*>(nullptr), units, extra);
+      return with_lane_tokens<kMost>(args.m, [&](auto tokens) {
+        return run(static_cast<LaneTile<Format, decltype(tokens)::value>*>(nullptr), units, extra);
+      });
     }
   }
   constexpr auto rows_for = [](auto* tile) {

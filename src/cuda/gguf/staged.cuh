@@ -106,10 +106,15 @@ inline int64_t staged_bytes(int64_t ncols, int64_t m, int minima) {
   return token_tiles(m) * unit_count(ncols) * record;
 }
 
-// Tokens that a product in lanes takes at a time: as many as there are registers for. Q8_K has no
-// scales to unpack four times.
+// Tokens that a product in lanes takes at a time, at most: as many as there are registers for, or
+// as it is the faster way for. Two and three bits have the most scales to unpack four times, Q8_K
+// has none.
 template <class Format>
 constexpr int kLaneTokens = 2;
+template <>
+inline constexpr int kLaneTokens<Q2_K> = 3;
+template <>
+inline constexpr int kLaneTokens<Q3_K> = 3;
 template <>
 inline constexpr int kLaneTokens<Q6_K> = 1;
 template <>
