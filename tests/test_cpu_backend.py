@@ -197,7 +197,7 @@ def test_the_number_of_threads():
     ask = "from baracuda_cy import _cpu; print(_cpu.default_threads())"
     available = str(len(os.sched_getaffinity(0)))
     assert child(ask, BARACUDA_THREADS="3") == "3"
-    for nonsense in ("", "0", "-2", "many", "4x"):
+    for nonsense in ("", "0", "-2", "many", "4x", "1025"):
         assert child(ask, BARACUDA_THREADS=nonsense) == available
     pinned = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" + ask
     assert child(pinned, BARACUDA_THREADS="") == "1"

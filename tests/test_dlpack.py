@@ -21,7 +21,7 @@ from producers import (
     exchange_table,
 )
 
-from baracuda_cy import ElementKind, InvalidProblem, NotAnArray, Unsupported
+from baracuda_cy import ElementKind, InvalidProblem, NotAnArray, Unsupported, linear, quantize
 from baracuda_cy.dlpack import describe, empty_like, inspect
 
 NUMPY_KINDS = [kind for kind in ElementKind if kind is not ElementKind.BF16]
@@ -305,7 +305,7 @@ def test_a_producer_that_refuses(error):
             raise error
 
     producer = Refuses(np.zeros(3))
-    with pytest.raises(InvalidProblem, match=f"{type(error).__name__}: no$") as caught:
+    with pytest.raises(InvalidProblem, match=f"{type(error).__name__}: no; pass a dense") as caught:
         inspect(producer)
     assert caught.value.__cause__ is error
     assert producer.calls == [1]
@@ -412,6 +412,11 @@ class Interface:
         ({"version": 4}, Unsupported, "version 3 or less, got 4"),
         ({"data": (0, False)}, InvalidProblem, "null pointer"),
         ({"data": None}, InvalidProblem, "cannot be read"),
+        ({"data": ("a", False)}, InvalidProblem, "cannot be read"),
+        ({"data": (1 << 64, False)}, InvalidProblem, "cannot be read: .* beyond 64 bits"),
+        ({"shape": "ab"}, InvalidProblem, "cannot be read"),
+        ({"shape": (1 << 63,)}, InvalidProblem, "cannot be read: .* beyond 64 bits"),
+        ({"strides": (1 << 70, 4)}, InvalidProblem, "cannot be read: .* beyond 64 bits"),
         ({"strides": (4,)}, InvalidProblem, "one stride per dimension"),
         ({"strides": (13, 4)}, InvalidProblem, "multiples of the element's 4 bytes"),
         ({"shape": (-1, 2)}, InvalidProblem, "sizes of 0 or more"),
@@ -482,10 +487,29 @@ def test_torch_corner_cases():
 
 def test_torch_tensors_without_memory():
     torch = pytest.importorskip("torch")
+    w = quantize(np.eye(32, dtype=np.float32), "Q8_0")
     for t in (torch.zeros(3, device="meta"), torch.eye(3).to_sparse()):
-        with pytest.raises(InvalidProblem, match=r"which refused: \w+: .*$") as caught:
+        with pytest.raises(InvalidProblem, match=r"which refused: \w+: .*; pass a dense") as caught:
             inspect(t)
         assert "\n" not in str(caught.value)
+        with pytest.raises(InvalidProblem, match=r"^x: .* which refused"):
+            linear(t, w)
+
+
+class Nowhere:
+    """An array that cannot say where it is."""
+
+    def __dlpack__(self, **_):
+        raise RuntimeError("deleted")
+
+    def __dlpack_device__(self):
+        raise RuntimeError("deleted")
+
+
+def test_an_array_that_refuses_to_say_where_it_is():
+    w = quantize(np.eye(32, dtype=np.float32), "Q8_0")
+    with pytest.raises(InvalidProblem, match=r"^x: .* refused: RuntimeError: deleted; pass"):
+        linear(Nowhere(), w)
 
 
 JAX_KINDS = ["float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "bool"]

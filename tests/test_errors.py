@@ -604,6 +604,13 @@ def test_a_plan_is_selected(kind, descriptor):
         kind(descriptor())
 
 
+@pytest.mark.parametrize("kind", [bcy.GgufMmvqPlan, bcy.GgufMmvqMultiMPlan])
+def test_a_plan_that_was_not_selected(kind):
+    plan = kind.__new__(kind)
+    with pytest.raises(InvalidProblem, match=r"plan: expected one that select made"):
+        plan.validate(bytes(8), np.zeros((1, 8)), np.zeros((1, 8)))
+
+
 def test_preference_for_the_other_path():
     with pytest.raises(InvalidProblem, match=r"pref: .*select a GgufMmvqMultiMPlan"):
         problems.float_plan("cpu", "Q8_0", N, K, M, pref=bcy.PlanPreference(activations="staged"))

@@ -102,6 +102,7 @@ def test_bits_per_weight():
         (np.dtype(ml_dtypes.bfloat16), ElementKind.BF16),
         (ml_dtypes.bfloat16, ElementKind.BF16),
         (np.bool_, ElementKind.BOOL),
+        (float, ElementKind.F64),
         (2, ElementKind.F16),
         (ElementKind.U8, ElementKind.U8),
     ],

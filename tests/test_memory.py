@@ -20,6 +20,20 @@ from baracuda_cy import (
 from baracuda_cy.dlpack import describe, inspect, pending
 from baracuda_cy.memory import live_bytes
 
+
+def test_an_array_that_was_not_made_is_refused():
+    array = DeviceArray.__new__(DeviceArray)
+    for use in (
+        np.from_dlpack,
+        inspect,
+        DeviceArray.to_host,
+        DeviceArray.__dlpack_device__,
+        lambda it: it.__cuda_array_interface__,
+    ):
+        with pytest.raises(InvalidProblem, match="expected a DeviceArray that was made"):
+            use(array)
+
+
 # ---- scratch ---------------------------------------------------------------------------------
 
 

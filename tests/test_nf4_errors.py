@@ -739,7 +739,9 @@ def test_quantize_what_is_no_array():
         ((np.zeros(64), 2, 32, 0), "block_size: expected 1 to"),
         ((np.zeros(64), -2, 32, 32), "n: expected 0 to"),
         ((np.zeros(64), 2.0, 32, 32), "n: expected an integer"),
-        (("weight", 2, 32, 32), "weight: expected numbers on the host, got str"),
+        (("weight", 2, 32, 32), "weight: expected real numbers on the host .*, got str"),
+        ((np.ones(64) * 1j, 2, 32, 32), "weight: expected real numbers on the host .*, got ndarr"),
+        ((np.ma.masked_all(64), 2, 32, 32), "weight: expected .* without a mask, got MaskedArray"),
     ],
 )
 def test_pack_weight(arguments, match):
@@ -753,5 +755,7 @@ def test_quantize_value():
         bcy.nf4_quantize_value("x", 1.0)
     with pytest.raises(InvalidProblem, match="absmax: expected a number, got None"):
         bcy.nf4_quantize_value(1.0, None)
+    with pytest.raises(InvalidProblem, match="x: expected a number, got 10"):
+        bcy.nf4_quantize_value(10**400, 1.0)
     with pytest.raises(InvalidProblem, match="x: expected a number, got array"):
         bcy.nf4_quantize_value(np.ones(3), 1.0)

@@ -218,6 +218,13 @@ def test_small_weights_are_not_lost(name):
     assert squared_error(x, y) < 0.2 * squared_error(x, 0)
 
 
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"])
+@pytest.mark.parametrize("value", [2e14, 1e20])
+def test_large_weights_are_cut_off_not_lost(name, value):
+    x = np.full((1, bcy.GgufBlockFormat[name].block_size), value, np.float32)
+    assert abs(bcy.quantize(x, name).dequantize()).min() > 9e5
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_reads_back_as_ggml_reads_it(name):
     x = gaussian().astype(np.float32)

@@ -117,7 +117,7 @@ def multiply(x, w, bias, out, stream, preference):
     call.arrays[WEIGHT] = <PyObject*>data
     call.arrays[ACTIVATIONS] = <PyObject*>x
     check_no_grad(x, "x")
-    device_of(x, &device_type, &device_id)
+    device_of(x, &device_type, &device_id, "x")
     cuda = device_type == CUDA
     find_stream(device_type, device_id, call.arrays, stream, &call.stream)
     try:
@@ -207,7 +207,7 @@ def unpack(w, dtype, out, stream, preference):
     memset(&like, 0, sizeof(like))
     call.names = OF_OPERATIONS
     call.arrays[WEIGHT] = <PyObject*>data
-    device_of(data, &device_type, &device_id)
+    device_of(data, &device_type, &device_id, "data")
     cuda = device_type == CUDA
     if out is not None:
         check_no_grad(out, "out")
@@ -380,7 +380,7 @@ def encode(array, codebook, block_size, nested, threads):
     begin(&call, SLOTS)
     memset(&args, 0, sizeof(args))
     memset(&nest, 0, sizeof(nest))
-    device_of(array, &device_type, &device_id)
+    device_of(array, &device_type, &device_id, "array")
     cuda = device_type == CUDA
     if cuda:
         _cuda.require_device(device_id)
@@ -477,7 +477,7 @@ def fetch(data, stream=None):
     memset(&view, 0, sizeof(view))
     memset(arrays, 0, sizeof(arrays))
     arrays[WEIGHT] = <PyObject*>data
-    device_of(data, &device_type, &device_id)
+    device_of(data, &device_type, &device_id, "data")
     # The copy runs in the order of the stream that the bytes are on, and is waited for.
     find_stream(device_type, device_id, arrays, stream, &handle)
     try:
@@ -507,7 +507,7 @@ def move(data, nbytes, device, stream):
     import numpy as np
 
     resolve_device(device, &device_type, &device_id)
-    device_of(data, &source_type, &source_id)
+    device_of(data, &source_type, &source_id, "data")
     if device_type == source_type and (device_type == HOST or device_id == source_id):
         return data
     if source_type == HOST:

@@ -181,11 +181,15 @@ def nf4_pack_weight(
     block_size = as_integer(block_size, "block_size")
     nf4_sizes(n, k, block_size, Nf4Layout.ROW_PAIR)
     try:
+        given = np.asanyarray(weight)
+        if isinstance(given, np.ma.MaskedArray) or np.iscomplexobj(given):
+            raise TypeError
         with np.errstate(over="ignore"):
-            values = np.asarray(weight, np.float32)
-    except (TypeError, ValueError):
+            values = np.asarray(given, np.float32)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise InvalidProblem(
-            f"weight: expected numbers on the host, got {type(weight).__name__}; "
+            f"weight: expected real numbers on the host without a mask, got "
+            f"{type(weight).__name__}; "
             "convert it, as in numpy.asarray(weight, 'float32')"
         ) from None
     if values.size != n * k:

@@ -42,7 +42,9 @@ cdef int current_stream(object array, void** stream) except -1
 # The same for an array that is expected on CUDA device `device_id`: torch tensors need not be read.
 cdef int current_stream_on(object array, int32_t device_id, void** stream) except -1
 # 1 if it is an array (device_type as in ArrayView), 0 if not.
-cdef int device_of(object array, int32_t* device_type, int32_t* device_id) except -1
+cdef int device_of(
+    object array, int32_t* device_type, int32_t* device_id, str name
+) except -1
 # Moves what the views keep alive, and a reference to `owners` (the arrays), into a list that is
 # released once the work now on `stream` is done. Leaves the views zeroed. While `stream` is
 # capturing a graph nothing is held: events cannot be queried then, and a replay needs the arrays as

@@ -372,7 +372,7 @@ cdef object cannot_share(object array, str name, object error):
     reason = str(error).partition("\n")[0]
     return InvalidProblem(
         f"{name}: expected an array that can be shared, got {type_name(array)}, which refused: "
-        f"{type(error).__name__}: {reason}"
+        f"{type(error).__name__}: {reason}; pass a dense array in CPU or CUDA memory"
     )
 
 
@@ -651,15 +651,20 @@ cdef int acquire_cuda_interface(
     try:
         interface = array.__cuda_array_interface__
         version = interface.get("version", 0)
-        shape = tuple(interface["shape"])
+        shape = tuple([int(size) for size in interface["shape"]])
         typestr = interface["typestr"]
         address, readonly = interface["data"]
         strides = interface.get("strides")
+        if strides is not None:
+            strides = tuple([int(stride) for stride in strides])
         mask = interface.get("mask")
         # Before version 3 the interface had no stream, and work was on the legacy default stream.
         theirs = interface.get("stream") if version >= 3 else 1
-        address = address or 0
+        address = int(address or 0)
         itemsize = int(typestr[2:])
+        numbers = (address >> 1,) + shape + (strides or ())
+        if address < 0 or any([abs(number) >= 1 << 63 for number in numbers]):
+            raise OverflowError("a number in it is beyond 64 bits")
     except (BaracudaError, MemoryError):
         raise
     except Exception as error:
@@ -730,7 +735,6 @@ cdef int acquire_cuda_interface(
 cdef int element_strides(ArrayView* view, object strides, int64_t itemsize, str name) except -1:
     """Strides in elements from strides in bytes."""
     cdef int i
-    strides = tuple(strides)
     if len(strides) != view.ndim:
         raise InvalidProblem(
             f"{name}: expected one stride per dimension, got {len(strides)} for {view.ndim}"
@@ -942,7 +946,7 @@ cdef int current_stream(object array, void** stream) except -1:
         return 1
     if kind.route != EXCHANGE and kind.framework != CUPY and kind.framework != TORCH:
         return 0
-    if not device_of(array, &device_type, &device_id) or device_type != kDLCUDA:
+    if not device_of(array, &device_type, &device_id, "array") or device_type != kDLCUDA:
         return 0
     if kind.route != EXCHANGE:
         return framework_stream(kind.framework, device_id, stream)
@@ -951,7 +955,9 @@ cdef int current_stream(object array, void** stream) except -1:
     return 1
 
 
-cdef int device_of(object array, int32_t* device_type, int32_t* device_id) except -1:
+cdef int device_of(
+    object array, int32_t* device_type, int32_t* device_id, str name
+) except -1:
     cdef Kind kind = kind_of(array)[0]
     cdef Route route = route_of(array, &kind)
     cdef ArrayView view
@@ -962,14 +968,19 @@ cdef int device_of(object array, int32_t* device_type, int32_t* device_id) excep
         device_id[0] = 0
         return 1
     if route == DLPACK:
-        theirs, index = array.__dlpack_device__()
-        # Managed memory does not say where it is.
-        if int(theirs) != kDLCUDAManaged:
-            device_type[0] = kDLCPU if int(theirs) == kDLCUDAHost else int(theirs)
-            device_id[0] = index if device_type[0] != kDLCPU else 0
-            return 1
+        try:
+            theirs, index = array.__dlpack_device__()
+            # Managed memory does not say where it is.
+            if int(theirs) != kDLCUDAManaged:
+                device_type[0] = kDLCPU if int(theirs) == kDLCUDAHost else int(theirs)
+                device_id[0] = index if device_type[0] != kDLCPU else 0
+                return 1
+        except (BaracudaError, MemoryError):
+            raise
+        except Exception as error:
+            raise cannot_share(array, name, error) from error
     memset(&view, 0, sizeof(view))
-    acquire_view(array, &view, NULL, False, "array")
+    acquire_view(array, &view, NULL, False, name)
     device_type[0] = view.device_type
     device_id[0] = view.device_id
     release_view(&view)

@@ -94,8 +94,8 @@ class ElementKind(Named):
             )
         # numpy.dtype has a name, scalar types of NumPy and JAX have a __name__, torch.float16
         # prints as that.
-        name = dtype
-        if not isinstance(dtype, str):
+        name = "float64" if dtype is float else dtype
+        if not isinstance(name, str):
             name = getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)
         kind = _KIND_OF_NAME.get(str(name).rpartition(".")[2].lower())
         if kind is None:

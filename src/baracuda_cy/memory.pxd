@@ -71,6 +71,7 @@ cdef class DeviceArray:
     cdef readonly DeviceBuffer buffer
     cdef ArrayView view           # borrowed from `memory`
     cdef object __weakref__
+    cdef DeviceMemory require_made(self)
     cdef int64_t byte_size(self) noexcept
 
 

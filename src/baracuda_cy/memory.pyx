@@ -84,7 +84,10 @@ def live_bytes():
 
 cdef int64_t size_of(object nbytes) except -1:
     if not isinstance(nbytes, int) or isinstance(nbytes, bool) or not 0 <= nbytes < 1 << 63:
-        raise InvalidProblem(f"nbytes: expected a size of 0 or more, got {nbytes!r}")
+        raise InvalidProblem(
+            f"nbytes: expected a size of 0 or more, got {nbytes!r}; pass an int, such as "
+            "plan.workspace_size"
+        )
     return nbytes
 
 
@@ -832,9 +835,18 @@ cdef class DeviceArray:
         """
         import numpy as np
 
+        self.require_made()
         result = np.empty(self.shape, numpy_dtype(self.view.element, "array"))
         copy_out(self.memory, self.view.data, self.byte_size(), result, stream, True)
         return result
+
+    cdef DeviceMemory require_made(self):
+        if self.memory is None:
+            raise InvalidProblem(
+                "array: expected a DeviceArray that was made, got one without memory; call "
+                "DeviceArray, DeviceArray.empty or DeviceArray.from_host"
+            )
+        return self.memory
 
     cdef int64_t byte_size(self) noexcept:
         cdef int64_t nbytes = element_bytes(self.view.element)
@@ -850,7 +862,7 @@ cdef class DeviceArray:
         captured graph stays where it is: it is freed inside the graph, before the call returns.
         """
         cdef StreamHandle legacy = handle_of(None)
-        cdef StreamHandle order = self.memory.order
+        cdef StreamHandle order = self.require_made().order
         cdef int device = self.memory.device
         cdef int capturing = 0
         with nogil:
@@ -897,17 +909,18 @@ cdef class DeviceArray:
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
         """Export as a DLPack tensor; see `DeviceBuffer.__dlpack__`."""
         return export_device(
-            self.memory, &self.view, self.byte_size(), stream, max_version, dl_device, copy
+            self.require_made(), &self.view, self.byte_size(), stream, max_version, dl_device, copy
         )
 
     def __dlpack_device__(self):
         """DLPack's ``(device type, device id)``."""
+        self.require_made()
         return kDLCUDA, self.view.device_id
 
     @property
     def __cuda_array_interface__(self):
         """The array for consumers of version 3 of the interface; bfloat16 has no name there."""
-        return cuda_interface(self.memory, &self.view)
+        return cuda_interface(self.require_made(), &self.view)
 
     def __len__(self):
         if self.view.ndim == 0:
@@ -943,11 +956,10 @@ cdef int64_t lay_out(ArrayView* view, object shape, int element) except -1:
 
 cdef int fill_array(object array, ArrayView* view, void** stream) except -1:
     cdef DeviceArray source = array
-    if source.memory is None:
-        raise InvalidProblem("array: expected a DeviceArray that was made, got one without memory")
+    cdef DeviceMemory memory = source.require_made()
     view[0] = source.view
-    stream[0] = source.memory.order.raw
-    return keep_in_view(view, source.memory)
+    stream[0] = memory.order.raw
+    return keep_in_view(view, memory)
 
 
 # ---- pinned host memory --------------------------------------------------------------------------
@@ -1165,7 +1177,9 @@ cdef class Workspace:
     ReadOnlyArray
         A buffer that cannot be written.
     OutOfMemory
-        There is no such amount left.
+        The GPU has no such amount left.
+    MemoryError
+        The host has no such amount left.
 
     Examples
     --------
@@ -1185,6 +1199,7 @@ cdef class Workspace:
             raise InvalidProblem(
                 "nbytes: expected either nbytes or buffer=, got "
                 + ("neither" if buffer is None else "both")
+                + "; pass one of them"
             )
         if buffer is not None:
             if device is not None or stream is not None:

@@ -110,7 +110,7 @@ cdef int resolve_device(object device, int32_t* device_type, int32_t* device_id)
     cdef object asked = device
     device_type[0] = HOST
     device_id[0] = 0
-    if device_of(asked, device_type, device_id):
+    if device_of(asked, device_type, device_id, "device"):
         if device_type[0] == HOST:
             device_id[0] = 0
             return 0
@@ -618,6 +618,8 @@ cdef class Plan:
 
     cdef int run_arrays(self, Call* call, object stream, bint start) except -1:
         cdef int slot
+        if self.sku is None:
+            raise invalid("plan", "one that select made", "an empty one", "call its class's select")
         find_stream(self.device_type, self.device_id, call.arrays, stream, &call.stream)
         try:
             for slot in range(self.slots):

@@ -149,7 +149,7 @@ def as_float32(value: Any, argument: str) -> float:
     try:
         with np.errstate(over="ignore"):
             return float(np.float32(float(value)))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidProblem(
             f"{argument}: expected a number, got {value!r}; pass one float"
         ) from None

@@ -207,9 +207,7 @@ class Pool {
     if (const char* text = getenv("BARACUDA_THREADS")) {
       char* end;
       const long asked = strtol(text, &end, 10);
-      if (end != text && *end == '\0' && asked > 0) {
-        return int(asked < kMaxThreads ? asked : kMaxThreads);
-      }
+      if (end != text && *end == '\0' && asked > 0 && asked <= kMaxThreads) return int(asked);
     }
     return cpus;
   }

@@ -66,6 +66,9 @@ class GgufFile(Mapping[str, Any]):
             )
         return GgufTensor(entry.data, entry.type_name, entry.shape)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.types
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.types)
 

@@ -137,6 +137,8 @@ class Header(GGUFReader):  # type: ignore[misc]
                 raise self.error(f"rows of a multiple of {elements} elements ({name})", shape)
             if offset % int(self.alignment):
                 raise self.error(f"an offset that is a multiple of {self.alignment}", offset)
+            if math.prod(length or 1 for length in shape) // elements * max(size, 1) >= 2**63:
+                raise self.error("a shape whose bytes an int64 counts", shape)
             nbytes = math.prod(shape) // elements * size
             data = self._get(int(start_offs) + offset, np.uint8, nbytes)
             self.entries[field.name] = Entry(name, shape, data)

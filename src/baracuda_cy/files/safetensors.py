@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baracuda_cy._ops import fetch
-from baracuda_cy.dlpack import inspect
+from baracuda_cy.dlpack import describe, inspect
 from baracuda_cy.errors import FileFormatError, InvalidProblem, NotAnArray, Unsupported
 from baracuda_cy.tensor import GgufTensor
 
@@ -285,11 +285,18 @@ def output_of(name: str, array: Any) -> Output:
         raise InvalidProblem(
             f"{name}: expected an Nf4Tensor or an array, got a GgufTensor; dequantize it first"
         )
+    if isinstance(array, np.ma.MaskedArray):
+        raise InvalidProblem(f"{name}: expected an array without a mask, got one; fill it")
     if isinstance(array, np.ndarray):  # of types, too, that DLPack does not know, in any order
         dtype = array.dtype.name
     else:
         seen = _inspect(name, array)
-        dtype = seen["element"].dtype if seen["element"] else "an unknown type"
+        if seen["element"] is None:
+            raise InvalidProblem(
+                f"{name}: expected a type that arrays of several libraries share, got "
+                f"{describe(array)}; pass a NumPy array, as in .numpy()"
+            )
+        dtype = seen["element"].dtype
     if dtype not in DTYPE_OF_NUMPY:
         raise InvalidProblem(
             f"{name}: expected one of {', '.join(DTYPE_OF_NUMPY)}, got {dtype}; convert the array"

@@ -135,8 +135,6 @@ class SignedSearch {
     SignedSearch search(x, exponent);
     for (int g = 0; g < kGroups; ++g) search.estimate(g);
     if constexpr (kGroups == 1) {
-      // Elements far below the smallest float16 are nearer to zero than to any level of it.
-      search.try_superscale(0.0f);
       for (int side = 0; side < kSides; ++side) {
         const float end = side == 0 ? Levels::kLowest : Levels::kHighest;
         search.try_superscale(search.estimates_[0][side]);
@@ -152,6 +150,9 @@ class SignedSearch {
       search.try_superscale(search.refit());
       if (!(search.best_.error < before)) break;
     }
+    // Elements far below the smallest float16 are nearer to zero than to any level of it. Last, so
+    // that those far above the largest, where all errors are alike, keep what is nearest.
+    if constexpr (kGroups == 1) search.try_superscale(0.0f);
     return search.best_;
   }
 
