@@ -183,17 +183,18 @@ def test_extreme_activations(cpu, gpu, name, scale):
 def test_staging_inside_and_outside(cpu, gpu, name):
     """Small products stage for themselves and need no workspace; larger ones do."""
     two = _cuda.compute_capability() >= (9, 0) and name not in ("Q6_K", "Q8_K")
-    most = 4096 if name == "Q8_K" else 16384
+    most = 4096 if name == "Q8_K" else 6144
     for nrows in 40, 3 * 32 * _cuda.multiprocessors() + 40:
         for ncols, m in (
             (4096, 1),
             (4096, 2),
             (4096, 3),
-            (8192, 1),
+            (6144, 1),
+            (6400, 1),
             (8192, 2),
-            (16384, 1),
-            (16384, 2),
+            (14336, 3),
             (16640, 1),
+            (16640, 2),
         ):
             plan = expect_same_bits(
                 cpu, gpu, problems.staged_plan, name, nrows, ncols, m, "bfloat16"

@@ -53,14 +53,46 @@ class LaneTile : public TileDefaults {
   static constexpr bool kLittleButReads =
       Tokens == 1 && 2 * Format::kBytes >= Format::kElements && !gives_turns<Format>;
 
+  static int64_t activation_bytes(int64_t ncols) {
+    return Tokens * staged_bytes(ncols, 1, kMinima) + kPartials * int64_t{sizeof(uint64_t)};
+  }
+
+  static __device__ __forceinline__ void prepare(const Staged& staged, uint8_t* memory) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (staged.fused) return;
+    if (threadIdx.x == 0) {
+      for (int warp = 0; warp < kPartials; ++warp) barrier_init(arrived(staged, memory, warp), 32);
+      barrier_init_fence();
+    }
+    consumers_sync<kConsumers>();
+#endif
+  }
+
+  // A warp brings the units that it takes, and waits for these alone.
   static __device__ __forceinline__ void bring_activations(const ProductArgs& args,
                                                            const Staged& staged, int64_t,
                                                            uint8_t* memory) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (staged.fused) {
       stage_own_units<1, kMinima>(args, staged, memory, Tokens);
-    } else {
-      copy_own_units<Tokens, kMinima>(staged, memory);
+      return;
     }
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = int(staged.units);
+    uint64_t* const barrier = arrived(staged, memory, warp);
+    const auto each = [&](auto function) {
+      for (int unit = warp + lane * kPartials; unit < units; unit += 32 * kPartials) {
+#pragma unroll
+        for (int token = 0; token < Tokens; ++token) {
+          function((token * units + unit) * Record::kBytes);
+        }
+      }
+    };
+    uint32_t bytes = 0;
+    each([&](int) { bytes += Record::kBytes; });
+    expect_bytes(barrier, bytes);
+    each([&](int at) { copy_row(memory + at, staged.records + at, Record::kBytes, barrier); });
+    barrier_wait(barrier, 0);
+#endif
   }
 
   __device__ __forceinline__ LaneTile(const ProductArgs&, const Staged& staged, int64_t, int64_t,
@@ -122,6 +154,12 @@ class LaneTile : public TileDefaults {
 
  private:
   using Record = StagedRecord<1, Format::kMinima>;
+
+  // Behind the activations: where a warp waits for its own.
+  static __device__ __forceinline__ uint64_t* arrived(const Staged& staged, uint8_t* memory,
+                                                      int warp) {
+    return reinterpret_cast<uint64_t*>(memory + Tokens * int(staged.units) * Record::kBytes) + warp;
+  }
   static constexpr int kMinima = Format::kMinima;
   static constexpr int kBlockGroups = Format::kElements / kGroup;
   static constexpr bool kHalves = Format::kScaleElements == 16;

@@ -417,9 +417,9 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   if constexpr (constexpr int kMost = kLaneTokens<Format>; kMost > 0) {
     if (takes_lanes<Format>(args, device)) {
       LaneRing<Format>* const units = nullptr;
-      const int64_t extra = args.m * staged_bytes(args.ncols, 1, Format::kMinima);
       return with_lane_tokens<kMost>(args.m, [&](auto tokens) {
-        return run(static_cast<LaneTile<Format, decltype(tokens)::value>*>(nullptr), units, extra);
+        using Tile = LaneTile<Format, decltype(tokens)::value>;
+        return run(static_cast<Tile*>(nullptr), units, Tile::activation_bytes(args.ncols));
       });
     }
   }

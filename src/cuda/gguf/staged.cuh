@@ -125,7 +125,7 @@ inline constexpr int kLaneTokens<Q8_K> = 0;
 // twice as many blocks do it, for 16 rows each.
 constexpr int64_t kFusedElements = 8192;
 template <class Format>
-constexpr int64_t kFusedOfOneToken = kLaneTokens<Format> > 0 ? 16384 : 4096;
+constexpr int64_t kFusedOfOneToken = kLaneTokens<Format> > 0 ? 6144 : 4096;
 template <class Format>
 bool stages_inside(int arch, int64_t ncols, int64_t m) {
   if (arch < 800 || m > (arch >= 900 && kLaneTokens<Format> > 1 ? 2 : 1)) return false;
@@ -272,42 +272,6 @@ __device__ __forceinline__ void stage_own_units(const ProductArgs& args, const S
           token = int(i) % tokens;
           unit = int(i) / tokens * kPartials + warp;
         });
-  }
-  __syncwarp();
-}
-
-// The same of tokens that were staged before. All loads come first, so that they wait together.
-template <int Tokens, int Minima>
-__device__ __forceinline__ void copy_own_units(const Staged& staged, uint8_t* memory) {
-  using Record = StagedRecord<1, Minima>;
-  constexpr int kPieces = Record::kBytes / 16;
-  static_assert(Record::kBytes % 16 == 0 && kPieces <= 32);
-  constexpr int kAtOnce = 8 / Tokens;  // units whose loads wait together
-  const int lane = threadIdx.x % 32, units = int(staged.units);
-  const auto place = [&](int token, int unit) {
-    return (token * units + unit) * Record::kBytes + lane * 16;
-  };
-  if (lane < kPieces) {
-    for (int first = threadIdx.x / 32; first < units; first += kAtOnce * kPartials) {
-      uint4 pieces[kAtOnce][Tokens];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int unit = min(first + i * kPartials, units - 1);
-#pragma unroll
-        for (int token = 0; token < Tokens; ++token) {
-          pieces[i][token] = *reinterpret_cast<const uint4*>(staged.records + place(token, unit));
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int unit = first + i * kPartials;
-        if (unit >= units) break;
-#pragma unroll
-        for (int token = 0; token < Tokens; ++token) {
-          *reinterpret_cast<uint4*>(memory + place(token, unit)) = pieces[i][token];
-        }
-      }
-    }
   }
   __syncwarp();
 }
