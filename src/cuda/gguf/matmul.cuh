@@ -365,8 +365,7 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   if (const int status = look_at_device(args.device, device)) return status;
   const bool fused = args.workspace == nullptr && args.ncols > 0;
   const bool unstaged = !fused && args.x != nullptr && args.ncols > 0;
-  if (fused && !stages_inside<Format>(device.arch, args.ncols, args.m))
-    return BCY_ERROR_INVALID_ARGUMENT;
+  if (fused && !stages_inside<Format>(args, device.arch)) return BCY_ERROR_INVALID_ARGUMENT;
   if (unstaged) {
     if (const int status = stage(args, stream)) return status;
   }

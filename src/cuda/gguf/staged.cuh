@@ -120,16 +120,25 @@ inline constexpr int kLaneTokens<Q6_K> = 1;
 template <>
 inline constexpr int kLaneTokens<Q8_K> = 0;
 
+// Whether a product of one token in lanes takes little longer than its weights take to arrive.
+template <class Format>
+constexpr bool reads_most = 2 * Format::kBytes >= Format::kElements && !gives_turns<Format>;
+
 // Up to so many elements, of a single token or of all that lanes take, are staged by the product
 // itself: that every thread block does it takes less time than a kernel of its own. Outside lanes
 // twice as many blocks do it, for 16 rows each.
 constexpr int64_t kFusedElements = 8192;
 template <class Format>
-constexpr int64_t kFusedOfOneToken = kLaneTokens<Format> > 0 ? 6144 : 4096;
+int64_t most_fused(const ProductArgs& args) {
+  if (args.m > 1) return kFusedElements / args.m;
+  if (kLaneTokens<Format> == 0) return 4096;
+  // Where kernels overlap and a product does more than to read, staging comes between them.
+  return args.overlap != 0 && !reads_most<Format> ? 16384 : 6144;
+}
 template <class Format>
-bool stages_inside(int arch, int64_t ncols, int64_t m) {
-  if (arch < 800 || m > (arch >= 900 && kLaneTokens<Format> > 1 ? 2 : 1)) return false;
-  return ncols <= (m <= 1 ? kFusedOfOneToken<Format> : kFusedElements / m);
+bool stages_inside(const ProductArgs& args, int arch) {
+  if (arch < 800 || args.m > (arch >= 900 && kLaneTokens<Format> > 1 ? 2 : 1)) return false;
+  return args.ncols <= most_fused<Format>(args);
 }
 
 struct Staged {
