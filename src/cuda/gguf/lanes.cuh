@@ -56,17 +56,6 @@ class LaneTile : public TileDefaults {
     return Tokens * staged_bytes(ncols, 1, kMinima) + kPartials * int64_t{sizeof(uint64_t)};
   }
 
-  static __device__ __forceinline__ void prepare(const Staged& staged, uint8_t* memory) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (staged.fused) return;
-    if (threadIdx.x == 0) {
-      for (int warp = 0; warp < kPartials; ++warp) barrier_init(arrived(staged, memory, warp), 32);
-      barrier_init_fence();
-    }
-    consumers_sync<kConsumers>();
-#endif
-  }
-
   // A warp brings the units that it takes, and waits for these alone.
   static __device__ __forceinline__ void bring_activations(const ProductArgs& args,
                                                            const Staged& staged, int64_t,
@@ -77,7 +66,14 @@ class LaneTile : public TileDefaults {
       return;
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = int(staged.units);
-    uint64_t* const barrier = arrived(staged, memory, warp);
+    // Behind the activations; no other warp knows it.
+    auto* const barrier =
+        reinterpret_cast<uint64_t*>(memory + Tokens * units * Record::kBytes) + warp;
+    if (lane == 0) {
+      barrier_init(barrier, 32);
+      barrier_init_fence();
+    }
+    __syncwarp();
     const auto each = [&](auto function) {
       for (int unit = warp + lane * kPartials; unit < units; unit += 32 * kPartials) {
 #pragma unroll
@@ -153,12 +149,6 @@ class LaneTile : public TileDefaults {
 
  private:
   using Record = StagedRecord<1, Format::kMinima>;
-
-  // Behind the activations: where a warp waits for its own.
-  static __device__ __forceinline__ uint64_t* arrived(const Staged& staged, uint8_t* memory,
-                                                      int warp) {
-    return reinterpret_cast<uint64_t*>(memory + Tokens * int(staged.units) * Record::kBytes) + warp;
-  }
   static constexpr int kMinima = Format::kMinima;
   static constexpr int kBlockGroups = Format::kElements / kGroup;
   static constexpr bool kHalves = Format::kScaleElements == 16;
