@@ -193,23 +193,26 @@ def meet(p):
         return even + ((p[1] + p[5]) + (p[3] + p[7]))
 
 
-def staged_product(weight, x):
-    """Product on the int8-staged path, float32 [M, N], before bias and rounding."""
-    u, d = stage(x)
+def _integer_product(weight, u, d, halves_apart):
+    """Integer activations and their scales times a weight; how halves with own scales join."""
     m, n, groups = u.shape[0], weight.codes.shape[0], u.shape[1]
     partial = np.zeros((m, n, 8), F32)
     with np.errstate(all="ignore"):
         for g in range(groups):
-            p = g // 8 % 8
-            ug, cg = u[:, g], weight.codes[:, g]
+            acc = partial[:, :, g // 8 % 8]
+            ug, cg, w = u[:, g], weight.codes[:, g], weight.scale[:, g]
             if weight.half_scale is None:
-                dot = ug @ cg.T
+                terms = [(ug @ cg.T, w)]
             else:
                 h = weight.half_scale[:, g]
-                dot = (ug[:, :16] @ cg[:, :16].T) * h[:, 0] + (ug[:, 16:] @ cg[:, 16:].T) * h[:, 1]
-            assert np.abs(dot).max(initial=0) < 2**24  # converts to float32 exactly
-            w = weight.scale[None, :, g] * d[:, g, None]
-            acc = fma(dot.astype(F32), w, partial[:, :, p])
+                dots = ug[:, :16] @ cg[:, :16].T, ug[:, 16:] @ cg[:, 16:].T
+                if halves_apart:
+                    terms = [(dots[i], w * h[:, i].astype(F32)) for i in range(2)]
+                else:
+                    terms = [(dots[0] * h[:, 0] + dots[1] * h[:, 1], w)]
+            for dot, scale in terms:
+                assert halves_apart or np.abs(dot).max(initial=0) < 2**24  # is a float32
+                acc = fma(dot.astype(F32), scale[None] * d[:, g, None], acc)  # rounds dot once
             if weight.minimum is not None:
                 count = weight.minimum.shape[2]
                 for half in range(count):
@@ -217,24 +220,31 @@ def staged_product(weight, x):
                     total = ug[:, half * width : (half + 1) * width].sum(axis=1)
                     s = d[:, g] * total.astype(F32)
                     acc = fma(weight.minimum[None, :, g, half], s[:, None], acc)
-            partial[:, :, p] = acc
+            partial[:, :, g // 8 % 8] = acc
     return meet(partial)
 
 
-def float_product(values, x):
-    """Product on the float path of weights [N, K] and tokens [M, K], before bias and rounding."""
+def staged_product(weight, x):
+    """Product on the int8-staged path, float32 [M, N], before bias and rounding."""
+    return _integer_product(weight, *stage(x), halves_apart=False)
+
+
+def fine(x):
+    """Float32 tokens [M, K] as 24-bit integers: int64 [M, G, 32] and float32 scales [M, G]."""
     x = np.asarray(x, F32)
-    (n, k), m = values.shape, x.shape[0]
-    partial = np.zeros((m, n, 8, 32), F32)
-    for g in range(-(-k // 32)):
-        p, width = g // 8 % 8, min(32, k - 32 * g)
-        a = values[None, :, 32 * g : 32 * g + width]
-        b = x[:, None, 32 * g : 32 * g + width]
-        partial[:, :, p, :width] = fma(a, b, partial[:, :, p, :width])
-    with np.errstate(all="ignore"):
-        for step in (16, 8, 4, 2, 1):
-            partial = partial[..., :step] + partial[..., step : 2 * step]
-    return meet(partial[..., 0])
+    groups = x.reshape(x.shape[0], x.shape[1] // 32, 32)
+    finite = np.isfinite(groups).all(axis=2)
+    whole = np.where(finite[..., None], groups, F32(0))
+    largest = np.abs(whole).max(axis=2, initial=0)
+    exponent = np.maximum(largest.view(np.uint32) >> 23, 23).astype(np.int64)
+    codes = np.rint(whole * np.exp2(149.0 - exponent).astype(F32)[..., None]).astype(np.int64)
+    scale = np.where(finite, np.exp2(exponent - 149.0), np.nan).astype(F32)
+    return np.minimum(codes, 2**23 - 1), scale
+
+
+def float_product(weight, x):
+    """Product on the float path, float32 [M, N], before bias and rounding."""
+    return _integer_product(weight, *fine(x), halves_apart=True)
 
 
 def codes_product(codes, scales, x):

@@ -143,9 +143,10 @@ def test_ends_of_rows(cpu, gpu, name, m):
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "MXFP4"])
 def test_long_rows(cpu, gpu, name):
-    """K = 2**20: many laps of the ring."""
+    """K = 2**20: many laps of the ring, and activations that shared memory does not hold."""
     for m in (1, 2, 9):
         expect_same_bits(cpu, gpu, problems.staged_plan, name, 3, 1 << 20, m)
+        expect_same_bits(cpu, gpu, problems.float_plan, name, 3, 1 << 20, m)
 
 
 @pytest.mark.parametrize("make", [problems.staged_plan, problems.float_plan])
@@ -172,11 +173,16 @@ def test_extreme_activations(cpu, gpu, name, scale):
     nrows, ncols, m = 16, 768, 3
     weight = random_weight(name, nrows, ncols)
     x = random_activations(m, ncols, "float32") * np.float32(scale)
-    results = [
-        bits(b.run(problems.staged_plan(b.device, name, nrows, ncols, m), weight, x))
-        for b in (cpu, gpu)
-    ]
-    np.testing.assert_array_equal(results[1], results[0])
+    for make, tokens in (
+        (problems.staged_plan, m),
+        (problems.float_plan, m),
+        (problems.float_plan, 1),
+    ):
+        results = [
+            bits(b.run(make(b.device, name, nrows, ncols, tokens), weight, x[:tokens]))
+            for b in (cpu, gpu)
+        ]
+        np.testing.assert_array_equal(results[1], results[0])
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q2_K", "Q6_K", "Q8_K"])

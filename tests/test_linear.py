@@ -141,9 +141,9 @@ def test_linear_on_the_float_path(kind, name):
     w = weight_for(kind, name)
     x = random_activations(3, 512)
     y = bcy.linear(kind.put(x), w, preference=bcy.PlanPreference(activations="float"))
-    values = reference.decode(random_weight(name, 24, 512), name, 24, 512).values()
+    decoded = reference.decode(random_weight(name, 24, 512), name, 24, 512)
     np.testing.assert_array_equal(
-        bits(kind.get(y)), reference.finish(reference.float_product(values, x))
+        bits(kind.get(y)), reference.finish(reference.float_product(decoded, x))
     )
 
 

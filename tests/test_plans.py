@@ -40,7 +40,7 @@ def expected(name, nrows, ncols, m, activation, path):
     x = random_activations(m, ncols, activation).astype(np.float32)
     if path == "staged":
         return reference.staged_product(weight, x)
-    return reference.float_product(weight.values(), x)
+    return reference.float_product(weight, x)
 
 
 def bias_of(nrows, dtype):
@@ -155,7 +155,7 @@ def test_activations_of_every_magnitude(backend, value, dtype):
         exact = (
             reference.staged_product(decoded, x32)
             if path == "staged"
-            else reference.float_product(decoded.values(), x32)
+            else reference.float_product(decoded, x32)
         )
         np.testing.assert_array_equal(bits(y), reference.finish(exact))
 
@@ -171,7 +171,7 @@ def test_blocks_of_every_bit_pattern(backend, name):
         decoded = reference.decode(data, name, nrows, ncols)
         plans = {
             "staged": reference.staged_product(decoded, x),
-            "float": reference.float_product(decoded.values(), x),
+            "float": reference.float_product(decoded, x),
         }
     for path, make in (("staged", problems.staged_plan), ("float", problems.float_plan)):
         plan = make(backend.device, name, nrows, ncols, m)
@@ -204,6 +204,27 @@ def test_error_is_within_bounds(backend, ggml, name):
     assert error(problems.float_plan, "bfloat16", "float32") <= 5e-6
     assert error(problems.float_plan, "float16", "float16") <= 3.5e-4
     assert error(problems.float_plan, "bfloat16", "bfloat16") <= 2.6e-3
+
+
+@pytest.mark.parametrize(("dtype", "below"), [("float16", 12), ("bfloat16", 15), ("float32", 0)])
+def test_the_float_path_takes_24_bits(backend, dtype, below):
+    """Few bits are exact far below the largest of their group; all are to half of bit 24."""
+    n = 64
+    rng = np.random.default_rng(below)
+    blocks = np.zeros((n, n // 32, 34), np.uint8)
+    blocks[..., :2] = np.float16(1).reshape(1).view(np.uint8)
+    blocks[np.arange(n), np.arange(n) // 32, 2 + np.arange(n) % 32] = 1  # the identity
+    x = rng.choice([-1, 1], (9, n)) * np.exp2(rng.uniform(-below, 0.99, (9, n)))
+    x[:, ::32] = [[1.0], [-1.5], *7 * [[2 - (2.0**-7 if below else 2.0**-23)]]]
+    x = x.astype(FLOATS[dtype])
+    for m in (1, 9):
+        plan = problems.float_plan(backend.device, "Q8_0", n, n, m, dtype, "float32")
+        y = backend.run(plan, blocks.reshape(-1), x[:m])
+        if dtype == "float32":
+            assert np.abs(y.astype(np.float64) - x[:m]).max() <= 2.0**-23
+            assert (y != x[:m]).any()
+        else:
+            np.testing.assert_array_equal(y, x[:m].astype(np.float32))
 
 
 # ---- where values are ----------------------------------------------------------------------------

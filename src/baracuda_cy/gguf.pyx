@@ -267,8 +267,9 @@ cdef class GgufProductPlan(Plan):
 cdef class GgufMmvqPlan(GgufProductPlan):
     """A packed GGUF weight times float activations.
 
-    Weights are dequantized to float32 and multiplied by the activations as they are, accumulated in
-    float32 in an order that depends on the format and K alone. It needs no workspace.
+    Of the activations it takes 24 bits, as many as float32 has, counted from the largest of each
+    group of 32: products are summed exactly in integers within a group and in float32 across
+    groups, in an order that depends on the format and K alone. It needs no workspace.
 
     Examples
     --------

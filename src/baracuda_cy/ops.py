@@ -63,7 +63,7 @@ def linear(
         Where to run on CUDA. By default the current stream of the framework of `x`, else the legacy
         default stream.
     preference : PlanPreference, optional
-        ``activations="float"`` multiplies the activations as they are with a GGUF weight too;
+        ``activations="float"`` takes 24 bits of the activations with a GGUF weight, not 8;
         ``bit_stable_across_hardware`` is for NF4 and FP4 on CUDA, ``threads`` for the CPU.
 
     Returns

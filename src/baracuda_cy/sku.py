@@ -185,7 +185,7 @@ class PlanPreference(_Value):
     ----------
     activations : {"staged", "float"}, optional
         Path of a product: ``"staged"`` quantizes the activations to int8 groups first, ``"float"``
-        multiplies them as they are. By default a plan takes its own path and `linear` the staged.
+        takes 24 bits of them. By default a plan takes its own path and `linear` the staged.
     threads : int, optional
         Threads of the CPU backend. By default the environment variable ``BARACUDA_THREADS``, else
         as many as the process may run on. The bits of a result do not depend on it.
@@ -312,8 +312,8 @@ class KernelSku(_Value):
     block_format : GgufBlockFormat, optional
         How the weight is packed.
     activations : {"staged", "float"}, optional
-        Whether activations are quantized to int8 groups first or multiplied as they are; None where
-        there are none.
+        Whether activations are quantized to int8 groups first or multiplied to the precision of
+        their type; None where there are none.
     layout : str, optional
         How the codes of an NF4 or FP4 weight lie: ``"bitsandbytes"`` or ``"row_pair"``.
     epilogue : str, optional

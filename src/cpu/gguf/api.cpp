@@ -3,6 +3,8 @@
 #include "baracuda/api.h"
 
 #include <algorithm>
+#include <memory>
+#include <new>
 
 #include "cpu/gguf/layout.h"
 #include "cpu/isa.h"
@@ -58,6 +60,42 @@ int multiply(const bcy_gguf_matmul_args& args, int threads,
                   });
 }
 
+// What `m` tokens take where a product finds them; -1 when it exceeds int64.
+template <bool kFine>
+int64_t staged_bytes(int32_t format, int64_t ncols, int64_t m) {
+  if (ncols < 0 || m < 0) return -1;
+  int64_t record = 0;
+  switch (format) {
+#define BCY_FORMAT(name, file)             \
+  case name::kId:                          \
+    record = Layout<name, kFine>::kRecord; \
+    break;
+#include "baracuda/formats.def"
+#undef BCY_FORMAT
+  }
+  int64_t bytes;
+  if (ncols > INT64_MAX - kSpan ||
+      __builtin_mul_overflow(Spans(ncols).spans * bcy::kUnitGroups, record, &bytes) ||
+      __builtin_mul_overflow(bytes, m, &bytes) || __builtin_add_overflow(bytes, 255, &bytes)) {
+    return -1;
+  }
+  return bytes & ~int64_t(255);
+}
+
+int stage(const bcy_gguf_matmul_args& args, int threads,
+          void (*Kernels::*kernel)(const bcy_gguf_matmul_args&, int64_t, int64_t)) {
+  const Kernels* const kernels = kernels_of(args.format);
+  if (!kernels) return BCY_ERROR_UNKNOWN_FORMAT;
+  if (!is_element(args.x_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
+  if (const int status = check_sizes(args.format, args.nrows, args.ncols, args.m)) return status;
+  constexpr int64_t kElements = 32 << 10;  // worth a hand-over to another thread
+  return parallel_for(
+      args.m, kElements / (args.ncols + 1) + 1, threads,
+      [&args, kernel = kernels->*kernel](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+int element_bytes(int32_t type) { return type == BCY_F32 ? 4 : 2; }
+
 }  // namespace
 }  // namespace bcy::cpu
 
@@ -86,35 +124,11 @@ int64_t bcy_gguf_block_bytes(int32_t format) {
 }
 
 int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) {
-  if (ncols < 0 || m < 0) return -1;
-  int64_t record = 0;
-  switch (format) {
-#define BCY_FORMAT(name, file)           \
-  case bcy::name::kId:                   \
-    record = Layout<bcy::name>::kRecord; \
-    break;
-#include "baracuda/formats.def"
-#undef BCY_FORMAT
-  }
-  int64_t bytes;
-  if (ncols > INT64_MAX - kSpan ||
-      __builtin_mul_overflow(Spans(ncols).spans * bcy::kUnitGroups, record, &bytes) ||
-      __builtin_mul_overflow(bytes, m, &bytes) || __builtin_add_overflow(bytes, 255, &bytes)) {
-    return -1;
-  }
-  return bytes & ~int64_t(255);
+  return staged_bytes<false>(format, ncols, m);
 }
 
 int bcy_cpu_gguf_stage(const bcy_gguf_matmul_args* args, int threads) {
-  const Kernels* const kernels = kernels_of(args->format);
-  if (!kernels) return BCY_ERROR_UNKNOWN_FORMAT;
-  if (!is_element(args->x_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
-  if (const int status = check_sizes(args->format, args->nrows, args->ncols, args->m)) {
-    return status;
-  }
-  constexpr int64_t kElements = 32 << 10;  // worth a hand-over to another thread
-  return parallel_for(args->m, kElements / (args->ncols + 1) + 1, threads,
-                      [=](int64_t begin, int64_t end) { kernels->stage(*args, begin, end); });
+  return stage(*args, threads, &Kernels::stage);
 }
 
 int bcy_cpu_gguf_matmul(const bcy_gguf_matmul_args* args, int threads) {
@@ -122,7 +136,24 @@ int bcy_cpu_gguf_matmul(const bcy_gguf_matmul_args* args, int threads) {
 }
 
 int bcy_cpu_gguf_matvec(const bcy_gguf_matmul_args* args, int threads) {
-  return multiply(*args, threads, &Kernels::matvec);
+  if (!is_element(args->x_type) || !is_element(args->y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
+  // Some tokens at a time: what they take is not the caller's to provide.
+  constexpr int64_t kTokens = 64;
+  const int64_t bytes = staged_bytes<true>(args->format, args->ncols, std::min(args->m, kTokens));
+  if (bytes < 0) return BCY_ERROR_INVALID_ARGUMENT;
+  const std::unique_ptr<uint8_t[]> workspace(new (std::nothrow) uint8_t[size_t(bytes)]);
+  if (!workspace) return BCY_ERROR_OUT_OF_MEMORY;
+  bcy_gguf_matmul_args some = *args;
+  some.workspace = workspace.get();
+  for (int64_t first = 0; first < args->m; first += kTokens) {
+    some.m = std::min(args->m - first, kTokens);
+    some.x =
+        static_cast<const uint8_t*>(args->x) + first * args->x_stride * element_bytes(args->x_type);
+    some.y = static_cast<uint8_t*>(args->y) + first * args->y_stride * element_bytes(args->y_type);
+    if (const int status = stage(some, threads, &Kernels::stage_fine)) return status;
+    if (const int status = multiply(some, threads, &Kernels::matvec)) return status;
+  }
+  return BCY_OK;
 }
 
 int bcy_cpu_gguf_dequantize(const bcy_gguf_dequantize_args* args, int threads) {

@@ -6,9 +6,10 @@
 namespace bcy::cpu {
 namespace {
 
-template <class Format>
+// kFine: of 24-bit activations.
+template <class Format, bool kFine = false>
 struct Baseline {
-  using L = Layout<Format>;
+  using L = Layout<Format, kFine>;
   using Block = Bytes<Format::kAlignment>;
 
   static Block block_at(const void* weight, int64_t ncols, int64_t row, int64_t k) {
@@ -27,7 +28,7 @@ struct Baseline {
         const int group = int(step % kUnitGroups);
         const int64_t k = unit * kUnit + group * kGroup;
         GroupScale scale{0.0f, 0.0f};
-        int8_t u[kGroup] = {};
+        int32_t u[kGroup] = {};
         int sums[2] = {};
         if (k < ncols) {
           float values[kGroup];
@@ -39,25 +40,27 @@ struct Baseline {
             const float magnitude = as_float(as_bits(values[e]) & 0x7fffffffu);
             if (magnitude > largest) largest = magnitude;
           }
-          scale = group_scale(largest, finite);
+          scale = kFine ? fine_group_scale(largest, finite) : group_scale(largest, finite);
           for (int e = 0; e < kGroup; ++e) {
-            const int code = stage_element(values[e], scale);
-            u[L::place(group, e)] = int8_t(code);
+            const int code =
+                kFine ? fine_element(values[e], scale) : stage_element(values[e], scale);
+            u[L::place(group, e)] = code;
             sums[e / Format::kScaleElements] += code;
           }
         }
         for (int word = 0; word < kGroup / 4; ++word) {
-          memcpy(record + word * 4 * kLanes + 4 * lane, u + 4 * word, 4);
+          if constexpr (kFine) {
+            put_fine(u + 4 * word, record, word, lane);
+          } else {
+            for (int i = 0; i < 4; ++i)
+              record[word * L::kWord + 4 * lane + i] = uint8_t(u[4 * word + i]);
+          }
         }
         memcpy(record + L::kScale + 4 * lane, &scale.scale, 4);
-        for (int half = 0; half < L::kHalves; ++half) {
-          uint8_t* const to = record + L::kSum + 4 * (half * kLanes + lane);
-          if constexpr (Format::kMinima > 0) {
+        if constexpr (Format::kMinima > 0) {
+          for (int half = 0; half < L::kHalves; ++half) {
             const float sum = staged_sum(scale, sums[half]);
-            memcpy(to, &sum, 4);
-          } else {
-            const int32_t correction = -kOffset<Format> * sums[half];
-            memcpy(to, &correction, 4);
+            memcpy(record + L::kSum + 4 * (half * kLanes + lane), &sum, 4);
           }
         }
       }
@@ -71,7 +74,7 @@ struct Baseline {
         const auto* x = static_cast<const typename Element::Storage*>(args.x);
         stage_token<Element>(
             x + token * args.x_stride, args.ncols,
-            static_cast<uint8_t*>(args.workspace) + token * token_bytes<Format>(args.ncols));
+            static_cast<uint8_t*>(args.workspace) + token * token_bytes<L>(args.ncols));
       }
     });
   }
@@ -99,22 +102,27 @@ struct Baseline {
   };
 
   static float add_step(float sum, const Group& group, const uint8_t* record, int lane) {
-    int8_t u[kGroup];
-    for (int word = 0; word < kGroup / 4; ++word) {
-      memcpy(u + 4 * word, record + word * 4 * kLanes + 4 * lane, 4);
-    }
-    int32_t dot = 0;
-    for (int half = 0; half < L::kHalves; ++half) {
-      int32_t part = 0;
-      for (int e = 0; e < Format::kScaleElements; ++e) {
-        part += int32_t(group.codes[half * 16 + e]) * u[half * 16 + e];
-      }
-      if constexpr (L::kHalves == 2) part *= group.half_scales[half];
-      dot += part;
-    }
     float scale;
     memcpy(&scale, record + L::kScale + 4 * lane, 4);
-    sum = add_group(sum, dot, group.scale, scale);
+    int64_t dots[L::kHalves] = {};
+    for (int e = 0; e < kGroup; ++e) {
+      const int32_t u = kFine ? fine_at(record, e / 4, lane, e % 4)
+                              : int8_t(record[e / 4 * L::kWord + 4 * lane + e % 4]);
+      dots[e / Format::kScaleElements] += int64_t{group.codes[e]} * u;
+    }
+    if constexpr (kFine) {
+      for (int half = 0; half < L::kHalves; ++half) {
+        float weight = group.scale;
+        if constexpr (L::kHalves == 2) weight = mul(weight, float(group.half_scales[half]));
+        sum = add_group(sum, float(dots[half]), weight, scale);
+      }
+    } else {
+      int64_t dot = dots[0];
+      if constexpr (L::kHalves == 2) {
+        dot = dot * group.half_scales[0] + dots[1] * group.half_scales[1];
+      }
+      sum = add_group(sum, float(dot), group.scale, scale);
+    }
     if constexpr (Format::kMinima > 0) {
       for (int half = 0; half < L::kHalves; ++half) {
         float staged;
@@ -126,7 +134,7 @@ struct Baseline {
   }
 
   static void matmul(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
-    const int64_t token_stride = token_bytes<Format>(args.ncols);
+    const int64_t token_stride = token_bytes<L>(args.ncols);
     for (int64_t first = 0; first < args.m; first += kTokenTile) {
       const int tokens = int(args.m - first < kTokenTile ? args.m - first : kTokenTile);
       const uint8_t* const staged =
@@ -161,41 +169,6 @@ struct Baseline {
     }
   }
 
-  template <class Element>
-  static float row_times_token(const bcy_gguf_matmul_args& args, int64_t row, int64_t token) {
-    const auto* const x =
-        static_cast<const typename Element::Storage*>(args.x) + token * args.x_stride;
-    float sums[kPartials][kGroup] = {};
-    for (int64_t k = 0; k < args.ncols; k += kGroup) {
-      float values[kGroup];
-      dequantize_group(block_at(args.weight, args.ncols, row, k), group_at(k), values);
-      float* const partial = sums[k / kUnit % kPartials];
-      for (int e = 0; e < kGroup; ++e) {
-        partial[e] = fma(values[e], Element::load(x + k + e), partial[e]);
-      }
-    }
-    for (auto& partial : sums) {
-      for (int width = kGroup / 2; width > 0; width /= 2) {
-        for (int e = 0; e < width; ++e) partial[e] = add(partial[e], partial[e + width]);
-      }
-    }
-    return meet(sums[0][0], sums[1][0], sums[2][0], sums[3][0], sums[4][0], sums[5][0], sums[6][0],
-                sums[7][0]);
-  }
-
-  static void matvec(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t token = 0; token < args.m; ++token) {
-        float sum = 0.0f;
-        with_element(args.x_type, [&](auto element) {
-          sum = row_times_token<decltype(element)>(args, row, token);
-        });
-        with_element(args.y_type,
-                     [&](auto element) { store_output<decltype(element)>(args, token, row, sum); });
-      }
-    }
-  }
-
   static void dequantize(const bcy_gguf_dequantize_args& args, int64_t begin, int64_t end) {
     with_element(args.y_type, [&](auto element) {
       using Element = decltype(element);
@@ -209,9 +182,12 @@ struct Baseline {
       }
     });
   }
-
-  static constexpr Kernels kKernels = {stage, matmul, matvec, dequantize};
 };
+
+template <class Format>
+constexpr Kernels kKernels = {Baseline<Format>::stage, Baseline<Format>::matmul,
+                              Baseline<Format, true>::stage, Baseline<Format, true>::matmul,
+                              Baseline<Format>::dequantize};
 
 }  // namespace
 
@@ -219,7 +195,7 @@ const Kernels* baseline_kernels(int32_t format) {
   switch (format) {
 #define BCY_FORMAT(name, file) \
   case name::kId:              \
-    return &Baseline<name>::kKernels;
+    return &kKernels<name>;
 #include "baracuda/formats.def"
 #undef BCY_FORMAT
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/gguf/floats.h"
+#include "cpu/gguf/dequantize.h"
 #include "cpu/gguf/products.h"
 #include "cpu/gguf/staging.h"
 #include "cpu/gguf/vectors_avx2.h"
@@ -8,8 +8,9 @@ namespace bcy::cpu {
 namespace {
 
 template <class Format>
-constexpr Kernels kKernels = {Staging<Avx2, Format>::stage, Product<Avx2, Format>::matmul,
-                              FloatPath<Avx2, Format>::matvec, FloatPath<Avx2, Format>::dequantize};
+constexpr Kernels kKernels = {
+    Staging<Avx2, Format>::stage, Product<Avx2, Format>::matmul, Staging<Avx2, Format, true>::stage,
+    Product<Avx2, Format, true>::matmul, Dequantize<Avx2, Format>::dequantize};
 
 }  // namespace
 

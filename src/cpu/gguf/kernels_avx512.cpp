@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/gguf/floats.h"
+#include "cpu/gguf/dequantize.h"
 #include "cpu/gguf/products.h"
 #include "cpu/gguf/staging.h"
 #include "cpu/gguf/vectors_avx512.h"
@@ -9,8 +9,9 @@ namespace {
 
 template <class Format>
 constexpr Kernels kKernels = {Staging<Avx512, Format>::stage, Product<Avx512, Format>::matmul,
-                              FloatPath<Avx512, Format>::matvec,
-                              FloatPath<Avx512, Format>::dequantize};
+                              Staging<Avx512, Format, true>::stage,
+                              Product<Avx512, Format, true>::matmul,
+                              Dequantize<Avx512, Format>::dequantize};
 
 }  // namespace
 

@@ -10,6 +10,13 @@
 //   float  sum[8]          s_a instead, where the format has minima. Two of them, one for each half
 //                          of the group, where scales are for 16 elements
 //
+// Fine ones have 24-bit integers, 4096 high + low, instead:
+//
+//   int16  x[8][4][8][2]   dword k of the group; low 0 and 2, low 1 and 3, high 0 and 2, high 1 and
+//                          3 of its four; lane p
+//   float  scale[8]
+//   int32  correction[2][8]   of low, of high; or float sum[8]
+//
 // With fewer units than lanes the lanes repeat (1, 2 or 4 of them), so that a vector serves several
 // weight rows. Lanes of units that do not exist are zeros, and no sum takes them.
 //
@@ -54,13 +61,15 @@ inline constexpr int kOffset<IQ4_XS> = 128;
 template <>
 inline constexpr int kOffset<MXFP4> = 12;
 
-template <class Format>
+template <class Format, bool kFine = false>
 struct Layout {
   static constexpr int kUnitBytes = Format::kBytes * (kUnit / Format::kElements);
   static constexpr int kHalves = kGroup / Format::kScaleElements;
-  static constexpr int kScale = kGroup * kLanes;  // offsets in a record
+  static constexpr int kSums = (kFine && Format::kMinima == 0 ? 2 : 1) * kHalves;
+  static constexpr int kWord = (kFine ? 4 : 1) * 4 * kLanes;  // bytes of a record for four elements
+  static constexpr int kScale = kGroup / 4 * kWord;  // offsets in a record
   static constexpr int kSum = kScale + 4 * kLanes;
-  static constexpr int kRecord = kSum + 4 * kLanes * kHalves;
+  static constexpr int kRecord = kSum + 4 * kLanes * kSums;
 
   // Codes of a block of 32 end the block, so they may start in the middle of a dword. They are kept
   // as they lie: byte 0 of the first dword is then not the first code, and u is rotated alike.
@@ -88,9 +97,28 @@ struct Spans {
                            : int(units > 0 ? units : 1)) {}
 };
 
-template <class Format>
+template <class L>
 BCY_INLINE int64_t token_bytes(int64_t ncols) {
-  return Spans(ncols).spans * kUnitGroups * Layout<Format>::kRecord;
+  return Spans(ncols).spans * kUnitGroups * L::kRecord;
+}
+
+// Four 24-bit integers, dword k of a lane, to a fine record and back.
+constexpr int kLowBits = 12;
+BCY_INLINE void put_fine(const int32_t* x, uint8_t* record, int k, int lane) {
+  for (int odd = 0; odd < 2; ++odd) {
+    const int32_t a = x[odd], b = x[odd + 2];
+    constexpr int32_t kLow = (1 << kLowBits) - 1;
+    const uint32_t low = uint32_t(a & kLow) | uint32_t(b & kLow) << 16;
+    const uint32_t high = (uint32_t(a >> kLowBits) & 0xffffu) | uint32_t(b >> kLowBits) << 16;
+    memcpy(record + ((4 * k + odd) * kLanes + lane) * 4, &low, 4);
+    memcpy(record + ((4 * k + 2 + odd) * kLanes + lane) * 4, &high, 4);
+  }
+}
+BCY_INLINE int32_t fine_at(const uint8_t* record, int k, int lane, int i) {
+  int16_t low, high;
+  memcpy(&low, record + ((4 * k + i % 2) * kLanes + lane) * 4 + i / 2 * 2, 2);
+  memcpy(&high, record + ((4 * k + 2 + i % 2) * kLanes + lane) * 4 + i / 2 * 2, 2);
+  return high * (1 << kLowBits) + low;
 }
 
 template <class Format>
@@ -98,10 +126,12 @@ BCY_INLINE int64_t row_bytes(int64_t ncols) {
   return ncols / Format::kElements * Format::kBytes;
 }
 
-// What one instruction set has for one format: each does the rows (stage: tokens) [begin, end).
+// What one instruction set has for one format: each does the rows (stage: tokens) [begin, end). The
+// workspace of matmul holds what stage makes, that of matvec what stage_fine does.
 struct Kernels {
   void (*stage)(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end);
   void (*matmul)(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end);
+  void (*stage_fine)(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end);
   void (*matvec)(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end);
   void (*dequantize)(const bcy_gguf_dequantize_args& args, int64_t begin, int64_t end);
 };

@@ -12,6 +12,7 @@
 //   add_where<mask, n>    n to every byte of w whose bit of mask is set in the second argument
 //   look_up               table[byte] + offset for every byte
 //   dot<max, words>       in every lane, dot product of codes up to max and u, plus the correction
+//   add_pairs(sum, a, p)  in every lane, the two halves of a times those at p join a sum
 //   broadcast(p)          eight numbers, the same for every row
 //   fma, fma_where        a * b + c, and c where the mask has no lane
 //   meet(sums, out)       one sum for each row, in the order of meet() in order.cuh
@@ -24,12 +25,14 @@
 namespace bcy::cpu {
 namespace {
 
-template <class V, class Format>
+// kFine: of fine records.
+template <class V, class Format, bool kFine = false>
 struct Product {
   using Words = typename V::Words;
+  using Ints = typename V::Ints;
   using Floats = typename V::Floats;
   using U = Unpack<V, Format>;
-  using L = Layout<Format>;
+  using L = Layout<Format, kFine>;
   static constexpr int kUnitBytes = L::kUnitBytes;
   // How far ahead weights are asked for, in bytes: lanes are read side by side, and the processor's
   // own prefetchers see no stream in that.
@@ -56,9 +59,12 @@ struct Product {
   struct Group {
     Words codes[8];
     Floats scale;
-    Floats half_scales[L::kHalves];  // the codes' excess taken out
+    Floats half_scales[L::kHalves];  // fine: times the scale; else the codes' excess taken out
     Floats minima[L::kHalves];
   };
+
+  template <int g>
+  static constexpr float kUnitCode = 1.0f / float(1 << U::excess(g));
 
   template <int g>
   static BCY_INLINE Group unpack(const Words* d) {
@@ -66,9 +72,9 @@ struct Product {
     U::template codes<g>(d, group.codes);
     group.scale = U::template scale<g>(d);
     if constexpr (L::kHalves == 2) {
-      constexpr float kUnitCode = 1.0f / float(1 << U::excess(g));
-      group.half_scales[0] = U::template half_scale<g, 0>(d) * kUnitCode;
-      group.half_scales[1] = U::template half_scale<g, 1>(d) * kUnitCode;
+      const Floats factor = kFine ? group.scale : Floats{} + kUnitCode<g>;
+      group.half_scales[0] = U::template half_scale<g, 0>(d) * factor;
+      group.half_scales[1] = U::template half_scale<g, 1>(d) * factor;
     }
     if constexpr (Format::kMinima > 0) {
       for (int half = 0; half < L::kHalves; ++half) {
@@ -84,10 +90,45 @@ struct Product {
     return V::template dot<U::kMax, kWords>(codes, u, kOffset<Format> ? correction : nullptr);
   }
 
+  // The exact dot product of codes and 24-bit integers, rounded to float32 once.
+  template <int g, int kWords>
+  static BCY_INLINE Floats fine_dot(const Words* codes, const uint8_t* x,
+                                    const uint8_t* corrections) {
+    Ints low[2] = {}, high[2] = {};
+    if constexpr (kOffset<Format> != 0) {
+      low[0] = (Ints)V::eight(corrections);
+      high[0] = (Ints)V::eight(corrections + 4 * kLanes);
+    }
+    for (int k = 0; k < kWords; ++k, x += L::kWord) {
+      const Words pairs[2] = {codes[k] & 0x00ff00ffu, codes[k] >> 8 & 0x00ff00ffu};
+      for (int odd = 0; odd < 2; ++odd) {
+        low[odd] = V::add_pairs(low[odd], pairs[odd], x + 4 * kLanes * odd);
+        high[odd] = V::add_pairs(high[odd], pairs[odd], x + 4 * kLanes * (2 + odd));
+      }
+    }
+    // Both parts are below 2^24 then.
+    const Ints lower = low[0] + low[1], upper = high[0] + high[1] + (lower >> kLowBits);
+    const Floats factor = Floats{} + float(1 << kLowBits);
+    const Floats rest = V::to_float(lower & ((1 << kLowBits) - 1));
+    return V::fma(V::to_float(upper), factor, rest) * kUnitCode<g>;
+  }
+
   template <int g>
-  static BCY_INLINE Floats add_step(Floats sum, const Group& group, const uint8_t* record,
-                                    typename V::Mask mask) {
+  static BCY_INLINE Floats add_products(Floats sum, const Group& group, const uint8_t* record,
+                                        typename V::Mask mask) {
     const uint8_t* const extra = record + L::kSum;
+    const Floats x_scale = V::broadcast(record + L::kScale);
+    if constexpr (kFine) {
+      constexpr int kWords = 8 / L::kHalves;
+      for (int half = 0; half < L::kHalves; ++half) {
+        const Floats value =
+            fine_dot<g, kWords>(group.codes + kWords * half, record + kWords * L::kWord * half,
+                                extra + 8 * kLanes * half);
+        const Floats scale = L::kHalves == 2 ? group.half_scales[half] : group.scale;
+        sum = V::fma_where(mask, value, scale * x_scale, sum);
+      }
+      return sum;
+    }
     Floats dots;
     if constexpr (L::kHalves == 1) {
       dots = V::to_float(dot<8>(group.codes, record, extra) >> U::excess(g));
@@ -100,9 +141,15 @@ struct Product {
       dots = V::fma(group.half_scales[0], first, Floats{});
       dots = V::fma(group.half_scales[1], second, dots);
     }
-    const Floats scale = group.scale * V::broadcast(record + L::kScale);
-    sum = V::fma_where(mask, dots, scale, sum);
+    return V::fma_where(mask, dots, group.scale * x_scale, sum);
+  }
+
+  template <int g>
+  static BCY_INLINE Floats add_step(Floats sum, const Group& group, const uint8_t* record,
+                                    typename V::Mask mask) {
+    sum = add_products<g>(sum, group, record, mask);
     if constexpr (Format::kMinima > 0) {
+      const uint8_t* const extra = record + L::kSum;
       for (int half = 0; half < L::kHalves; ++half) {
         sum = V::fma_where(mask, group.minima[half], V::broadcast(extra + 4 * kLanes * half), sum);
       }
@@ -163,7 +210,7 @@ struct Product {
     const int64_t stride = row_bytes<Format>(args.ncols);
     const uint8_t* const weight = static_cast<const uint8_t*>(args.weight);
     const uint8_t* const weight_end = weight + args.nrows * stride;
-    const int64_t token_stride = token_bytes<Format>(args.ncols);
+    const int64_t token_stride = token_bytes<L>(args.ncols);
     const uint8_t* const staged =
         static_cast<const uint8_t*>(args.workspace) + first * token_stride;
     const int64_t whole_spans = args.ncols / kSpan;

@@ -14,17 +14,19 @@
 namespace bcy::cpu {
 namespace {
 
-template <class V, class Format>
+template <class V, class Format, bool kFine = false>
 struct Staging {
   using Floats = typename V::Floats;
   using Ints = typename V::Ints;
-  using L = Layout<Format>;
+  using L = Layout<Format, kFine>;
   static constexpr int kVectors = kGroup / V::kWidth;
+
+  using Code = std::conditional_t<kFine, int32_t, int8_t>;
 
   struct Group {
     float scale;
-    int8_t u[kGroup];
-    uint32_t sums[2];  // int32 correction or float sum, for each half
+    Code u[kGroup];
+    uint32_t sums[L::kSums];
   };
 
   template <class Element>
@@ -37,43 +39,63 @@ struct Staging {
       magnitude = bits > magnitude ? bits : magnitude;
     }
     const uint32_t largest = uint32_t(V::largest(magnitude));
-    const GroupScale scale = group_scale(as_float(largest), largest < 0x7f800000u);
+    const bool finite = largest < 0x7f800000u;
+    const GroupScale scale = kFine ? fine_group_scale(as_float(largest), finite)
+                                   : group_scale(as_float(largest), finite);
     Group group{scale.scale, {}, {}};
-    int sums[2] = {};
-    if (scale.inverse != 0.0f) {
-      Ints totals[2] = {};
-      for (int i = 0; i < kVectors; ++i) {
+    if (scale.inverse == 0.0f)
+      return group;  // of zeros: so are the sums, but where x is not finite
+    Ints totals[2] = {}, lows[2] = {};
+    for (int i = 0; i < kVectors; ++i) {
+      Ints codes = V::round(values[i] * scale.inverse);
+      const int half = i * V::kWidth / Format::kScaleElements;
+      if constexpr (kFine) {
+        codes = codes < 0x7fffff ? codes : Ints{} + 0x7fffff;
+        memcpy(group.u + i * V::kWidth, &codes, sizeof codes);
+        lows[half] += codes & ((1 << kLowBits) - 1);
+      } else {
         // No clip: no magnitude exceeds the largest, whose code rounds to 127.
-        const Ints codes = V::round(values[i] * scale.inverse);
         V::narrow(codes, group.u + i * V::kWidth);
-        totals[i * V::kWidth / Format::kScaleElements] += codes;
       }
-      for (int half = 0; half < L::kHalves; ++half) sums[half] = V::total(totals[half]);
+      totals[half] += codes;
     }
     for (int half = 0; half < L::kHalves; ++half) {
-      group.sums[half] = Format::kMinima > 0 ? as_bits(staged_sum(scale, sums[half]))
-                                             : uint32_t(-kOffset<Format> * sums[half]);
+      const int sum = V::total(totals[half]);
+      if constexpr (Format::kMinima > 0) {
+        group.sums[half] = as_bits(staged_sum(scale, sum));
+      } else if constexpr (kFine) {
+        const int low = V::total(lows[half]);
+        group.sums[2 * half] = uint32_t(-kOffset<Format> * low);
+        group.sums[2 * half + 1] = uint32_t(-kOffset<Format> * ((sum - low) >> kLowBits));
+      } else {
+        group.sums[half] = uint32_t(-kOffset<Format> * sum);
+      }
     }
     return group;
   }
 
   static BCY_INLINE void store(const Group& group, int rotation, int lane, uint8_t* record) {
-    uint8_t rotated[kGroup];
-    for (int start = 0; start < kGroup; start += L::kCodeBytes) {
-      // Twice in a row: a window that starts elsewhere is the rotation.
-      uint8_t twice[2 * L::kCodeBytes];
-      memcpy(twice, group.u + start, L::kCodeBytes);
-      memcpy(twice + L::kCodeBytes, group.u + start, L::kCodeBytes);
-      memcpy(rotated + start, twice + L::kCodeBytes - rotation, L::kCodeBytes);
+    auto rotated = group;
+    if constexpr (Format::kElements == kGroup) {
+      constexpr int kCount = L::kCodeBytes;
+      for (int start = 0; start < kGroup; start += kCount) {
+        // Twice in a row: a window that starts elsewhere is the rotation.
+        Code twice[2 * kCount];
+        memcpy(twice, group.u + start, sizeof twice / 2);
+        memcpy(twice + kCount, group.u + start, sizeof twice / 2);
+        memcpy(rotated.u + start, twice + kCount - rotation, sizeof twice / 2);
+      }
     }
-    const uint8_t* const u =
-        Format::kElements == kGroup ? rotated : reinterpret_cast<const uint8_t*>(group.u);
     for (int word = 0; word < kGroup / 4; ++word) {
-      memcpy(record + word * 4 * kLanes + 4 * lane, u + 4 * word, 4);
+      if constexpr (kFine) {
+        put_fine(rotated.u + 4 * word, record, word, lane);
+      } else {
+        memcpy(record + word * L::kWord + 4 * lane, rotated.u + 4 * word, 4);
+      }
     }
     memcpy(record + L::kScale + 4 * lane, &group.scale, 4);
-    for (int half = 0; half < L::kHalves; ++half) {
-      memcpy(record + L::kSum + 4 * (half * kLanes + lane), group.sums + half, 4);
+    for (int i = 0; i < L::kSums; ++i) {
+      memcpy(record + L::kSum + 4 * (i * kLanes + lane), group.sums + i, 4);
     }
   }
 
@@ -97,7 +119,7 @@ struct Staging {
     with_element(args.x_type, [&](auto element) {
       using Element = decltype(element);
       const auto* const x = static_cast<const typename Element::Storage*>(args.x);
-      const int64_t bytes = token_bytes<Format>(args.ncols);
+      const int64_t bytes = token_bytes<L>(args.ncols);
       for (int64_t token = begin; token < end; ++token) {
         stage_token<Element>(x + token * args.x_stride, args.ncols,
                              static_cast<uint8_t*>(args.workspace) + token * bytes);

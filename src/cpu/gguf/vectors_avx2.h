@@ -104,6 +104,9 @@ struct Avx2 : Avx2Floats {
       return (Ints)sum;
     }
   }
+  static BCY_INLINE Ints add_pairs(Ints sum, Words a, const uint8_t* p) {
+    return sum + (Ints)_mm256_madd_epi16(bits(a), eight(p));
+  }
   static BCY_INLINE Floats broadcast(const uint8_t* p) { return (Floats)eight(p); }
 
   static BCY_INLINE Mask mask(uint8_t lanes) {

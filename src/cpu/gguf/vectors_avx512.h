@@ -83,6 +83,9 @@ struct Avx512 : Avx512Floats {
     }
     return (Ints)_mm512_add_epi32(sum, odd);
   }
+  static BCY_INLINE Ints add_pairs(Ints sum, Words a, const uint8_t* p) {
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, bits(a), eight(p));
+  }
   static BCY_INLINE Floats broadcast(const uint8_t* p) { return (Floats)eight(p); }
 
   static BCY_INLINE Mask mask(uint8_t lanes) { return Mask(lanes | lanes << 8); }

@@ -13,13 +13,6 @@
 
 namespace bcy {
 
-// Four codes times four activations.
-template <bool UnsignedWeights>
-__device__ __forceinline__ int dot_of_four(uint32_t codes, uint32_t x, int sum) {
-  if constexpr (UnsignedWeights) return dot_of_unsigned(codes, x, sum);
-  return __dp4a(int(codes), int(x), sum);
-}
-
 // Of all tokens, which lie in shared memory, each in records of its own.
 constexpr int64_t kMostStagedInLanes = 64 << 10;
 

@@ -1,136 +1,222 @@
 // SPDX-License-Identifier: Apache-2.0
-// y[m, n] = sum_k weight[n, k] * x[m, k] on float activations.
+// y[m, n] = sum_k weight[n, k] * x[m, k] on float activations, as integers of 24 bits in each
+// group: a product of integers for each of their three bytes.
 #pragma once
 
 #include <type_traits>
 
 #include "cuda/common/activations.cuh"
+#include "cuda/common/mma.cuh"
 #include "cuda/common/product.cuh"
 #include "operations.h"
+#include "staged.cuh"
 #include "unit_words.cuh"
 
 namespace bcy {
 
+constexpr int kBytePlanes = 3;
+
+// Whether a byte of an activation is multiplied as an unsigned one.
+constexpr bool kUnsignedPlane[kBytePlanes] = {true, true, false};
+
+// What one of the four lanes that hold a group of a token has of it: words t and t + 4.
+struct FineWords {
+  uint2 planes[kBytePlanes];
+  float scale;
+  float sums[2];  // of the whole group, or of its halves, where minima multiply them
+};
+
+// Four bytes, number `plane` of each integer.
+template <int plane>
+__device__ __forceinline__ uint32_t byte_plane(const int* codes) {
+  constexpr uint32_t kSelect = plane | (4 + plane) << 4;
+  return __byte_perm(__byte_perm(codes[0], codes[1], kSelect),
+                     __byte_perm(codes[2], codes[3], kSelect), 0x5410);
+}
+
+// x: elements 4 t .. 4 t + 3 of a group and those plus 16. All lanes of a warp together.
+template <int Minima>
+__device__ __forceinline__ FineWords fine_words(const float (&x)[8]) {
+  const GroupScale scale = scale_of_four_lanes(x, fine_group_scale);
+  int codes[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) codes[i] = fine_element(x[i], scale);
+  FineWords words = {{{byte_plane<0>(codes), byte_plane<0>(codes + 4)},
+                      {byte_plane<1>(codes), byte_plane<1>(codes + 4)},
+                      {byte_plane<2>(codes), byte_plane<2>(codes + 4)}},
+                     scale.scale,
+                     {}};
+  int totals[2] = {codes[0] + codes[1] + codes[2] + codes[3],
+                   codes[4] + codes[5] + codes[6] + codes[7]};
+  if constexpr (Minima == 1) totals[0] += totals[1];
+#pragma unroll
+  for (int i = 0; i < Minima; ++i) {
+    words.sums[i] = staged_sum(scale, sum_of_four_lanes(totals[i]));
+  }
+  return words;
+}
+
+// Where the products of the high bytes start: an integer in the low mantissa bits of
+// 1.5 * 2^(23 - shift), where every sum of a group fits.
+BCY_INLINE constexpr uint32_t fine_start(int shift) {
+  return 0x4b400000u - (uint32_t(shift) << 23);
+}
+// The exact sum of the products of all three bytes, less the factor 2^shift that codes carry,
+// rounded to float32 once: the two parts that are added are exact.
+__device__ __forceinline__ float sum_of_bytes(int low, int middle, int high, int shift) {
+  const int lower = 256 * middle + low;
+  const uint32_t base = 0x4b000000u - (uint32_t(shift) << 23);
+  const float upper = as_float(uint32_t(high + (lower >> 16))) - as_float(fine_start(shift));
+  return fma(upper, 65536.0f, as_float(uint32_t(lower & 0xffff) | base) - as_float(base));
+}
+
 struct FloatInputs {};
 
-// A lane holds rows r and r + 8 and eight element positions of a group: 4 t .. 4 t + 3
-// and those plus 16, the two words that packed nibbles keep together (r = lane / 4, t = lane % 4).
-// Each position is a partial sum of its own. AtOnce: four elements of x from a multiple of four on
-// can be loaded at once.
-template <class F, class X, int Tokens, bool AtOnce>
+// 32 weight rows by 8 tokens. With r = lane / 4 and t = lane % 4 a lane holds the operands of rows
+// r, r + 8, ... and of token r, which it makes as it goes, and the sums of those rows with tokens 2
+// t and 2 t + 1. AtOnce: four activations from a multiple of four on can be loaded at once.
+template <class F, class X, bool AtOnce>
 class FloatTile : public TileDefaults {
  public:
   using Format = F;
   using Inputs = FloatInputs;
-  static constexpr int kTokens = Tokens;
-  static constexpr int kRows = kTileRows;
-  static constexpr int kBlocks = Tokens == 1 ? 2 : 1;
-  static constexpr bool kStartsNextAtOnce = Tokens == 1;
+  static constexpr int kTokens = kTileTokens;
+  static constexpr int kRowTiles = 2;
+  static constexpr int kRows = kRowTiles * kTileRows;
+  static constexpr int kBlocks = 1;
 
   // Tokens past the end repeat the last one; their sums are not stored.
   __device__ __forceinline__ FloatTile(const ProductArgs& args, const FloatInputs&, int64_t,
                                        int64_t first_token, int first_unit, const uint8_t*) {
-#pragma unroll
-    for (int token = 0; token < Tokens; ++token) {
-      x_[token] = static_cast<const Storage*>(args.x) +
-                  min(first_token + token, args.m - 1) * args.x_stride + first_unit * kUnit +
-                  threadIdx.x % 4 * 4;
-    }
+    const int64_t token = min(first_token + threadIdx.x % 32 / 4, args.m - 1);
+    x_ = static_cast<const Storage*>(args.x) + token * args.x_stride + first_unit * kUnit +
+         threadIdx.x % 4 * 4;
   }
 
   __device__ __forceinline__ void clear(int64_t) {
 #pragma unroll
-    for (int token = 0; token < Tokens; ++token) {
+    for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-      for (int i = 0; i < kOctets; ++i) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sums_[token][i][j] = 0.0f;
-      }
+      for (int j = 0; j < 4; ++j) partial_[i][j] = 0.0f;
     }
   }
 
   template <class Row, class Read>
   __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int groups,
                                            int, Read read) {
+    const Storage* const x = x_ + round * kPartials * kUnit;
     if (kBlockGroups == 1 && groups < kUnitGroups) {
 #pragma unroll 1
       for (int group = 0; group < groups; ++group) {
         using Moved = decltype(rows.row[0].template moved<Format::kAlignment>(0));
         RowsOf<Moved, kRows> blocks;
 #pragma unroll
-        for (int i = 0; i < kOctets; ++i) {
+        for (int i = 0; i < 2 * kRowTiles; ++i) {
           blocks.row[i] = rows.row[i].template moved<Format::kAlignment>(group * Format::kBytes);
         }
-        add_group(blocks, 0, round * kPartials * kUnit + group * kGroup);
+        add_group(blocks, 0, x + group * kGroup);
       }
     } else {
 #pragma unroll
-      for (int group = 0; group < kUnitGroups; ++group) {
-        add_group(rows, group, round * kPartials * kUnit + group * kGroup);
-      }
+      for (int group = 0; group < kUnitGroups; ++group) add_group(rows, group, x + group * kGroup);
     }
     read();
   }
 
-  // Element positions meet, halved: 16 apart in this lane, 8 and 4 apart in its neighbours, then 2
-  // and 1.
   __device__ __forceinline__ void store(
-      float (&partials)[Tokens][Meeting<kRows, Tokens>::kPitch]) const {
+      float (&partials)[kTokens][Meeting<kRows, kTokens>::kPitch]) const {
+    const int r = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-    for (int token = 0; token < Tokens; ++token) {
+    for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-      for (int i = 0; i < kOctets; ++i) {
-        float s[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          s[j] = add(sums_[token][i][j], sums_[token][i][j + 4]);
-          s[j] = add(s[j], __shfl_xor_sync(~0u, s[j], 2));
-          s[j] = add(s[j], __shfl_xor_sync(~0u, s[j], 1));
-        }
-        if (threadIdx.x % 4 == 0) {
-          partials[token][threadIdx.x % 32 / 4 + 8 * i] = add(add(s[0], s[2]), add(s[1], s[3]));
-        }
+      for (int j = 0; j < 4; ++j) {
+        partials[2 * t + j % 2][i * kTileRows + r + j / 2 * 8] = partial_[i][j];
       }
     }
   }
 
  private:
   using Storage = typename X::Storage;
+  static constexpr int kMinima = Format::kMinima;
   static constexpr int kBlockGroups = Format::kElements / kGroup;
-  static constexpr int kOctets = kRows / 8;
+  static constexpr int kHalves = kGroup / Format::kScaleElements;
 
   template <class Row>
   __device__ __forceinline__ void add_group(const RowsOf<Row, kRows>& rows, int group,
-                                            int first_element) {
-    const int t = threadIdx.x % 4;
-    float values[Tokens][8];
+                                            const Storage* from) {
+    const int t = threadIdx.x % 4, g = group % kBlockGroups;
+    float x[8];
+    load_four<X>(from, AtOnce, x);
+    load_four<X>(from + kGroup / 2, AtOnce, x + 4);
+    const FineWords words = fine_words<kMinima>(x);
+    const auto of_token = [&](float value, int j) {
+      return __shfl_sync(~0u, value, 8 * t + 4 * j);
+    };
+    const float x_scales[2] = {of_token(words.scale, 0), of_token(words.scale, 1)};
+    [[maybe_unused]] float x_sums[2][2];
 #pragma unroll
-    for (int token = 0; token < Tokens; ++token) {
-      load_four<X>(x_[token] + first_element, AtOnce, values[token]);
-      load_four<X>(x_[token] + first_element + 16, AtOnce, values[token] + 4);
+    for (int i = 0; i < kMinima; ++i) {
+      x_sums[i][0] = of_token(words.sums[i], 0);
+      x_sums[i][1] = of_token(words.sums[i], 1);
     }
 #pragma unroll
-    for (int i = 0; i < kOctets; ++i) {
-      const auto block = rows.row[i] + group / kBlockGroups * Format::kBytes;
-      float weights[8];
-      dequantize_word<Format>(block, group % kBlockGroups, 0, t, weights);
-      dequantize_word<Format>(block, group % kBlockGroups, 1, t, weights + 4);
+    for (int i = 0; i < kRowTiles; ++i) {
+      const int offset = group / kBlockGroups * Format::kBytes;
+      const Row blocks[2] = {rows.row[2 * i] + offset, rows.row[2 * i + 1] + offset};
+      uint32_t a[4];
 #pragma unroll
-      for (int token = 0; token < Tokens; ++token) {
+      for (int j = 0; j < 4; ++j) a[j] = Format::codes(blocks[j % 2], g, j / 2, t);
+      int dots[kHalves][kBytePlanes][4] = {};
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          sums_[token][i][j] = fma(weights[j], values[token][j], sums_[token][i][j]);
+      for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) dots[half][2][j] = int(fine_start(Format::shift(g)));
+      }
+      multiply<0>(dots, a, words);
+      multiply<1>(dots, a, words);
+      multiply<2>(dots, a, words);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        const float scales[2] = {fine_scale<Format>(blocks[0], g, half),
+                                 fine_scale<Format>(blocks[1], g, half)};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const auto& dot = dots[half];
+          const float value = sum_of_bytes(dot[0][j], dot[1][j], dot[2][j], Format::shift(g));
+          partial_[i][j] = fma(value, mul(scales[j / 2], x_scales[j % 2]), partial_[i][j]);
+        }
+      }
+      if constexpr (kMinima > 0) {
+#pragma unroll
+        for (int half = 0; half < kMinima; ++half) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            partial_[i][j] = add_minimum(partial_[i][j], Format::minimum(blocks[j / 2], g, half),
+                                         x_sums[half][j % 2]);
+          }
         }
       }
     }
   }
 
-  const Storage* x_[Tokens];  // this lane's first element in this warp's first unit
-  float sums_[Tokens][kOctets][8];
+  template <int plane>
+  static __device__ __forceinline__ void multiply(int (&dots)[kHalves][kBytePlanes][4],
+                                                  const uint32_t (&a)[4], const FineWords& words) {
+    const uint32_t b[2] = {words.planes[plane].x, words.planes[plane].y};
+    if constexpr (kHalves == 1) {
+      mma_group<Format::kUnsignedCodes, kUnsignedPlane[plane]>(dots[0][plane], a, b);
+    } else {
+      mma_half<Format::kUnsignedCodes, kUnsignedPlane[plane]>(dots[0][plane], a[0], a[1], b[0]);
+      mma_half<Format::kUnsignedCodes, kUnsignedPlane[plane]>(dots[1][plane], a[2], a[3], b[1]);
+    }
+  }
+
+  const Storage* x_;  // this lane's first element in this warp's first unit
+  float partial_[kRowTiles][4];
 };
 
-// One token, a row of weights to each lane: the 32 element positions of a group are sums of its
-// own, and the activations, which all lanes share, lie in shared memory as float32. For a LaneRing.
+// One token, a row of weights to each lane, and the activations, which all lanes share, in shared
+// memory. For a LaneRing.
 template <class F, class X>
 class FloatLaneTile : public TileDefaults {
  public:
@@ -140,21 +226,40 @@ class FloatLaneTile : public TileDefaults {
   static constexpr int kRows = kLaneRows;
   static constexpr int kBlocks = 2;
 
+  static int64_t activation_bytes(int64_t ncols) { return unit_count(ncols) * sizeof(Record); }
+
   // Each warp brings in the units that it alone reads.
   static __device__ __forceinline__ void bring_activations(const ProductArgs& args,
                                                            const FloatInputs&, int64_t,
                                                            uint8_t* memory) {
     const auto* const x = static_cast<const typename X::Storage*>(args.x);
-    const int ncols = int(args.ncols);
-#pragma unroll 2
-    for (int unit = threadIdx.x / 32; unit * kUnit < ncols; unit += kPartials) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, ncols = int(args.ncols);
+    constexpr int kAtOnce = 4;  // units whose loads wait together
+    for (int first = threadIdx.x / 32; first * kUnit < ncols; first += kAtOnce * kPartials) {
+      float own[kAtOnce][8] = {};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int k = unit * kUnit + half * (kUnit / 2) + threadIdx.x % 32 * 4;
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int k = (first + i * kPartials) * kUnit + g * kGroup + t * 4;
         if (k >= ncols) continue;
-        float four[4];
-        load_four<X>(x + k, true, four);
-        reinterpret_cast<float4*>(memory)[k / 4] = {four[0], four[1], four[2], four[3]};
+        load_four<X>(x + k, true, own[i]);
+        load_four<X>(x + k + kGroup / 2, true, own[i] + 4);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int unit = first + i * kPartials;
+        if (unit * kUnit >= ncols) break;
+        const FineWords words = fine_words<kMinima>(own[i]);
+        Record& record = reinterpret_cast<Record*>(memory)[unit];
+#pragma unroll
+        for (int plane = 0; plane < kBytePlanes; ++plane) {
+          const uint2 two = words.planes[plane];
+          record.words[g][plane][t] = gives_turns<Format> ? in_turns(two) : two;
+        }
+        if (t == 0) {
+          record.scales[g] = words.scale;
+#pragma unroll
+          for (int j = 0; j < kMinima; ++j) record.sums[g][j] = words.sums[j];
+        }
       }
     }
     __syncwarp();
@@ -162,23 +267,21 @@ class FloatLaneTile : public TileDefaults {
 
   __device__ __forceinline__ FloatLaneTile(const ProductArgs&, const FloatInputs&, int64_t, int64_t,
                                            int first_unit, const uint8_t* memory)
-      : x_(reinterpret_cast<const float4*>(memory) + first_unit * (kUnit / 4)) {}
-
-  __device__ __forceinline__ void clear(int64_t) {
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e) sums_[e] = 0.0f;
+      : records_(reinterpret_cast<const Record*>(memory) + first_unit) {
+    if constexpr (gives_turns<Format>) table_ = in_registers(Format::table());
   }
+
+  __device__ __forceinline__ void clear(int64_t) { partial_ = 0.0f; }
 
   // row: of this lane, one unit.
   template <class Row, class Read>
   __device__ __forceinline__ void add_unit(const Row& row, int round, int groups, int, Read read) {
-    const float4* const x = x_ + round * (kPartials * kUnit / 4);
+    const Record& record = records_[round * kPartials];
     // Only formats whose blocks are groups have units that end early.
     if (kBlockGroups == 1 && groups < kUnitGroups) {
 #pragma unroll 1
       for (int group = 0; group < groups; ++group) {
-        add_group(row.template moved<Format::kAlignment>(group * Format::kBytes), 0,
-                  x + group * (kGroup / 4));
+        add_group(row.template moved<Format::kAlignment>(group * Format::kBytes), 0, record, group);
       }
       read();
       return;
@@ -188,57 +291,82 @@ class FloatLaneTile : public TileDefaults {
 #pragma unroll
     for (int group = 0; group < kUnitGroups; ++group) {
       add_group(WordBytes{words, group / kBlockGroups * Format::kBytes}, group % kBlockGroups,
-                x + group * (kGroup / 4));
+                record, group);
     }
     read();
   }
 
-  // Element positions meet, halved: 16 apart, then 8, 4, 2 and 1.
   __device__ __forceinline__ void store(float (&partials)[1][Meeting<kRows, 1>::kPitch]) const {
-    float s[kGroup / 2];
-#pragma unroll
-    for (int e = 0; e < kGroup / 2; ++e) s[e] = add(sums_[e], sums_[e + kGroup / 2]);
-#pragma unroll
-    for (int halving = 0; halving < 4; ++halving) {
-      const int apart = kGroup / 4 >> halving;
-#pragma unroll
-      for (int e = 0; e < kGroup / 4; ++e) {
-        if (e < apart) s[e] = add(s[e], s[e + apart]);
-      }
-    }
-    partials[0][threadIdx.x % 32] = s[0];
+    partials[0][threadIdx.x % 32] = partial_;
   }
 
  private:
+  static constexpr int kMinima = Format::kMinima;
   static constexpr int kBlockGroups = Format::kElements / kGroup;
+  static constexpr int kHalves = kGroup / Format::kScaleElements;
+
+  // A unit: words t and t + 4 of each lane, by group and byte.
+  struct alignas(16) Record {
+    uint2 words[kUnitGroups][kBytePlanes][4];
+    float scales[kUnitGroups];
+    float sums[kMinima > 0 ? kUnitGroups : 0][kMinima > 0 ? kMinima : 1];
+  };
 
   template <class Block>
-  __device__ __forceinline__ void add_group(Block block, int group, const float4* x) {
+  __device__ __forceinline__ void add_group(Block block, int g, const Record& record, int group) {
+    int dots[kHalves][kBytePlanes] = {};
 #pragma unroll
-    for (int word = 0; word < kGroup / 4; ++word) {
-      const float4 four = x[word];
-      float weights[4];
-      dequantize_word<Format>(block, group, word / 4, word % 4, weights);
-      float* const sums = sums_ + 4 * word;
-      sums[0] = fma(weights[0], four.x, sums[0]);
-      sums[1] = fma(weights[1], four.y, sums[1]);
-      sums[2] = fma(weights[2], four.z, sums[2]);
-      sums[3] = fma(weights[3], four.w, sums[3]);
+    for (int half = 0; half < kHalves; ++half) dots[half][2] = int(fine_start(Format::shift(g)));
+#pragma unroll
+    for (int t = 0; t < 4; t += 2) {
+      uint32_t codes[4];
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        if constexpr (gives_turns<Format>) {
+          const uint2 turns = look_up_by_turns(table_, Format::nibbles(block, g, t + j / 2));
+          codes[j] = turns.x;
+          codes[j + 1] = turns.y;
+        } else {
+          codes[j] = Format::codes(block, g, 0, t + j / 2);
+          codes[j + 1] = Format::codes(block, g, 1, t + j / 2);
+        }
+      }
+      multiply<0>(dots, codes, record.words[group][0] + t);
+      multiply<1>(dots, codes, record.words[group][1] + t);
+      multiply<2>(dots, codes, record.words[group][2] + t);
+    }
+    const float x_scale = record.scales[group];
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const float value =
+          sum_of_bytes(dots[half][0], dots[half][1], dots[half][2], Format::shift(g));
+      partial_ = fma(value, mul(fine_scale<Format>(block, g, half), x_scale), partial_);
+    }
+    if constexpr (kMinima > 0) {
+#pragma unroll
+      for (int half = 0; half < kMinima; ++half) {
+        partial_ = add_minimum(partial_, Format::minimum(block, g, half), record.sums[group][half]);
+      }
     }
   }
 
-  const float4* x_;  // of this warp's first unit
-  float sums_[kGroup];
+  // Words t and t + 4, t + 1 and t + 5.
+  template <int plane>
+  static __device__ __forceinline__ void multiply(int (&dots)[kHalves][kBytePlanes],
+                                                  const uint32_t (&codes)[4], const uint2* from) {
+    const uint4 x = *reinterpret_cast<const uint4*>(from);
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      int& dot = dots[kHalves == 2 ? j % 2 : 0][plane];
+      dot = dot_of_four<Format::kUnsignedCodes, kUnsignedPlane[plane]>(codes[j], words[j], dot);
+    }
+  }
+
+  const Record* records_;  // of this warp's first unit
+  Table16 table_;          // of formats that have one
+  float partial_;
 };
-
-// Whether a lane has the registers for a row.
-template <class Format>
-constexpr bool kFloatsInLanes = true;
-template <>
-inline constexpr bool kFloatsInLanes<Q6_K> = false;
-
-// Activations of a token that lie in shared memory.
-constexpr int64_t kMostFloatsInLanes = 16 << 10;
 
 template <class Format>
 int GgufOperations<Format>::matvec(const ProductArgs& args, cudaStream_t stream) {
@@ -246,6 +374,7 @@ int GgufOperations<Format>::matvec(const ProductArgs& args, cudaStream_t stream)
   if (const int status = look_at_device(args.device, device)) return status;
   return with_element(args.x_type, [&](auto x) {
     using X = decltype(x);
+    const bool at_once = loads_at_once(args, 4);
     // extra: bytes of activations in shared memory.
     const auto streamed = [&](auto* tile, auto* ring, int64_t extra) {
       using Tile = std::remove_pointer_t<decltype(tile)>;
@@ -254,25 +383,22 @@ int GgufOperations<Format>::matvec(const ProductArgs& args, cudaStream_t stream)
       return launch_streamed<Tile, Ring>(args, FloatInputs{}, device, int(extra), overlap, overlap,
                                          stream);
     };
-    constexpr int kMany = sizeof(typename X::Storage) == 4 ? 2 : 4;  // tokens
-    FloatTile<Format, X, kMany, false>* const any_tokens = nullptr;
+    FloatTile<Format, X, false>* const any_tokens = nullptr;
     if (device.arch < 800) return launch_direct(any_tokens, args, FloatInputs{}, stream);
-    if (!rows_on_boundaries<Format>(args) || !loads_at_once(args, 4)) {
-      return streamed(any_tokens, static_cast<RowRing<Format, 16, false>*>(nullptr), 0);
+    if (!rows_on_boundaries<Format>(args) || !at_once) {
+      return streamed(any_tokens, static_cast<RowRing<Format, 32, false>*>(nullptr), 0);
     }
-    RowRing<Format, 16, true>* const rows = nullptr;
-    if (args.m > 1) {
-      return streamed(static_cast<FloatTile<Format, X, kMany, true>*>(nullptr), rows, 0);
-    }
-    if constexpr (kFloatsInLanes<Format>) {
-      if (device.arch >= LaneRing<Format>::kOldestArch && args.ncols > 0 &&
-          args.ncols <= kMostFloatsInLanes && args.nrows <= INT32_MAX) {  // places in boxes
-        return streamed(static_cast<FloatLaneTile<Format, X>*>(nullptr),
-                        static_cast<LaneRing<Format>*>(nullptr),
-                        ceil_div(args.ncols, kUnit) * kUnit * sizeof(float));
+    LaneRing<Format>* const units = nullptr;
+    using Lanes = FloatLaneTile<Format, X>;
+    if (device.arch >= LaneRing<Format>::kOldestArch && args.m == 1 && args.ncols > 0 &&
+        args.nrows <= INT32_MAX) {  // places in boxes
+      const int64_t extra = Lanes::activation_bytes(args.ncols);
+      if (holds<Lanes>(units, 2, extra, device)) {
+        return streamed(static_cast<Lanes*>(nullptr), units, extra);
       }
     }
-    return streamed(static_cast<FloatTile<Format, X, 1, true>*>(nullptr), rows, 0);
+    return streamed(static_cast<FloatTile<Format, X, true>*>(nullptr),
+                    static_cast<RowRing<Format, 32, true>*>(nullptr), 0);
   });
 }
 

@@ -168,6 +168,23 @@ __device__ __forceinline__ uint32_t pack_codes(const float* x, GroupScale scale)
   return scale.inverse == 0.0f ? 0 : __byte_perm(low, high, 0x5410);
 }
 
+// Of the group that four lanes hold, eight elements each.
+__device__ __forceinline__ GroupScale scale_of_four_lanes(
+    const float (&x)[8], GroupScale (*scale_of)(float largest_magnitude, bool all_finite)) {
+  // Magnitudes are ordered as their bits are, infinities and NaN last.
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) largest = max(largest, as_bits(x[i]) & 0x7fffffffu);
+  largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+  largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+  return scale_of(as_float(largest), largest < 0x7f800000u);
+}
+
+// The bytes of both words by turns, as look_up_by_turns gives codes.
+__device__ __forceinline__ uint2 in_turns(uint2 words) {
+  return {__byte_perm(words.x, words.y, 0x5140), __byte_perm(words.x, words.y, 0x7362)};
+}
+
 __device__ __forceinline__ int sum_of_four_lanes(int value) {
   value += __shfl_xor_sync(~0u, value, 1);
   return value + __shfl_xor_sync(~0u, value, 2);
@@ -184,20 +201,12 @@ __device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged
                                            int64_t unit) {
   constexpr int kTokens = Record::kTokens, kMinima = Record::kMinima;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  // Magnitudes are ordered as their bits are, infinities and NaN last.
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) largest = max(largest, as_bits(x[i]) & 0x7fffffffu);
-  largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-  largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-  const GroupScale scale = group_scale(as_float(largest), largest < 0x7f800000u);
+  const GroupScale scale = scale_of_four_lanes(x, group_scale);
   const uint2 words = {pack_codes(x, scale), pack_codes(x + 4, scale)};
-  const uint2 turns = {__byte_perm(words.x, words.y, 0x5140),
-                       __byte_perm(words.x, words.y, 0x7362)};
 
   uint8_t* const record = records + (token / kTokens * staged.units + unit) * Record::kBytes;
   const int in_tile = int(token % kTokens);
-  Record::put_codes(record, in_tile, g, t, staged.turns ? turns : words);
+  Record::put_codes(record, in_tile, g, t, staged.turns ? in_turns(words) : words);
   // The last of an odd number of tokens below eight has no partner: its place holds a zero.
   const bool alone =
       kTokens == kTileTokens && args.m < kTokens && token + 1 == args.m && in_tile % 2 == 0;

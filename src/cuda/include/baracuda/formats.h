@@ -66,6 +66,19 @@ BCY_INLINE int half_scale(Block block, int group, int half) {
   return byte_of(Format::half_scales(block, group), 2 * (group % 2) + half) - Format::kHalfOffset;
 }
 
+// Weight of a unit code of either half, exact in float32; halves have one together where their
+// format has one.
+template <class Format, class Block>
+BCY_INLINE float fine_scale(Block block, int group, int half) {
+  const float scale = Format::scale(block, group);
+  if constexpr (Format::kScaleElements == 32) {
+    return scale;
+  } else {
+    const uint32_t scales = Format::half_scales(block, group);
+    return mul(scale, byte_to_float(scales, 2 * (group % 2) + half, Format::kHalfOffset));
+  }
+}
+
 // Code i of a word as an integer, its factor 2^shift taken out.
 template <class Format>
 BCY_INLINE int code_at(uint32_t word, int i, int group) {

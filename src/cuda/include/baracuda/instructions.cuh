@@ -25,9 +25,18 @@ __device__ __forceinline__ uint32_t permute_or_fill(uint32_t low, uint32_t high,
   return result;
 }
 
-// sum + four unsigned codes times four signed activations.
-__device__ __forceinline__ int dot_of_unsigned(uint32_t codes, uint32_t x, int sum) {
-  asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
+// sum + four codes times four activations.
+template <bool UnsignedCodes, bool UnsignedX = false>
+__device__ __forceinline__ int dot_of_four(uint32_t codes, uint32_t x, int sum) {
+  if constexpr (UnsignedCodes && UnsignedX) {
+    asm("dp4a.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
+  } else if constexpr (UnsignedCodes) {
+    asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
+  } else if constexpr (UnsignedX) {
+    asm("dp4a.s32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
+  } else {
+    sum = __dp4a(int(codes), int(x), sum);
+  }
   return sum;
 }
 

@@ -18,13 +18,15 @@ constexpr int kUnitGroups = kUnit / kGroup;
 constexpr int kChunk = 64;
 constexpr int kUnitChunks = kUnit / kChunk;
 
-// ---- staging: float activations to int8 -------------------------------------------------------------------------
+// ---- float activations to integers ------------------------------------------------------------------------------
 
-// How one token's group is staged; x becomes clip(rint(x * inverse), -127, 127).
+// How one token's group becomes integers: x becomes rint(x * inverse), clipped to what they hold.
 struct GroupScale {
   float scale;  // d_a; NaN when the group holds a NaN or an infinity
   float inverse;  // 0 when every code is 0
 };
+
+// To 8 bits, which is called staging.
 
 BCY_INLINE GroupScale group_scale(float largest_magnitude, bool all_finite) {
   if (!all_finite) return {as_float(0x7fc00000u), 0.0f};
@@ -40,15 +42,30 @@ BCY_INLINE int stage_element(float x, GroupScale group) {
   return int(u < -127.0f ? -127.0f : u > 127.0f ? 127.0f : u);
 }
 
-// What a minimum multiplies: the staged sum of its elements.
+// To 24 bits, for products of float activations. The scale is a power of two: what has few bits,
+// as float16 has, stays exact unless it is far below the largest.
+BCY_INLINE GroupScale fine_group_scale(float largest_magnitude, bool all_finite) {
+  if (!all_finite) return {as_float(0x7fc00000u), 0.0f};
+  uint32_t exponent = as_bits(largest_magnitude) >> 23;
+  if (exponent < 23) exponent = 23;  // below 2^-103: both factors stay normal
+  return {as_float((exponent - 22) << 23), as_float((276 - exponent) << 23)};
+}
+
+BCY_INLINE int fine_element(float x, GroupScale group) {
+  if (group.inverse == 0.0f) return 0;
+  const int code = int(round_to_even(mul(x, group.inverse)));  // at most 2^23
+  return code < 0x7fffff ? code : 0x7fffff;
+}
+
+// What a minimum multiplies: the sum of its elements.
 BCY_INLINE float staged_sum(GroupScale group, int sum) { return mul(group.scale, float(sum)); }
 
-// ---- staged products, group after group -------------------------------------------------------------------------
+// ---- products of integers, group after group --------------------------------------------------------------------
 
 // One group joins its partial sum. dot is the exact integer sum of code * u (halves already
 // weighted).
-BCY_INLINE float add_group(float partial, int32_t dot, float scale, float group_scale) {
-  return fma(float(dot), mul(scale, group_scale), partial);
+BCY_INLINE float add_group(float partial, float dot, float scale, float group_scale) {
+  return fma(dot, mul(scale, group_scale), partial);
 }
 
 // A minimum joins right after its group; with one for each half, the first half's first.
@@ -61,10 +78,8 @@ BCY_INLINE float meet(float p0, float p1, float p2, float p3, float p4, float p5
   return add(add(add(p0, p4), add(p2, p6)), add(add(p1, p5), add(p3, p7)));
 }
 
-// ---- float-activation products ----------------------------------------------------------------------------------
-//
-// Partial sum (p, e) takes element e of the groups of units p, p + 8, ... in k order, one fma each.
-// Then over e: s[e] += s[e + 16], then + 8, + 4, + 2, + 1; then the eight meet as above.
+// Products of float activations are the same with integers of 24 bits, but that dot is the exact
+// sum rounded to float32, and that halves with scales of their own join one after the other.
 
 // ---- float products of 4-bit codes ------------------------------------------------------------------------------
 //

@@ -22,8 +22,12 @@ inline uint32_t permute_or_fill(uint32_t low, uint32_t high, uint32_t select) {
   return result;
 }
 
-inline int dot_of_unsigned(uint32_t codes, uint32_t x, int sum) {
-  for (int i = 0; i < 4; ++i) sum += int(codes >> 8 * i & 0xff) * int8_t(x >> 8 * i);
+template <bool UnsignedCodes, bool UnsignedX = false>
+inline int dot_of_four(uint32_t codes, uint32_t x, int sum) {
+  for (int i = 0; i < 4; ++i) {
+    const uint8_t code = uint8_t(codes >> 8 * i), of_x = uint8_t(x >> 8 * i);
+    sum += (UnsignedCodes ? code : int8_t(code)) * (UnsignedX ? of_x : int8_t(of_x));
+  }
   return sum;
 }
 

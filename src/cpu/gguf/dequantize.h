@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dequantization, and the product with float activations, for any instruction set V (see products.h
-// and staging.h), which has besides
+// Dequantization, for any instruction set V (see products.h and staging.h), which has besides
 //
 //   splat(value)
-//   fold(vectors)                  sums of the elements e, e + 16, then of e, e + 8, for e = 0 .. 7
 //   widen<i, is_unsigned>(codes)   vector i of the 32 codes of a group, as Floats
 //   store(Element, y, floats)      rounded, with one NaN for all
 #pragma once
@@ -12,8 +10,8 @@
 
 #include <utility>
 
-#include "cpu/gguf/float_product.h"
 #include "cpu/gguf/layout.h"
+#include "cpu/units.h"
 
 namespace bcy::cpu {
 namespace {
@@ -76,7 +74,7 @@ BCY_INLINE Words8 group_codes(Bytes<Format::kAlignment> block, int group) {
 }
 
 template <class V, class Format>
-struct FloatPath {
+struct Dequantize {
   using Floats = typename V::Floats;
   using L = Layout<Format>;
   using Block = Bytes<Format::kAlignment>;
@@ -154,57 +152,6 @@ struct FloatPath {
         }
       }
     });
-  }
-
-  // For float_product.h.
-  struct Rows {
-    const uint8_t* weight;
-    int64_t stride;
-
-    BCY_INLINE const uint8_t* at(int64_t row, int64_t unit) const {
-      return weight + row * stride + unit * L::kUnitBytes;
-    }
-    static BCY_INLINE void prefetch(const uint8_t* unit) {
-      for (int line = 0; line < L::kUnitBytes; line += 64) __builtin_prefetch(unit + line);
-    }
-    BCY_INLINE void prefetch(int64_t row, int64_t unit) const { prefetch(at(row, unit)); }
-    BCY_INLINE void dequantize(int64_t row, int64_t unit, int groups, Floats* values) const {
-      dequantize_unit(at(row, unit), groups, values);
-    }
-
-    template <int kRows, int kTokens, class Element>
-    BCY_INLINE void multiply(int64_t row, int64_t end, int64_t partial, const Units& units,
-                             const typename Element::Storage* const* x,
-                             Floats (*sums)[kRows][kVectors]) const {
-      const uint8_t* first[kRows];
-      for (int r = 0; r < kRows; ++r) first[r] = at(row + r < end ? row + r : end - 1, 0);
-      Floats kept[kTokens][kRows][kVectors] = {};
-      for (int64_t unit = partial; unit < units.count; unit += kPartials) {
-        const int groups = units.groups(unit);
-        const int64_t ahead = kRows * stride + unit * L::kUnitBytes;
-        Floats weights[kRows][kUnitGroups * kVectors];
-        for (int r = 0; r < kRows; ++r) {
-          prefetch(first[r] + ahead);
-          dequantize_unit(first[r] + unit * L::kUnitBytes, groups, weights[r]);
-        }
-        for (int g = 0; g < groups; ++g) {
-          for (int i = 0; i < kVectors; ++i) {
-            for (int t = 0; t < kTokens; ++t) {
-              const Floats a = V::load(Element{}, x[t] + unit * kUnit + g * kGroup + i * V::kWidth);
-              for (int r = 0; r < kRows; ++r) {
-                kept[t][r][i] = V::fma(weights[r][g * kVectors + i], a, kept[t][r][i]);
-              }
-            }
-          }
-        }
-      }
-      memcpy(sums, kept, sizeof kept);
-    }
-  };
-
-  static void matvec(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
-    const Rows rows{static_cast<const uint8_t*>(args.weight), row_bytes<Format>(args.ncols)};
-    FloatProduct<V, bcy_gguf_matmul_args, Rows>(args, rows, args.ncols).multiply(begin, end);
   }
 };
 
