@@ -8,6 +8,7 @@
 #include "cuda/common/activations.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/product.cuh"
+#include "lanes.cuh"
 #include "operations.h"
 #include "staged.cuh"
 #include "unit_words.cuh"
@@ -215,41 +216,48 @@ class FloatTile : public TileDefaults {
   float partial_[kRowTiles][4];
 };
 
-// One token, a row of weights to each lane, and the activations, which all lanes share, in shared
+// Few tokens, a row of weights to each lane, and the activations, which all lanes share, in shared
 // memory. For a LaneRing.
-template <class F, class X>
+template <class F, class X, int Tokens>
 class FloatLaneTile : public TileDefaults {
  public:
   using Format = F;
   using Inputs = FloatInputs;
-  static constexpr int kTokens = 1;
+  static constexpr int kTokens = Tokens;
   static constexpr int kRows = kLaneRows;
   static constexpr int kBlocks = 2;
+  static constexpr bool kLittleButReads = Tokens == 1 && reads_most<Format>;
 
-  static int64_t activation_bytes(int64_t ncols) { return unit_count(ncols) * sizeof(Record); }
+  static int64_t activation_bytes(int64_t ncols) {
+    return unit_count(ncols) * int64_t{sizeof(Unit)};
+  }
 
   // Each warp brings in the units that it alone reads.
   static __device__ __forceinline__ void bring_activations(const ProductArgs& args,
                                                            const FloatInputs&, int64_t,
                                                            uint8_t* memory) {
-    const auto* const x = static_cast<const typename X::Storage*>(args.x);
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, ncols = int(args.ncols);
-    constexpr int kAtOnce = 4;  // units whose loads wait together
-    for (int first = threadIdx.x / 32; first * kUnit < ncols; first += kAtOnce * kPartials) {
-      float own[kAtOnce][8] = {};
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int units = int(unit_count(args.ncols));
+    const int count = (units - warp + kPartials - 1) / kPartials * Tokens;
+    const auto unit_of = [&](int i) { return i / Tokens * kPartials + warp; };
+    constexpr int kAtOnce = 4;  // whose loads wait together
+    for (int first = 0; first < count; first += kAtOnce) {
+      float x[kAtOnce][8] = {};
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int k = (first + i * kPartials) * kUnit + g * kGroup + t * 4;
-        if (k >= ncols) continue;
-        load_four<X>(x + k, true, own[i]);
-        load_four<X>(x + k + kGroup / 2, true, own[i] + 4);
+        const int k = unit_of(first + i) * kUnit + g * kGroup + t * 4;
+        if (first + i >= count || k >= int(args.ncols)) continue;
+        const auto* const from = static_cast<const typename X::Storage*>(args.x) +
+                                 (first + i) % Tokens * args.x_stride + k;
+        load_four<X>(from, true, x[i]);
+        load_four<X>(from + kGroup / 2, true, x[i] + 4);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int unit = first + i * kPartials;
-        if (unit * kUnit >= ncols) break;
-        const FineWords words = fine_words<kMinima>(own[i]);
-        Record& record = reinterpret_cast<Record*>(memory)[unit];
+        if (first + i >= count) break;
+        const FineWords words = fine_words<kMinima>(x[i]);
+        Record& record =
+            reinterpret_cast<Unit*>(memory)[unit_of(first + i)].tokens[(first + i) % Tokens];
 #pragma unroll
         for (int plane = 0; plane < kBytePlanes; ++plane) {
           const uint2 two = words.planes[plane];
@@ -267,21 +275,24 @@ class FloatLaneTile : public TileDefaults {
 
   __device__ __forceinline__ FloatLaneTile(const ProductArgs&, const FloatInputs&, int64_t, int64_t,
                                            int first_unit, const uint8_t* memory)
-      : records_(reinterpret_cast<const Record*>(memory) + first_unit) {
+      : units_(reinterpret_cast<const Unit*>(memory) + first_unit) {
     if constexpr (gives_turns<Format>) table_ = in_registers(Format::table());
   }
 
-  __device__ __forceinline__ void clear(int64_t) { partial_ = 0.0f; }
+  __device__ __forceinline__ void clear(int64_t) {
+#pragma unroll
+    for (float& partial : partial_) partial = 0.0f;
+  }
 
   // row: of this lane, one unit.
   template <class Row, class Read>
   __device__ __forceinline__ void add_unit(const Row& row, int round, int groups, int, Read read) {
-    const Record& record = records_[round * kPartials];
+    const Unit& x = units_[round * kPartials];
     // Only formats whose blocks are groups have units that end early.
     if (kBlockGroups == 1 && groups < kUnitGroups) {
 #pragma unroll 1
       for (int group = 0; group < groups; ++group) {
-        add_group(row.template moved<Format::kAlignment>(group * Format::kBytes), 0, record, group);
+        add_group(row.template moved<Format::kAlignment>(group * Format::kBytes), 0, x, group);
       }
       read();
       return;
@@ -290,14 +301,18 @@ class FloatLaneTile : public TileDefaults {
     load_unit_words<Format>(row, words);
 #pragma unroll
     for (int group = 0; group < kUnitGroups; ++group) {
-      add_group(WordBytes{words, group / kBlockGroups * Format::kBytes}, group % kBlockGroups,
-                record, group);
+      add_group(WordBytes{words, group / kBlockGroups * Format::kBytes}, group % kBlockGroups, x,
+                group);
     }
     read();
   }
 
-  __device__ __forceinline__ void store(float (&partials)[1][Meeting<kRows, 1>::kPitch]) const {
-    partials[0][threadIdx.x % 32] = partial_;
+  __device__ __forceinline__ void store(
+      float (&partials)[Tokens][Meeting<kRows, Tokens>::kPitch]) const {
+#pragma unroll
+    for (int token = 0; token < Tokens; ++token) {
+      partials[token][threadIdx.x % 32] = partial_[token];
+    }
   }
 
  private:
@@ -305,18 +320,24 @@ class FloatLaneTile : public TileDefaults {
   static constexpr int kBlockGroups = Format::kElements / kGroup;
   static constexpr int kHalves = kGroup / Format::kScaleElements;
 
-  // A unit: words t and t + 4 of each lane, by group and byte.
+  // What a token has of a unit: words t and t + 4 for each t, by group and byte.
   struct alignas(16) Record {
     uint2 words[kUnitGroups][kBytePlanes][4];
     float scales[kUnitGroups];
     float sums[kMinima > 0 ? kUnitGroups : 0][kMinima > 0 ? kMinima : 1];
   };
+  struct Unit {
+    Record tokens[Tokens];
+  };
 
   template <class Block>
-  __device__ __forceinline__ void add_group(Block block, int g, const Record& record, int group) {
-    int dots[kHalves][kBytePlanes] = {};
+  __device__ __forceinline__ void add_group(Block block, int g, const Unit& x, int group) {
+    int dots[Tokens][kHalves][kBytePlanes] = {};
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) dots[half][2] = int(fine_start(Format::shift(g)));
+    for (auto& of_token : dots) {
+#pragma unroll
+      for (auto& dot : of_token) dot[2] = int(fine_start(Format::shift(g)));
+    }
 #pragma unroll
     for (int t = 0; t < 4; t += 2) {
       uint32_t codes[4];
@@ -331,21 +352,34 @@ class FloatLaneTile : public TileDefaults {
           codes[j + 1] = Format::codes(block, g, 1, t + j / 2);
         }
       }
-      multiply<0>(dots, codes, record.words[group][0] + t);
-      multiply<1>(dots, codes, record.words[group][1] + t);
-      multiply<2>(dots, codes, record.words[group][2] + t);
+#pragma unroll
+      for (int token = 0; token < Tokens; ++token) {
+        const auto& words = x.tokens[token].words[group];
+        multiply<0>(dots[token], codes, words[0] + t);
+        multiply<1>(dots[token], codes, words[1] + t);
+        multiply<2>(dots[token], codes, words[2] + t);
+      }
     }
-    const float x_scale = record.scales[group];
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      const float value =
-          sum_of_bytes(dots[half][0], dots[half][1], dots[half][2], Format::shift(g));
-      partial_ = fma(value, mul(fine_scale<Format>(block, g, half), x_scale), partial_);
+      const float scale = fine_scale<Format>(block, g, half);
+#pragma unroll
+      for (int token = 0; token < Tokens; ++token) {
+        const auto& dot = dots[token][half];
+        const float value = sum_of_bytes(dot[0], dot[1], dot[2], Format::shift(g));
+        const float x_scale = x.tokens[token].scales[group];
+        partial_[token] = fma(value, mul(scale, x_scale), partial_[token]);
+      }
     }
     if constexpr (kMinima > 0) {
 #pragma unroll
       for (int half = 0; half < kMinima; ++half) {
-        partial_ = add_minimum(partial_, Format::minimum(block, g, half), record.sums[group][half]);
+        const float minimum = Format::minimum(block, g, half);
+#pragma unroll
+        for (int token = 0; token < Tokens; ++token) {
+          partial_[token] =
+              add_minimum(partial_[token], minimum, x.tokens[token].sums[group][half]);
+        }
       }
     }
   }
@@ -363,9 +397,9 @@ class FloatLaneTile : public TileDefaults {
     }
   }
 
-  const Record* records_;  // of this warp's first unit
-  Table16 table_;          // of formats that have one
-  float partial_;
+  const Unit* units_;  // this warp's first
+  Table16 table_;      // of formats that have one
+  float partial_[Tokens];
 };
 
 template <class Format>
@@ -388,14 +422,17 @@ int GgufOperations<Format>::matvec(const ProductArgs& args, cudaStream_t stream)
     if (!rows_on_boundaries<Format>(args) || !at_once) {
       return streamed(any_tokens, static_cast<RowRing<Format, 32, false>*>(nullptr), 0);
     }
+    constexpr int kMostInLanes = 2;  // tokens
+    using Largest = FloatLaneTile<Format, X, kMostInLanes>;
     LaneRing<Format>* const units = nullptr;
-    using Lanes = FloatLaneTile<Format, X>;
-    if (device.arch >= LaneRing<Format>::kOldestArch && args.m == 1 && args.ncols > 0 &&
-        args.nrows <= INT32_MAX) {  // places in boxes
-      const int64_t extra = Lanes::activation_bytes(args.ncols);
-      if (holds<Lanes>(units, 2, extra, device)) {
-        return streamed(static_cast<Lanes*>(nullptr), units, extra);
-      }
+    const int64_t extra = args.m * FloatLaneTile<Format, X, 1>::activation_bytes(args.ncols);
+    if (device.arch >= LaneRing<Format>::kOldestArch && args.m <= kMostInLanes && args.ncols > 0 &&
+        args.nrows <= INT32_MAX &&  // places in boxes
+        holds<Largest>(units, 2, extra, device)) {
+      return with_lane_tokens<kMostInLanes>(args.m, [&](auto tokens) {
+        constexpr int kTokens = decltype(tokens)::value;
+        return streamed(static_cast<FloatLaneTile<Format, X, kTokens>*>(nullptr), units, extra);
+      });
     }
     return streamed(static_cast<FloatTile<Format, X, true>*>(nullptr),
                     static_cast<RowRing<Format, 32, true>*>(nullptr), 0);
