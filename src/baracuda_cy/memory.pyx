@@ -221,7 +221,7 @@ cdef StreamHandle choose_stream(DeviceMemory memory, object stream):
     if chosen.device >= 0 and chosen.device != memory.device:
         raise InvalidProblem(
             f"stream: expected a stream of cuda:{memory.device}, where the memory is, got one of "
-            f"cuda:{chosen.device}"
+            f"cuda:{chosen.device}; leave it out for the memory's own"
         )
     order_after(chosen.raw, memory.order.raw, memory.device)
     return chosen
@@ -240,7 +240,8 @@ cdef int copy_in(
         nbytes = span_of(&view, "source", source)
         if nbytes > room:
             raise InvalidProblem(
-                f"source: expected at most {room} bytes, the size of the buffer, got {nbytes}"
+                f"source: expected at most {room} bytes, the size of the buffer, got {nbytes}; "
+                "make a larger buffer or copy a part"
             )
         if nbytes == 0:
             return 0
@@ -269,7 +270,8 @@ cdef int copy_out(
         room = span_of(&view, "target", target)
         if room < nbytes:
             raise InvalidProblem(
-                f"target: expected at least {nbytes} bytes, the size of the buffer, got {room}"
+                f"target: expected at least {nbytes} bytes, the size of the buffer, got {room}; "
+                "pass a larger array"
             )
         if nbytes == 0:
             return 0
@@ -593,7 +595,9 @@ cdef class DeviceBuffer:
         cdef DeviceMemory memory = self.require_open()
         cdef int byte
         if not isinstance(value, int) or not 0 <= value <= 255:
-            raise InvalidProblem(f"value: expected a byte from 0 to 255, got {value!r}")
+            raise InvalidProblem(
+                f"value: expected a byte from 0 to 255, got {value!r}; copy_from_host writes others"
+            )
         byte = value
         cdef StreamHandle chosen = choose_stream(memory, stream)
         with nogil:
@@ -748,7 +752,8 @@ cdef class DeviceArray:
         if start % element_bytes(self.view.element) or start > memory.size - nbytes:
             raise InvalidProblem(
                 f"buffer: expected {nbytes} bytes at a multiple of "
-                f"{element_bytes(self.view.element)}, got {memory.size} bytes and offset {start}"
+                f"{element_bytes(self.view.element)}, got {memory.size} bytes and offset {start}; "
+                "make a buffer of shape and dtype, or move the offset"
             )
         self.view.data = <char*>memory.raw + start if memory.raw != NULL else NULL
         self.view.device_type = kDLCUDA

@@ -137,7 +137,8 @@ cdef int cuda_ordinal(object device) except -1:
         kind, index = device.__dlpack_device__()
         if int(kind) not in (2, 13):
             raise InvalidProblem(
-                f"device: expected a CUDA array, got {type(device).__name__} in host memory"
+                f"device: expected a CUDA array, got {type(device).__name__} in host memory; "
+                'name the device, as in "cuda:0"'
             )
         ordinal = as_ordinal(int(index), repr(index))
     elif device is not None:
@@ -213,7 +214,9 @@ cdef int stream_of(object stream, void** handle, int* device) except -1:
     if type(stream) is Stream:
         native = (<Stream>stream).native
         if native is None:
-            raise InvalidProblem("stream: expected an open Stream, got one that is closed")
+            raise InvalidProblem(
+                "stream: expected an open Stream, got one that is closed; make another one"
+            )
         handle[0] = native.raw
         device[0] = native.device
         return 0
@@ -278,7 +281,8 @@ cdef class Stream:
             _cuda.stream_priority_range(ordinal, &least, &greatest)
         if not greatest <= priority <= least:
             raise InvalidProblem(
-                f"priority: expected {greatest} (first) to {least} (last), got {priority}"
+                f"priority: expected {greatest} (first) to {least} (last), got {priority}; "
+                "Stream.priority_range() gives both"
             )
         native = borrow(NULL, ordinal, None)
         with nogil:
@@ -372,7 +376,9 @@ cdef class Stream:
 
     cdef StreamHandle open_handle(self):
         if self.native is None:
-            raise InvalidProblem("stream: expected an open Stream, got one that is closed")
+            raise InvalidProblem(
+                "stream: expected an open Stream, got one that is closed; make another one"
+            )
         return self.native
 
     @property
@@ -441,7 +447,9 @@ cdef class Stream:
         if event is None:
             event = Event()
         elif not isinstance(event, Event):
-            raise InvalidProblem(f"event: expected an Event, got {type(event).__name__}")
+            raise InvalidProblem(
+                f"event: expected an Event, got {type(event).__name__}; leave it out for a new one"
+            )
         (<Event>event).record(self)
         return event
 
@@ -558,7 +566,9 @@ cdef class Event:
 
     cdef int require_open(self) except -1:
         if self._closed:
-            raise InvalidProblem("event: expected an open Event, got one that is closed")
+            raise InvalidProblem(
+                "event: expected an open Event, got one that is closed; make another one"
+            )
         return 0
 
     @property
@@ -648,14 +658,20 @@ cdef class Event:
         cdef float ms = 0
         cdef Event first
         if not isinstance(start, Event):
-            raise InvalidProblem(f"start: expected an Event, got {type(start).__name__}")
+            raise InvalidProblem(
+                f"start: expected an Event, got {type(start).__name__}; record one with "
+                "stream.record(Event(timing=True))"
+            )
         first = start
         for event in (first, self):
             (<Event>event).require_open()
             if not ((<Event>event).timing and (<Event>event).recorded):
                 raise InvalidProblem(
                     "event: expected two recorded events made with timing=True, got one that "
-                    + ("was never recorded" if (<Event>event).timing else "has no timing")
+                    + (
+                        "was never recorded; stream.record(event) does it"
+                        if (<Event>event).timing else "has no timing; make it with timing=True"
+                    )
                 )
         with nogil:
             _cuda.event_synchronize(first.raw)

@@ -25,7 +25,7 @@
 //                                         many exist; next: round that comes next; read(): called
 //                                         when no byte of the unit is needed any more
 //   store(partials)                       this warp's sums, [token][row]
-// and, where it differs from TileDefaults, kStartsNextAtOnce, kActivationsStay, kLittleButReads and
+// and, where it differs from TileDefaults, kStartsNextAtOnce, kActivationsStay, kReadsMost and
 //   prefetch(args, inputs, first_row, round)
 //                                         by the warp that fetches a round's weights: asks for what
 //                                         else of them comes from memory
@@ -57,7 +57,7 @@ struct TileDefaults {
   // those.
   static constexpr bool kActivationsStay = false;
   // Whether a tile takes little longer than its weights take to arrive.
-  static constexpr bool kLittleButReads = false;
+  static constexpr bool kReadsMost = false;
 
   template <class Inputs>
   static __device__ __forceinline__ void prefetch(const ProductArgs&, const Inputs&, int64_t, int) {
@@ -286,7 +286,7 @@ int geometry_of(const Device& device, int64_t tiles, int64_t passes, int64_t rou
   const int share = device.shared_per_processor / Tile::kBlocks - device.shared_reserved;
   const auto stages_in = [&](int bytes) { return (bytes - fixed) / Ring::kStageBytes; };
   const bool one_each =
-      tiles <= device.processors / (Tile::kLittleButReads ? 1 : 2) && rounds > stages_in(share);
+      tiles <= device.processors / (Tile::kReadsMost ? 1 : 2) && rounds > stages_in(share);
   const bool shares = stages_in(share) >= 2 && !one_each;
   const int most = stages_in(shares && share < whole ? share : whole);
   if (most < 1) return BCY_ERROR_TOO_LARGE;

@@ -43,7 +43,7 @@ class LaneTile : public TileDefaults {
   static constexpr int kTokens = Tokens;
   static constexpr int kRows = kLaneRows;
   static constexpr int kBlocks = 2;
-  static constexpr bool kLittleButReads = Tokens == 1 && reads_most<Format>;
+  static constexpr bool kReadsMost = Tokens == 1 && reads_most<Format>;
 
   static int64_t activation_bytes(int64_t ncols) {
     return Tokens * staged_bytes(ncols, 1, kMinima) + kPartials * int64_t{sizeof(uint64_t)};

@@ -448,7 +448,7 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   }
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side, which
   // five and six bits gain from longest: they take the most instructions for their bytes.
-  constexpr int kBits = 8 * Format::kBytes / Format::kElements;
+  constexpr int kBits = kWholeBits<Format>;
   const int fewest = args.m <= 8 && (kBits == 5 || kBits == 6) ? 12 : 3;
   const bool boxed = device.arch >= 900 && args.nrows >= fewest * 32 * int64_t{device.processors} &&
                      args.nrows <= INT32_MAX &&  // places in boxes are 32 bits

@@ -82,7 +82,7 @@ template <class Format>
 constexpr int64_t worth_it(bool more_than_16, bool divided) {
   constexpr int64_t kFew = 200000, kSome = 400000, kMany = 1000000;
   if (multiplies_halves<Format>) return INT64_MAX;
-  constexpr int kBits = 8 * Format::kBytes / Format::kElements;  // of a weight
+  constexpr int kBits = kWholeBits<Format>;
   constexpr bool kMinima = Format::kMinima > 0;
   if (!more_than_16) return kMinima || gives_turns<Format> ? kMany : INT64_MAX;
   if (kMinima || kBits >= 8) return kFew;

@@ -122,7 +122,7 @@ inline constexpr int kLaneTokens<Q8_K> = 0;
 
 // Whether a product of one token in lanes takes little longer than its weights take to arrive.
 template <class Format>
-constexpr bool reads_most = 2 * Format::kBytes >= Format::kElements && !gives_turns<Format>;
+constexpr bool reads_most = kWholeBits<Format> >= 4 && !gives_turns<Format>;
 
 // Up to so many elements, of a single token or of all that lanes take, are staged by the product
 // itself: that every thread block does it takes less time than a kernel of its own. Outside lanes

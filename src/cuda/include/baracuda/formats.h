@@ -53,6 +53,10 @@ inline constexpr bool gives_turns<IQ4_XS> = true;
 template <>
 inline constexpr bool gives_turns<MXFP4> = true;
 
+// Bits that a weight takes, scales included, rounded down.
+template <class Format>
+constexpr int kWholeBits = 8 * Format::kBytes / Format::kElements;
+
 // Whether a code times its half's scale still fits a byte, for Q3_K the negative of it.
 template <class Format>
 constexpr bool scales_fit_codes = false;
