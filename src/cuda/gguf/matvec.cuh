@@ -84,7 +84,8 @@ class FloatTile : public TileDefaults {
   static constexpr int kTokens = kTileTokens;
   static constexpr int kRowTiles = 2;
   static constexpr int kRows = kRowTiles * kTileRows;
-  static constexpr int kBlocks = 1;
+  // With minima or scales of halves there are no registers for two.
+  static constexpr int kBlocks = F::kMinima == 0 && F::kScaleElements == 32 ? 2 : 1;
 
   // Tokens past the end repeat the last one; their sums are not stored.
   __device__ __forceinline__ FloatTile(const ProductArgs& args, const FloatInputs&, int64_t,
@@ -218,7 +219,7 @@ class FloatTile : public TileDefaults {
 
 // Few tokens, a row of weights to each lane, and the activations, which all lanes share, in shared
 // memory. For a LaneRing.
-template <class F, class X, int Tokens>
+template <class F, int Tokens>
 class FloatLaneTile : public TileDefaults {
  public:
   using Format = F;
@@ -236,41 +237,22 @@ class FloatLaneTile : public TileDefaults {
   static __device__ __forceinline__ void bring_activations(const ProductArgs& args,
                                                            const FloatInputs&, int64_t,
                                                            uint8_t* memory) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int units = int(unit_count(args.ncols));
-    const int count = (units - warp + kPartials - 1) / kPartials * Tokens;
-    const auto unit_of = [&](int i) { return i / Tokens * kPartials + warp; };
-    constexpr int kAtOnce = 4;  // whose loads wait together
-    for (int first = 0; first < count; first += kAtOnce) {
-      float x[kAtOnce][8] = {};
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const auto put = [&](const float (&x)[8], int64_t token, int64_t unit) {
+      const FineWords words = fine_words<kMinima>(x);
+      Record& record = reinterpret_cast<Unit*>(memory)[unit].tokens[token];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int k = unit_of(first + i) * kUnit + g * kGroup + t * 4;
-        if (first + i >= count || k >= int(args.ncols)) continue;
-        const auto* const from = static_cast<const typename X::Storage*>(args.x) +
-                                 (first + i) % Tokens * args.x_stride + k;
-        load_four<X>(from, true, x[i]);
-        load_four<X>(from + kGroup / 2, true, x[i] + 4);
+      for (int plane = 0; plane < kBytePlanes; ++plane) {
+        const uint2 two = words.planes[plane];
+        record.words[g][plane][t] = gives_turns<Format> ? in_turns(two) : two;
       }
+      if (t == 0) {
+        record.scales[g] = words.scale;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i >= count) break;
-        const FineWords words = fine_words<kMinima>(x[i]);
-        Record& record =
-            reinterpret_cast<Unit*>(memory)[unit_of(first + i)].tokens[(first + i) % Tokens];
-#pragma unroll
-        for (int plane = 0; plane < kBytePlanes; ++plane) {
-          const uint2 two = words.planes[plane];
-          record.words[g][plane][t] = gives_turns<Format> ? in_turns(two) : two;
-        }
-        if (t == 0) {
-          record.scales[g] = words.scale;
-#pragma unroll
-          for (int j = 0; j < kMinima; ++j) record.sums[g][j] = words.sums[j];
-        }
+        for (int i = 0; i < kMinima; ++i) record.sums[g][i] = words.sums[i];
       }
-    }
-    __syncwarp();
+    };
+    with_own_units(args, true, int(unit_count(args.ncols)), Tokens, put);
   }
 
   __device__ __forceinline__ FloatLaneTile(const ProductArgs&, const FloatInputs&, int64_t, int64_t,
@@ -406,33 +388,33 @@ template <class Format>
 int GgufOperations<Format>::matvec(const ProductArgs& args, cudaStream_t stream) {
   Device device;
   if (const int status = look_at_device(args.device, device)) return status;
+  const bool at_once = loads_at_once(args, 4);
+  // extra: bytes of activations in shared memory.
+  const auto streamed = [&](auto* tile, auto* ring, int64_t extra) {
+    using Tile = std::remove_pointer_t<decltype(tile)>;
+    using Ring = std::remove_pointer_t<decltype(ring)>;
+    const bool overlap = args.overlap != 0;
+    return launch_streamed<Tile, Ring>(args, FloatInputs{}, device, int(extra), overlap, overlap,
+                                       stream);
+  };
+  constexpr int kMostInLanes = 2;  // tokens
+  using Largest = FloatLaneTile<Format, kMostInLanes>;
+  LaneRing<Format>* const units = nullptr;
+  const int64_t extra = args.m * FloatLaneTile<Format, 1>::activation_bytes(args.ncols);
+  if (device.arch >= LaneRing<Format>::kOldestArch && args.m <= kMostInLanes && args.ncols > 0 &&
+      rows_on_boundaries<Format>(args) && at_once && args.nrows <= INT32_MAX &&  // places in boxes
+      holds<Largest>(units, 2, extra, device)) {
+    return with_lane_tokens<kMostInLanes>(args.m, [&](auto tokens) {
+      constexpr int kTokens = decltype(tokens)::value;
+      return streamed(static_cast<FloatLaneTile<Format, kTokens>*>(nullptr), units, extra);
+    });
+  }
   return with_element(args.x_type, [&](auto x) {
     using X = decltype(x);
-    const bool at_once = loads_at_once(args, 4);
-    // extra: bytes of activations in shared memory.
-    const auto streamed = [&](auto* tile, auto* ring, int64_t extra) {
-      using Tile = std::remove_pointer_t<decltype(tile)>;
-      using Ring = std::remove_pointer_t<decltype(ring)>;
-      const bool overlap = args.overlap != 0;
-      return launch_streamed<Tile, Ring>(args, FloatInputs{}, device, int(extra), overlap, overlap,
-                                         stream);
-    };
     FloatTile<Format, X, false>* const any_tokens = nullptr;
     if (device.arch < 800) return launch_direct(any_tokens, args, FloatInputs{}, stream);
     if (!rows_on_boundaries<Format>(args) || !at_once) {
       return streamed(any_tokens, static_cast<RowRing<Format, 32, false>*>(nullptr), 0);
-    }
-    constexpr int kMostInLanes = 2;  // tokens
-    using Largest = FloatLaneTile<Format, X, kMostInLanes>;
-    LaneRing<Format>* const units = nullptr;
-    const int64_t extra = args.m * FloatLaneTile<Format, X, 1>::activation_bytes(args.ncols);
-    if (device.arch >= LaneRing<Format>::kOldestArch && args.m <= kMostInLanes && args.ncols > 0 &&
-        args.nrows <= INT32_MAX &&  // places in boxes
-        holds<Largest>(units, 2, extra, device)) {
-      return with_lane_tokens<kMostInLanes>(args.m, [&](auto tokens) {
-        constexpr int kTokens = decltype(tokens)::value;
-        return streamed(static_cast<FloatLaneTile<Format, X, kTokens>*>(nullptr), units, extra);
-      });
     }
     return streamed(static_cast<FloatTile<Format, X, true>*>(nullptr),
                     static_cast<RowRing<Format, 32, true>*>(nullptr), 0);

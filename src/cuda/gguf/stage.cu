@@ -23,11 +23,15 @@ __global__ void __launch_bounds__(kWarps * 32)
     counts[i] = 0;
   }
   if (first >= staged.units) return;
-  stage_units<Record, 1>(args, staged, staged.records, first, staged.units,
-                         [&](int64_t i, int64_t& token, int64_t& unit) {
-                           token = here;
-                           unit = i;
-                         });
+  with_units<1>(
+      args, staged.vectors, first, staged.units,
+      [&](int64_t i, int64_t& token, int64_t& unit) {
+        token = here;
+        unit = i;
+      },
+      [&](const float (&x)[8], int64_t token, int64_t unit) {
+        stage_unit<Record>(args, staged, x, staged.records, token, unit);
+      });
 }
 
 }  // namespace

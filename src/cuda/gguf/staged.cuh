@@ -230,34 +230,33 @@ __device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged
 
 // What a lane has of one unit of one token; zeros past the ends.
 template <class X>
-__device__ __forceinline__ void load_unit(const ProductArgs& args, const Staged& staged,
-                                          int64_t token, int64_t unit, float (&x)[8]) {
+__device__ __forceinline__ void load_unit(const ProductArgs& args, bool vectors, int64_t token,
+                                          int64_t unit, float (&x)[8]) {
   const int lane = threadIdx.x % 32;
   const int64_t k = unit * kUnit + lane / 4 * kGroup;
   if (token < args.m && k < args.ncols) {
     const auto* const from =
         static_cast<const typename X::Storage*>(args.x) + token * args.x_stride + k + lane % 4 * 4;
-    load_four<X>(from, staged.vectors, x);
-    load_four<X>(from + 16, staged.vectors, x + 4);
+    load_four<X>(from, vectors, x);
+    load_four<X>(from + 16, vectors, x + 4);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = 0.0f;
   }
 }
 
-// Each units from number `first` of `count` on; place(i, token, unit) says which they are. All
-// loads come first, so that they wait together.
-template <class Record, int Each, class Place>
-__device__ __forceinline__ void stage_units(const ProductArgs& args, const Staged& staged,
-                                            uint8_t* records, int64_t first, int64_t count,
-                                            Place place) {
+// Calls put(x, token, unit) for each of Each units from number `first` of `count` on; place(i,
+// token, unit) says which they are. All loads come first, so that they wait together.
+template <int Each, class Place, class Put>
+__device__ __forceinline__ void with_units(const ProductArgs& args, bool vectors, int64_t first,
+                                           int64_t count, Place place, Put put) {
   float x[Each][8];
   const auto load = [&](auto element) {
 #pragma unroll
     for (int i = 0; i < Each; ++i) {
       int64_t token = args.m, unit = 0;
       if (first + i < count) place(first + i, token, unit);
-      load_unit<decltype(element)>(args, staged, token, unit, x[i]);
+      load_unit<decltype(element)>(args, vectors, token, unit, x[i]);
     }
   };
   if (args.x_type == BCY_F32) {
@@ -272,26 +271,37 @@ __device__ __forceinline__ void stage_units(const ProductArgs& args, const Stage
     if (first + i >= count) return;
     int64_t token, unit;
     place(first + i, token, unit);
-    stage_unit<Record>(args, staged, x[i], records, token, unit);
+    put(x[i], token, unit);
   }
 }
 
-// The units that a warp of a product takes, into shared memory: it alone reads them there. tokens:
-// best a constant, which divides without division.
+// The same of the units that a warp of a product takes, which it alone then reads from shared
+// memory. tokens: best a constant, which divides without division.
+template <class Put>
+__device__ __forceinline__ void with_own_units(const ProductArgs& args, bool vectors, int units,
+                                               int tokens, Put put) {
+  constexpr int kAtOnce = 4;
+  const int warp = threadIdx.x / 32;
+  const int count = (units - warp + kPartials - 1) / kPartials * tokens;
+  for (int first = 0; first < count; first += kAtOnce) {
+    with_units<kAtOnce>(
+        args, vectors, first, count,
+        [&](int64_t i, int64_t& token, int64_t& unit) {
+          token = int(i) % tokens;
+          unit = int(i) / tokens * kPartials + warp;
+        },
+        put);
+  }
+  __syncwarp();
+}
+
 template <int Tokens, int Minima>
 __device__ __forceinline__ void stage_own_units(const ProductArgs& args, const Staged& staged,
                                                 uint8_t* memory, int tokens) {
-  constexpr int kAtOnce = 4;
-  const int warp = threadIdx.x / 32;
-  const int count = (int(staged.units) - warp + kPartials - 1) / kPartials * tokens;
-  for (int first = 0; first < count; first += kAtOnce) {
-    stage_units<StagedRecord<Tokens, Minima>, kAtOnce>(
-        args, staged, memory, first, count, [&](int64_t i, int64_t& token, int64_t& unit) {
-          token = int(i) % tokens;
-          unit = int(i) / tokens * kPartials + warp;
-        });
-  }
-  __syncwarp();
+  with_own_units(args, staged.vectors, int(staged.units), tokens,
+                 [&](const float (&x)[8], int64_t token, int64_t unit) {
+                   stage_unit<StagedRecord<Tokens, Minima>>(args, staged, x, memory, token, unit);
+                 });
 }
 
 }  // namespace bcy
