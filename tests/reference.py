@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The specification of the numbers, written a second time in NumPy, with no line of the package.
 
-`decode` reads packed blocks; `stage`, `staged_product`, `float_product` and `codes_product` follow
-the documented orders of summation, and `fma` is an exactly rounded float32 fused multiply-add. What
-the CPU backend gives must be these bits.
+`decode` reads packed blocks; `stage`, `fine`, `staged_product`, `float_product` and `codes_product`
+follow the documented orders of summation, and `fma` is an exactly rounded float32 fused
+multiply-add. What the CPU backend gives must be these bits.
 """
 
 from typing import NamedTuple

@@ -141,7 +141,7 @@ def test_fma_of_the_specification_is_not_two_roundings():
 @pytest.mark.parametrize("dtype", list(FLOATS))
 @pytest.mark.parametrize("value", [1e-37, 1e-36, 3e-30, 1e-5, 1.0, 6e4, 1e30, 3.4e38])
 def test_activations_of_every_magnitude(backend, value, dtype):
-    """Groups below 1e-36 stage to zero; none overflow or lose their scale."""
+    """Groups below 1e-36 stage to zero; no scale overflows or is lost."""
     weight = random_weight("Q4_K", 5, 512)
     with np.errstate(all="ignore"):
         if not np.isfinite(FLOATS[dtype](value)):
@@ -208,7 +208,7 @@ def test_error_is_within_bounds(backend, ggml, name):
 
 @pytest.mark.parametrize(("dtype", "below"), [("float16", 12), ("bfloat16", 15), ("float32", 0)])
 def test_the_float_path_takes_24_bits(backend, dtype, below):
-    """Few bits are exact far below the largest of their group; all are to half of bit 24."""
+    """Few bits are exact far below the largest of their group; the rest is to 2**-23 of it."""
     n = 64
     rng = np.random.default_rng(below)
     blocks = np.zeros((n, n // 32, 34), np.uint8)
@@ -227,12 +227,27 @@ def test_the_float_path_takes_24_bits(backend, dtype, below):
             np.testing.assert_array_equal(y, x[:m].astype(np.float32))
 
 
+@pytest.mark.parametrize("value", [3e38, 1e-40, 2.0**-100])
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_K", "MXFP4"])
+def test_the_float_path_at_the_ends_of_float32(backend, name, value):
+    """Sums beyond float32, scales below its normal numbers: as specified, whatever that loses."""
+    ncols = problems.block_size(name)
+    weight = random_weight(name, 5, ncols)
+    x = np.full((3, ncols), value, np.float32)
+    want = reference.float_product(reference.decode(weight, name, 5, ncols), x)
+    for m in (1, 3):
+        plan = problems.float_plan(backend.device, name, 5, ncols, m)
+        np.testing.assert_array_equal(
+            bits(backend.run(plan, weight, x[:m])), reference.finish(want[:m])
+        )
+
+
 # ---- where values are ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["staged", "float"])
 @pytest.mark.parametrize("padding", [(0, 0), (5, 0), (0, 3), (32, 64)])
-@pytest.mark.parametrize("m", [1, 2, 9])
+@pytest.mark.parametrize("m", [1, 2, 9, 70])
 def test_padded_rows(backend, path, padding, m):
     make = problems.staged_plan if path == "staged" else problems.float_plan
     weight, x = random_weight("Q5_1", 11, 96), random_activations(m, 96)

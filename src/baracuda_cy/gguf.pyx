@@ -267,9 +267,10 @@ cdef class GgufProductPlan(Plan):
 cdef class GgufMmvqPlan(GgufProductPlan):
     """A packed GGUF weight times float activations.
 
-    Of the activations it takes 24 bits, as many as float32 has, counted from the largest of each
-    group of 32: products are summed exactly in integers within a group and in float32 across
-    groups, in an order that depends on the format and K alone. It needs no workspace.
+    Of the activations it takes 24 bits with the sign, one fewer than float32 has, counted from the
+    largest of each group of 32: products are summed exactly in integers within a group and in
+    float32 across groups, in an order that depends on the format and K alone. It needs no
+    workspace; on the CPU it takes memory for some tokens while it runs.
 
     Examples
     --------

@@ -47,7 +47,7 @@ def linear(
     With a GGUF weight the activations are staged to int8, with one in NF4 or FP4 they are
     multiplied as they are: at every size of the batch, so that the bits of a token never depend on
     what else is in it. Output and scratch are the only memory it allocates, from the framework that
-    `x` is from.
+    `x` is from, but for native scratch of float activations on the CPU.
 
     Parameters
     ----------

@@ -312,8 +312,7 @@ class KernelSku(_Value):
     block_format : GgufBlockFormat, optional
         How the weight is packed.
     activations : {"staged", "float"}, optional
-        Whether activations are quantized to int8 groups first or multiplied to the precision of
-        their type; None where there are none.
+        Whether activations are quantized to int8 groups first or not; None where there are none.
     layout : str, optional
         How the codes of an NF4 or FP4 weight lie: ``"bitsandbytes"`` or ``"row_pair"``.
     epilogue : str, optional

@@ -52,7 +52,6 @@ struct Avx2Floats {
   static BCY_INLINE Floats fma(Floats a, Floats b, Floats c) {
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
   }
-  static BCY_INLINE __m256 fold(const Floats* v) { return (__m256)((v[0] + v[2]) + (v[1] + v[3])); }
   static BCY_INLINE Floats splat(float value) { return (Floats)_mm256_set1_ps(value); }
 };
 

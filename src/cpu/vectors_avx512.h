@@ -53,10 +53,6 @@ struct Avx512Floats {
   static BCY_INLINE Floats fma(Floats a, Floats b, Floats c) {
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
   }
-  static BCY_INLINE __m256 fold(const Floats* v) {
-    const __m512 s = _mm512_add_ps((__m512)v[0], (__m512)v[1]);
-    return _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
-  }
   static BCY_INLINE Floats splat(float value) { return (Floats)_mm512_set1_ps(value); }
 };
 

@@ -47,13 +47,17 @@ int check_sizes(int32_t format, int64_t nrows, int64_t ncols, int64_t m) {
   return valid ? BCY_OK : BCY_ERROR_INVALID_ARGUMENT;
 }
 
+int check(const bcy_gguf_matmul_args& args) {
+  if (!kernels_of(args.format)) return BCY_ERROR_UNKNOWN_FORMAT;
+  if (!is_element(args.x_type) || !is_element(args.y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
+  return check_sizes(args.format, args.nrows, args.ncols, args.m);
+}
+
 int multiply(const bcy_gguf_matmul_args& args, int threads,
              void (*Kernels::*product)(const bcy_gguf_matmul_args&, int64_t, int64_t)) {
-  const Kernels* const kernels = kernels_of(args.format);
-  if (!kernels) return BCY_ERROR_UNKNOWN_FORMAT;
-  if (!is_element(args.x_type) || !is_element(args.y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
-  if (const int status = check_sizes(args.format, args.nrows, args.ncols, args.m)) return status;
+  if (const int status = check(args)) return status;
   if (args.m == 0) return BCY_OK;
+  const Kernels* const kernels = kernels_of(args.format);
   return for_rows(args.format, args.nrows, args.ncols, args.ncols * args.m, threads,
                   [&args, kernel = kernels->*product](int64_t begin, int64_t end) {
                     kernel(args, begin, end);
@@ -136,17 +140,20 @@ int bcy_cpu_gguf_matmul(const bcy_gguf_matmul_args* args, int threads) {
 }
 
 int bcy_cpu_gguf_matvec(const bcy_gguf_matmul_args* args, int threads) {
-  if (!is_element(args->x_type) || !is_element(args->y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
-  // Some tokens at a time: what they take is not the caller's to provide.
-  constexpr int64_t kTokens = 64;
-  const int64_t bytes = staged_bytes<true>(args->format, args->ncols, std::min(args->m, kTokens));
-  if (bytes < 0) return BCY_ERROR_INVALID_ARGUMENT;
-  const std::unique_ptr<uint8_t[]> workspace(new (std::nothrow) uint8_t[size_t(bytes)]);
-  if (!workspace) return BCY_ERROR_OUT_OF_MEMORY;
+  if (const int status = check(*args)) return status;
+  if (args->m == 0) return BCY_OK;
+  // Some tokens at a time, as many as a core's cache holds: what they take is not the caller's to
+  // provide.
+  constexpr int64_t kBytes = 1 << 20, kMostTokens = 64, kAlignment = 64;
+  const int64_t one = staged_bytes<true>(args->format, args->ncols, 1);
+  if (one < 0) return BCY_ERROR_TOO_LARGE;
+  const int64_t tokens = std::min({args->m, kMostTokens, std::max(int64_t{1}, kBytes / (one + 1))});
+  const std::unique_ptr<uint8_t[]> memory(new (std::nothrow) uint8_t[one * tokens + kAlignment]);
+  if (!memory) return BCY_ERROR_OUT_OF_MEMORY;
   bcy_gguf_matmul_args some = *args;
-  some.workspace = workspace.get();
-  for (int64_t first = 0; first < args->m; first += kTokens) {
-    some.m = std::min(args->m - first, kTokens);
+  some.workspace = memory.get() + -reinterpret_cast<uintptr_t>(memory.get()) % kAlignment;
+  for (int64_t first = 0; first < args->m; first += tokens) {
+    some.m = std::min(args->m - first, tokens);
     some.x =
         static_cast<const uint8_t*>(args->x) + first * args->x_stride * element_bytes(args->x_type);
     some.y = static_cast<uint8_t*>(args->y) + first * args->y_stride * element_bytes(args->y_type);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the CPU backend lays out staged activations, and what its kernels share.
+// How the CPU backend lays out activations as integers, and what its kernels share.
 //
 // The eight partial sums are the lanes of a vector: a step takes group g of eight units p = 0 .. 7,
 // a span is eight units, thus eight steps. One record holds what a token has for a step:
@@ -15,7 +15,7 @@
 //   int16  x[8][4][8][2]   dword k of the group; low 0 and 2, low 1 and 3, high 0 and 2, high 1 and
 //                          3 of its four; lane p
 //   float  scale[8]
-//   int32  correction[2][8]   of low, of high; or float sum[8]
+//   int32  correction[2][8]   of low, of high; or float sum[8]. Either for each half as above
 //
 // With fewer units than lanes the lanes repeat (1, 2 or 4 of them), so that a vector serves several
 // weight rows. Lanes of units that do not exist are zeros, and no sum takes them.
@@ -77,7 +77,7 @@ struct Layout {
   static BCY_INLINE constexpr int rotation(int group) {
     return Format::kElements == kGroup ? (group + 1) * Format::kBytes % 4 : 0;
   }
-  // Where element e of a group is among its 32 bytes.
+  // Where element e of a group is among its 32.
   static BCY_INLINE constexpr int place(int group, int e) {
     return (e & ~(kCodeBytes - 1)) | ((e + rotation(group)) & (kCodeBytes - 1));
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The staged product for any instruction set V:
+// Products of staged activations, and of fine ones, for any instruction set V:
 //
 //   Words, Ints, Floats   GCC vectors of V::kRows * kLanes elements of 32 bits, first the lanes of
 //                         row 0, then those of row 1
@@ -96,8 +96,8 @@ struct Product {
                                     const uint8_t* corrections) {
     Ints low[2] = {}, high[2] = {};
     if constexpr (kOffset<Format> != 0) {
-      low[0] = (Ints)V::eight(corrections);
-      high[0] = (Ints)V::eight(corrections + 4 * kLanes);
+      low[0] = (Ints)V::broadcast(corrections);
+      high[0] = (Ints)V::broadcast(corrections + 4 * kLanes);
     }
     for (int k = 0; k < kWords; ++k, x += L::kWord) {
       const Words pairs[2] = {codes[k] & 0x00ff00ffu, codes[k] >> 8 & 0x00ff00ffu};

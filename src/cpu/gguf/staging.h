@@ -43,8 +43,7 @@ struct Staging {
     const GroupScale scale = kFine ? fine_group_scale(as_float(largest), finite)
                                    : group_scale(as_float(largest), finite);
     Group group{scale.scale, {}, {}};
-    if (scale.inverse == 0.0f)
-      return group;  // of zeros: so are the sums, but where x is not finite
+    if (scale.inverse == 0.0f) return group;  // all zeros
     Ints totals[2] = {}, lows[2] = {};
     for (int i = 0; i < kVectors; ++i) {
       Ints codes = V::round(values[i] * scale.inverse);

@@ -38,10 +38,13 @@ __device__ __forceinline__ uint32_t byte_plane(const int* codes) {
 // x: elements 4 t .. 4 t + 3 of a group and those plus 16. All lanes of a warp together.
 template <int Minima>
 __device__ __forceinline__ FineWords fine_words(const float (&x)[8]) {
-  const GroupScale scale = scale_of_four_lanes(x, fine_group_scale);
+  const GroupScale scale = scale_of_four_lanes<fine_group_scale>(x);
+  // As fine_element gives them: 0 times an infinity is NaN, which this conversion makes 0.
   int codes[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) codes[i] = fine_element(x[i], scale);
+  for (int i = 0; i < 8; ++i) {
+    codes[i] = min(__float2int_rn(mul(x[i], scale.inverse)), 0x7fffff);
+  }
   FineWords words = {{{byte_plane<0>(codes), byte_plane<0>(codes + 4)},
                       {byte_plane<1>(codes), byte_plane<1>(codes + 4)},
                       {byte_plane<2>(codes), byte_plane<2>(codes + 4)}},
@@ -185,7 +188,7 @@ class FloatTile : public TileDefaults {
         for (int j = 0; j < 4; ++j) {
           const auto& dot = dots[half];
           const float value = sum_of_bytes(dot[0][j], dot[1][j], dot[2][j], Format::shift(g));
-          partial_[i][j] = fma(value, mul(scales[j / 2], x_scales[j % 2]), partial_[i][j]);
+          partial_[i][j] = bcy::add_group(partial_[i][j], value, scales[j / 2], x_scales[j % 2]);
         }
       }
       if constexpr (kMinima > 0) {
@@ -350,7 +353,7 @@ class FloatLaneTile : public TileDefaults {
         const auto& dot = dots[token][half];
         const float value = sum_of_bytes(dot[0], dot[1], dot[2], Format::shift(g));
         const float x_scale = x.tokens[token].scales[group];
-        partial_[token] = fma(value, mul(scale, x_scale), partial_[token]);
+        partial_[token] = bcy::add_group(partial_[token], value, scale, x_scale);
       }
     }
     if constexpr (kMinima > 0) {
@@ -397,24 +400,24 @@ int GgufOperations<Format>::matvec(const ProductArgs& args, cudaStream_t stream)
     return launch_streamed<Tile, Ring>(args, FloatInputs{}, device, int(extra), overlap, overlap,
                                        stream);
   };
-  constexpr int kMostInLanes = 2;  // tokens
-  using Largest = FloatLaneTile<Format, kMostInLanes>;
-  LaneRing<Format>* const units = nullptr;
-  const int64_t extra = args.m * FloatLaneTile<Format, 1>::activation_bytes(args.ncols);
-  if (device.arch >= LaneRing<Format>::kOldestArch && args.m <= kMostInLanes && args.ncols > 0 &&
-      rows_on_boundaries<Format>(args) && at_once && args.nrows <= INT32_MAX &&  // places in boxes
-      holds<Largest>(units, 2, extra, device)) {
-    return with_lane_tokens<kMostInLanes>(args.m, [&](auto tokens) {
-      constexpr int kTokens = decltype(tokens)::value;
-      return streamed(static_cast<FloatLaneTile<Format, kTokens>*>(nullptr), units, extra);
-    });
-  }
   return with_element(args.x_type, [&](auto x) {
     using X = decltype(x);
     FloatTile<Format, X, false>* const any_tokens = nullptr;
     if (device.arch < 800) return launch_direct(any_tokens, args, FloatInputs{}, stream);
     if (!rows_on_boundaries<Format>(args) || !at_once) {
       return streamed(any_tokens, static_cast<RowRing<Format, 32, false>*>(nullptr), 0);
+    }
+    constexpr int kMostInLanes = 2;  // tokens
+    LaneRing<Format>* const units = nullptr;
+    if (device.arch >= LaneRing<Format>::kOldestArch && args.m <= kMostInLanes && args.ncols > 0 &&
+        args.nrows <= INT32_MAX) {  // places in boxes
+      const int64_t extra = args.m * FloatLaneTile<Format, 1>::activation_bytes(args.ncols);
+      if (holds<FloatLaneTile<Format, kMostInLanes>>(units, 2, extra, device)) {
+        return with_lane_tokens<kMostInLanes>(args.m, [&](auto tokens) {
+          constexpr int kTokens = decltype(tokens)::value;
+          return streamed(static_cast<FloatLaneTile<Format, kTokens>*>(nullptr), units, extra);
+        });
+      }
     }
     return streamed(static_cast<FloatTile<Format, X, true>*>(nullptr),
                     static_cast<RowRing<Format, 32, true>*>(nullptr), 0);

@@ -169,8 +169,8 @@ __device__ __forceinline__ uint32_t pack_codes(const float* x, GroupScale scale)
 }
 
 // Of the group that four lanes hold, eight elements each.
-__device__ __forceinline__ GroupScale scale_of_four_lanes(
-    const float (&x)[8], GroupScale (*scale_of)(float largest_magnitude, bool all_finite)) {
+template <GroupScale (*scale_of)(float largest_magnitude, bool all_finite)>
+__device__ __forceinline__ GroupScale scale_of_four_lanes(const float (&x)[8]) {
   // Magnitudes are ordered as their bits are, infinities and NaN last.
   uint32_t largest = 0;
 #pragma unroll
@@ -201,7 +201,7 @@ __device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged
                                            int64_t unit) {
   constexpr int kTokens = Record::kTokens, kMinima = Record::kMinima;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const GroupScale scale = scale_of_four_lanes(x, group_scale);
+  const GroupScale scale = scale_of_four_lanes<group_scale>(x);
   const uint2 words = {pack_codes(x, scale), pack_codes(x + 4, scale)};
 
   uint8_t* const record = records + (token / kTokens * staged.units + unit) * Record::kBytes;
@@ -275,8 +275,8 @@ __device__ __forceinline__ void with_units(const ProductArgs& args, bool vectors
   }
 }
 
-// The same of the units that a warp of a product takes, which it alone then reads from shared
-// memory. tokens: best a constant, which divides without division.
+// The same of the units that a warp of a product takes, and alone reads what is put. tokens: best a
+// constant, which divides without division.
 template <class Put>
 __device__ __forceinline__ void with_own_units(const ProductArgs& args, bool vectors, int units,
                                                int tokens, Put put) {
@@ -295,6 +295,7 @@ __device__ __forceinline__ void with_own_units(const ProductArgs& args, bool vec
   __syncwarp();
 }
 
+// Those, staged into shared memory.
 template <int Tokens, int Minima>
 __device__ __forceinline__ void stage_own_units(const ProductArgs& args, const Staged& staged,
                                                 uint8_t* memory, int tokens) {

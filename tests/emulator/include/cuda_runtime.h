@@ -71,6 +71,8 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 
+inline int __float2int_rn(float x) { return x != x ? 0 : int(std::nearbyint(x)); }
+
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   uint32_t result = 0;

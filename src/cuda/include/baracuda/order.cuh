@@ -42,12 +42,12 @@ BCY_INLINE int stage_element(float x, GroupScale group) {
   return int(u < -127.0f ? -127.0f : u > 127.0f ? 127.0f : u);
 }
 
-// To 24 bits, for products of float activations. The scale is a power of two: what has few bits,
-// as float16 has, stays exact unless it is far below the largest.
+// To 24 bits, which is called fine, for products of float activations. The scale is a power of two:
+// what has few bits, as float16 has, stays exact unless it is far below the largest.
 BCY_INLINE GroupScale fine_group_scale(float largest_magnitude, bool all_finite) {
   if (!all_finite) return {as_float(0x7fc00000u), 0.0f};
   uint32_t exponent = as_bits(largest_magnitude) >> 23;
-  if (exponent < 23) exponent = 23;  // below 2^-103: both factors stay normal
+  if (exponent < 23) exponent = 23;  // below 2^-104: both factors stay normal
   return {as_float((exponent - 22) << 23), as_float((276 - exponent) << 23)};
 }
 
@@ -62,8 +62,9 @@ BCY_INLINE float staged_sum(GroupScale group, int sum) { return mul(group.scale,
 
 // ---- products of integers, group after group --------------------------------------------------------------------
 
-// One group joins its partial sum. dot is the exact integer sum of code * u (halves already
-// weighted).
+// One group joins its partial sum. dot is the exact integer sum of code * u, halves already
+// weighted; of fine integers that rounded to float32, and halves with scales of their own join one
+// after the other.
 BCY_INLINE float add_group(float partial, float dot, float scale, float group_scale) {
   return fma(dot, mul(scale, group_scale), partial);
 }
@@ -77,9 +78,6 @@ BCY_INLINE float meet(float p0, float p1, float p2, float p3, float p4, float p5
                       float p7) {
   return add(add(add(p0, p4), add(p2, p6)), add(add(p1, p5), add(p3, p7)));
 }
-
-// Products of float activations are the same with integers of 24 bits, but that dot is the exact
-// sum rounded to float32, and that halves with scales of their own join one after the other.
 
 // ---- float products of 4-bit codes ------------------------------------------------------------------------------
 //
