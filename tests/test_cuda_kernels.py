@@ -187,7 +187,7 @@ def test_extreme_activations(cpu, gpu, name, scale):
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q2_K", "Q6_K", "Q8_K"])
 def test_staging_inside_and_outside(cpu, gpu, name):
-    """Small products stage for themselves and need no workspace; larger ones do, and all on Turing."""
+    """Small products stage for themselves and need no workspace; larger and Turing's do."""
     some = _cuda.compute_capability() >= (8, 0)
     two = _cuda.compute_capability() >= (9, 0) and name not in ("Q6_K", "Q8_K")
     most = 4096 if name == "Q8_K" else 6144
