@@ -69,7 +69,7 @@ class Nf4Layout(Named):
 
 
 class MathPrecision(Named):
-    """What the multiply instructions multiply."""
+    """The precision at which is multiplied; F32 with float activations of GGUF: 24-bit integers."""
 
     F16 = 0
     BF16 = 1
@@ -185,7 +185,8 @@ class PlanPreference(_Value):
     ----------
     activations : {"staged", "float"}, optional
         Path of a product: ``"staged"`` quantizes the activations to int8 groups first, ``"float"``
-        takes 24 bits of them. By default a plan takes its own path and `linear` the staged.
+        takes 24 bits of them with a GGUF weight, all of them with NF4 and FP4. By default a plan
+        takes its own path and `linear` the staged.
     threads : int, optional
         Threads of the CPU backend. By default the environment variable ``BARACUDA_THREADS``, else
         as many as the process may run on. The bits of a result do not depend on it.
@@ -242,7 +243,7 @@ class PrecisionGuarantee(_Value):
     Parameters
     ----------
     math_precision : MathPrecision
-        What is multiplied.
+        At which precision is multiplied.
     accumulator : ElementKind
         What products are added up in across a row.
     deterministic : bool
