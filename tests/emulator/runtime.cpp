@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <map>
 #include <mutex>
@@ -150,8 +151,11 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
 
 cudaError_t check_launch(const cudaLaunchConfig_t& config, emulator::Launch& launch) {
   const dim3 grid = config.gridDim, block = config.blockDim;
-  const bool early =
-      config.numAttrs > 0 && config.attrs->val.programmaticStreamSerializationAllowed != 0;
+  const bool early = std::any_of(
+      config.attrs, config.attrs + config.numAttrs, [](const cudaLaunchAttribute& attribute) {
+        return attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+               attribute.val.programmaticStreamSerializationAllowed != 0;
+      });
   if (grid.x < 1 || grid.x > 0x7fffffffu || grid.y != 1 || grid.z != 1 || block.x < 1 ||
       block.x > 1024 || block.x % 32 != 0 || block.y != 1 || block.z != 1 ||
       config.dynamicSmemBytes > size_t(kSharedPerProcessor - kReserved)) {

@@ -57,23 +57,38 @@ class DeviceGuard {
 // Launches and reports this launch's own error. A failure is taken out of the runtime's last-error
 // slot, so that the next library to look there does not take it for its own. early: the kernel may
 // start before the one ahead of it is done (programmatic dependent launch), and waits for it
-// itself.
+// itself. beside: its blocks, which take little shared memory, share multiprocessors with those of
+// kernels that take most of it. Left to itself, a multiprocessor that is empty when it gets one of
+// the former keeps most of that memory as L1 cache until it is empty again.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
-           size_t shared_bytes, bool early, Arguments... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+int launch_beside(bool beside, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                  cudaStream_t stream, size_t shared_bytes, bool early, Arguments... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (early) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (beside) {
+    attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[count++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (status != cudaSuccess) cudaGetLastError();
   return status;
+}
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+           size_t shared_bytes, bool early, Arguments... arguments) {
+  return launch_beside(false, kernel, grid, block, stream, shared_bytes, early, arguments...);
 }
 
 // What the choice of a kernel depends on.

@@ -51,8 +51,12 @@ constexpr int kMaxStages = 8;
 struct TileDefaults {
   // Whether the next kernel starts its copies together with this one's, or not before this one may
   // bring its activations, which would queue up behind them. Where those come a few at a time, in
-  // blocks that share a multiprocessor, the earlier start is worth more.
+  // blocks that share a multiprocessor, the earlier start is worth more, unless there are fewer
+  // blocks than multiprocessors: then two of the next one's would crowd on one that is empty.
   static constexpr bool kStartsNextAtOnce = false;
+  // Whether bringing activations takes as long as a round's weights, which then need not come
+  // before.
+  static constexpr bool kBringsLong = false;
   // Whether shared memory holds the activations of a tile's tokens: then a thread block keeps to
   // those.
   static constexpr bool kActivationsStay = false;
@@ -152,7 +156,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
     product_streamed(const __grid_constant__ ProductArgs args,
                      const __grid_constant__ typename Tile::Inputs inputs,
                      const __grid_constant__ typename Ring::Source source, unsigned tiles,
-                     unsigned passes, int stages) {
+                     unsigned passes, int stages, int ahead, bool next_at_once) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (__CUDA_ARCH__ < Ring::kOldestArch) return;
   using Sums = typename Shared<Tile>::Sums;
@@ -174,7 +178,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
     barrier_init_fence();
   }
   __syncthreads();
-  if (Tile::kStartsNextAtOnce) let_next_kernel_start();
+  if (next_at_once) let_next_kernel_start();
   int stage = 0;
   uint32_t phase = 0;
   // Most often there is one pass, and a division takes as long as a unit's loads.
@@ -190,6 +194,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
     for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
       const int64_t first_row = first_row_of(index);
       for (int round = 0; round < rounds; ++round) {
+        if (ahead-- == 0) wait_for_previous_kernel();
         Tile::prefetch(args, inputs, first_row, round);
         if (!first_lap) barrier_wait(&emptied[stage], phase ^ 1);
         Ring::fetch(args, source, first_row, round, ring + stage * Ring::kStageBytes,
@@ -207,7 +212,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
   uint8_t* const memory = ring + stages * Ring::kStageBytes;
   Tile::prepare(inputs, memory);
   wait_for_previous_kernel();
-  if (!Tile::kStartsNextAtOnce) let_next_kernel_start();
+  if (!next_at_once) let_next_kernel_start();
   Tile::bring_activations(args, inputs, first_token_of(blockIdx.x), memory);
   // Warps without units, where K is short, add nothing: their sums stay zero.
   const int own_rounds = units > warp ? (units - warp + kPartials - 1) / kPartials : 0;
@@ -254,16 +259,20 @@ bool rows_on_boundaries(const ProductArgs& args) {
          reinterpret_cast<uintptr_t>(args.weight) % 16 == 0;
 }
 
-// Stages of the ring and thread blocks. A ring that holds more than it takes to keep the memory
-// busy gains nothing. Where two blocks fit a multiprocessor they are of one launch, or, when
-// kernels may overlap and there are few tiles, of this one and the next, which then fetches its
-// weights ahead. A block of one tile that is more than half of shared memory holds has all of it
-// where multiprocessors are left over for the next kernel, or where it does little but read: it
-// begins later, but has fetched more when its turn comes.
+// How a launch is divided. A ring that holds more than it takes to keep the memory busy gains
+// nothing. Where two blocks fit a multiprocessor they are of one launch, or, when kernels may
+// overlap and there are few tiles, of this one and the next, which then fetches its weights ahead.
+// A block of one tile that is more than half of shared memory holds has all of it where
+// multiprocessors are left over for the next kernel, or where it does little but read: it begins
+// later, but has fetched more when its turn comes.
 struct Geometry {
-  int stages;
+  unsigned tiles, passes, blocks;
+  int stages;  // of the ring
+  // That are fetched while the kernel before still runs: all, but where that kernel, one like this
+  // supposedly, is still fetching for most of its time, and would wait for these.
+  int ahead;
   int shared_bytes;
-  unsigned blocks;
+  bool beside;  // a multiprocessor has one of these blocks, and room for one of the next kernel's
 };
 
 // What a block takes of shared memory besides the ring. extra: bytes of activations.
@@ -278,15 +287,21 @@ bool holds(const Ring*, int stages, int64_t extra, const Device& device) {
   return fixed_bytes<Tile>(extra) + stages * Ring::kStageBytes <= device.shared_per_block;
 }
 
+// alone: no kernel that this one waits for is part of the same call.
 template <class Tile, class Ring>
-int geometry_of(const Device& device, int64_t tiles, int64_t passes, int64_t rounds, int extra,
-                bool alone, Geometry& geometry) {
+int geometry_of(const ProductArgs& args, const Device& device, int extra, bool alone,
+                Geometry& geometry) {
+  const int64_t processors = device.processors;
+  const int64_t passes = ceil_div(args.m, Tile::kTokens);
+  const int64_t tiles = ceil_div(args.nrows, Tile::kRows) * passes;
+  const int64_t rounds = ceil_div(args.ncols, kPartials * kUnit);
+  if (tiles > kMaxGridX || args.ncols > kMaxColumns) return BCY_ERROR_TOO_LARGE;
   const int fixed = int(fixed_bytes<Tile>(extra));
   const int whole = device.shared_per_block;
   const int share = device.shared_per_processor / Tile::kBlocks - device.shared_reserved;
   const auto stages_in = [&](int bytes) { return (bytes - fixed) / Ring::kStageBytes; };
   const bool one_each =
-      tiles <= device.processors / (Tile::kReadsMost ? 1 : 2) && rounds > stages_in(share);
+      tiles <= processors / (Tile::kReadsMost ? 1 : 2) && rounds > stages_in(share);
   const bool shares = stages_in(share) >= 2 && !one_each;
   const int most = stages_in(shares && share < whole ? share : whole);
   if (most < 1) return BCY_ERROR_TOO_LARGE;
@@ -296,12 +311,20 @@ int geometry_of(const Device& device, int64_t tiles, int64_t passes, int64_t rou
   if (one_each || stages > kMaxStages) stages = kMaxStages;
   if (stages > most) stages = most;
   // Few: what a block takes of the matrix is little more than the ring holds.
-  const bool leaves_room = alone && ceil_div(tiles, int64_t{device.processors}) * rounds <= stages;
-  int64_t at_once = int64_t{device.processors} * (shares && !leaves_room ? Tile::kBlocks : 1);
+  const bool leaves_room = alone && ceil_div(tiles, processors) * rounds <= stages;
+  int64_t at_once = processors * (shares && !leaves_room ? Tile::kBlocks : 1);
   if (Tile::kActivationsStay) at_once -= at_once % passes;
-  geometry.blocks = unsigned(tiles < at_once ? tiles : at_once);
-  const int64_t needed = ceil_div(tiles, geometry.blocks) * rounds;
+  const int64_t blocks = tiles < at_once ? tiles : at_once;
+  const int64_t needed = ceil_div(tiles, blocks) * rounds;
+  geometry.tiles = unsigned(tiles);
+  geometry.passes = unsigned(passes);
+  geometry.blocks = unsigned(blocks);
   geometry.stages = int(needed < stages ? needed : stages);
+  geometry.beside = shares && tiles <= processors;
+  const bool room = geometry.beside || 2 * tiles <= processors;  // for the next kernel's blocks
+  const bool long_rows = room && rounds > 2 * geometry.stages;
+  const bool brings_long = Tile::kBringsLong && tiles > blocks && rounds <= geometry.stages;
+  geometry.ahead = long_rows || brings_long ? 1 : geometry.stages;
   geometry.shared_bytes = fixed + geometry.stages * Ring::kStageBytes;
   return BCY_OK;
 }
@@ -309,21 +332,18 @@ int geometry_of(const Device& device, int64_t tiles, int64_t passes, int64_t rou
 template <class Tile, class Ring>
 int launch_streamed(const ProductArgs& args, const typename Tile::Inputs& inputs,
                     const Device& device, int extra, bool early, bool alone, cudaStream_t stream) {
-  const int64_t passes = ceil_div(args.m, Tile::kTokens);
-  const int64_t tiles = ceil_div(args.nrows, Tile::kRows) * passes;
-  const int64_t rounds = ceil_div(args.ncols, kPartials * kUnit);
-  if (tiles > kMaxGridX || args.ncols > kMaxColumns) return BCY_ERROR_TOO_LARGE;
   Geometry geometry;
-  if (const int status =
-          geometry_of<Tile, Ring>(device, tiles, passes, rounds, extra, alone, geometry)) {
+  if (const int status = geometry_of<Tile, Ring>(args, device, extra, alone, geometry)) {
     return status;
   }
   typename Ring::Source source;
   if (const int status = Ring::describe(args, source)) return status;
   auto* kernel = product_streamed<Tile, Ring>;
   if (const int status = allow_shared(kernel, device)) return status;
+  const bool next_at_once = Tile::kStartsNextAtOnce && geometry.tiles > unsigned(device.processors);
   return launch(kernel, dim3(geometry.blocks), dim3(kConsumers + 32), stream, geometry.shared_bytes,
-                early, args, inputs, source, unsigned(tiles), unsigned(passes), geometry.stages);
+                early, args, inputs, source, geometry.tiles, geometry.passes, geometry.stages,
+                geometry.ahead, next_at_once);
 }
 
 template <class Tile>

@@ -244,4 +244,18 @@ class LaneTile : public TileDefaults {
   float partial_[Tokens];
 };
 
+// How a product in lanes is divided, after a staging kernel of its own.
+template <class Format>
+int lane_geometry(const ProductArgs& args, const Device& device, Geometry& geometry) {
+  if constexpr (kLaneTokens<Format> == 0) {
+    return BCY_ERROR_INVALID_ARGUMENT;
+  } else {
+    return with_lane_tokens<kLaneTokens<Format>>(args.m, [&](auto tokens) {
+      using Tile = LaneTile<Format, decltype(tokens)::value>;
+      return geometry_of<Tile, LaneRing<Format>>(
+          args, device, int(Tile::activation_bytes(args.ncols)), false, geometry);
+    });
+  }
+}
+
 }  // namespace bcy

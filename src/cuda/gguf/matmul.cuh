@@ -345,18 +345,24 @@ int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) 
   Device device;
   if (const int status = look_at_device(args.device, device)) return status;
   constexpr int kMinima = Format::kMinima;
-  constexpr bool kTurns = gives_turns<Format>;
+  Staging staging = {gives_turns<Format>};
   if (const GgufDivision division = divide_gguf<Format>(args, device); division.blocks > 0) {
     return with_warpgroup_tokens<Format>(args.m, [&](auto tokens) {
       using Record = WarpgroupRecord<decltype(tokens)::value, kMinima>;
-      return gguf_stage<Record>(args, kTurns, division.counts_in(args.workspace), division.ncounts,
-                                stream);
+      staging.counts = division.counts_in(args.workspace);
+      staging.ncounts = division.ncounts;
+      return gguf_stage<Record>(args, staging, stream);
     });
   }
-  if (args.m == 1 || takes_lanes<Format>(args, device)) {
-    return gguf_stage<StagedRecord<1, kMinima>>(args, kTurns, nullptr, 0, stream);
+  if (takes_lanes<Format>(args, device)) {
+    Geometry geometry;
+    if (const int status = lane_geometry<Format>(args, device, geometry)) return status;
+    staging.beside = geometry.beside;
+    staging.late = geometry.ahead < geometry.stages;
+  } else if (args.m > 1) {
+    return gguf_stage<StagedRecord<kTileTokens, kMinima>>(args, staging, stream);
   }
-  return gguf_stage<StagedRecord<kTileTokens, kMinima>>(args, kTurns, nullptr, 0, stream);
+  return gguf_stage<StagedRecord<1, kMinima>>(args, staging, stream);
 }
 
 template <class Format>

@@ -231,6 +231,7 @@ class FloatLaneTile : public TileDefaults {
   static constexpr int kRows = kLaneRows;
   static constexpr int kBlocks = 2;
   static constexpr bool kReadsMost = Tokens == 1 && reads_most<Format>;
+  static constexpr bool kBringsLong = Tokens == 1;
 
   static int64_t activation_bytes(int64_t ncols) {
     return unit_count(ncols) * int64_t{sizeof(Unit)};

@@ -20,9 +20,16 @@ struct GgufOperations {
 };
 
 // Staging depends on the format only through the records that its product takes and on whether it
-// gives codes by turns. It sets `ncounts` of counts to zero, too.
+// gives codes by turns.
+struct Staging {
+  bool turns;
+  int* counts = nullptr;  // that it sets to zero, too
+  int ncounts = 0;
+  // Of the product that follows:
+  bool beside = false;  // its blocks leave little shared memory
+  bool late = false;  // it starts not before the kernel before the staging is done
+};
 template <class Record>
-int gguf_stage(const bcy_gguf_matmul_args& args, bool turns, int* counts, int ncounts,
-               cudaStream_t stream);
+int gguf_stage(const bcy_gguf_matmul_args& args, const Staging& staging, cudaStream_t stream);
 
 }  // namespace bcy

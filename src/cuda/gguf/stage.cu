@@ -9,15 +9,15 @@ namespace {
 
 constexpr int kWarps = 4;
 
-// Sets `ncounts` of counts to zero, too.
 template <class Record>
 __global__ void __launch_bounds__(kWarps * 32)
     stage_kernel(const __grid_constant__ ProductArgs args, const __grid_constant__ Staged staged,
-                 unsigned blocks_of_token, int* counts, int ncounts) {
-  let_next_kernel_start();
+                 unsigned blocks_of_token, int* counts, int ncounts, bool late) {
+  if (!late) let_next_kernel_start();
   const unsigned here = blockIdx.x / blocks_of_token, block = blockIdx.x % blocks_of_token;
   const int64_t first = int64_t{block} * kWarps + threadIdx.x / 32;
   wait_for_previous_kernel();
+  if (late) let_next_kernel_start();
   for (int64_t i = int64_t{blockIdx.x} * (kWarps * 32) + threadIdx.x; i < ncounts;
        i += int64_t{gridDim.x} * (kWarps * 32)) {
     counts[i] = 0;
@@ -37,21 +37,21 @@ __global__ void __launch_bounds__(kWarps * 32)
 }  // namespace
 
 template <class Record>
-int gguf_stage(const ProductArgs& args, bool turns, int* counts, int ncounts, cudaStream_t stream) {
-  const Staged staged = staged_of(args, turns, false);
+int gguf_stage(const ProductArgs& args, const Staging& staging, cudaStream_t stream) {
+  const Staged staged = staged_of(args, staging.turns, false);
   constexpr int kTokens = Record::kTokens;
   const bool few = kTokens <= kTileTokens && args.m <= kTileTokens;
   const int64_t tokens = few ? args.m : ceil_div(args.m, kTokens) * kTokens;
   const int64_t blocks_of_token = ceil_div(staged.units, kWarps);
   if (tokens > kMaxGridX / blocks_of_token) return BCY_ERROR_TOO_LARGE;
-  return launch(stage_kernel<Record>, dim3(unsigned(tokens * blocks_of_token)), dim3(kWarps * 32),
-                stream, 0, args.overlap != 0, args, staged, unsigned(blocks_of_token), counts,
-                ncounts);
+  return launch_beside(staging.beside, stage_kernel<Record>,
+                       dim3(unsigned(tokens * blocks_of_token)), dim3(kWarps * 32), stream, 0,
+                       args.overlap != 0, args, staged, unsigned(blocks_of_token), staging.counts,
+                       staging.ncounts, staging.late);
 }
 
-#define BCY_STAGE(Record, Tokens, Minima)                                              \
-  template int gguf_stage<Record<Tokens, Minima>>(const ProductArgs&, bool, int*, int, \
-                                                  cudaStream_t);
+#define BCY_STAGE(Record, Tokens, Minima) \
+  template int gguf_stage<Record<Tokens, Minima>>(const ProductArgs&, const Staging&, cudaStream_t);
 BCY_STAGE(StagedRecord, 1, 0)
 BCY_STAGE(StagedRecord, 1, 1)
 BCY_STAGE(StagedRecord, 1, 2)

@@ -131,9 +131,7 @@ constexpr int64_t kFusedElements = 8192;
 template <class Format>
 int64_t most_fused(const ProductArgs& args) {
   if (args.m > 1) return kFusedElements / args.m;
-  if (kLaneTokens<Format> == 0) return 4096;
-  // Where kernels overlap and a product does more than to read, staging comes between them.
-  return args.overlap != 0 && !reads_most<Format> ? 16384 : 6144;
+  return kLaneTokens<Format> == 0 ? 4096 : 6144;
 }
 template <class Format>
 bool stages_inside(const ProductArgs& args, int arch) {
