@@ -9,6 +9,11 @@ namespace {
 
 constexpr int kWarps = 4;
 
+// The registers of products of many tokens leave these blocks no room beside theirs. So that not
+// all of them crowd on the first multiprocessors that become free, each asks for shared memory:
+// five fit Hopper's.
+constexpr int kSpread = 44 << 10;
+
 template <class Record>
 __global__ void __launch_bounds__(kWarps * 32)
     stage_kernel(const __grid_constant__ ProductArgs args, const __grid_constant__ Staged staged,
@@ -45,9 +50,9 @@ int gguf_stage(const ProductArgs& args, const Staging& staging, cudaStream_t str
   const int64_t blocks_of_token = ceil_div(staged.units, kWarps);
   if (tokens > kMaxGridX / blocks_of_token) return BCY_ERROR_TOO_LARGE;
   return launch_beside(staging.beside, stage_kernel<Record>,
-                       dim3(unsigned(tokens * blocks_of_token)), dim3(kWarps * 32), stream, 0,
-                       args.overlap != 0, args, staged, unsigned(blocks_of_token), staging.counts,
-                       staging.ncounts, staging.late);
+                       dim3(unsigned(tokens * blocks_of_token)), dim3(kWarps * 32), stream,
+                       args.m > kTileTokens ? kSpread : 0, args.overlap != 0, args, staged,
+                       unsigned(blocks_of_token), staging.counts, staging.ncounts, staging.late);
 }
 
 #define BCY_STAGE(Record, Tokens, Minima) \
