@@ -191,6 +191,9 @@ def test_staging_inside_and_outside(cpu, gpu, name):
     some = _cuda.compute_capability() >= (8, 0)
     two = _cuda.compute_capability() >= (9, 0) and name not in ("Q6_K", "Q8_K")
     most = 4096 if name == "Q8_K" else 6144
+    desc = bcy.GgufMmvqMultiMDescriptor(nrows=1, ncols=6400, m=1, block_format=name)
+    overlapping = bcy.PlanPreference(overlap=True)
+    assert bcy.GgufMmvqMultiMPlan.select(gpu.device, desc, overlapping).workspace_size > 0
     for nrows in 40, 3 * 32 * _cuda.multiprocessors() + 40:
         for ncols, m in (
             (4096, 1),
