@@ -61,6 +61,9 @@ class Decoded(NamedTuple):
     scale: np.ndarray  # float32 [N, G]
     half_scale: np.ndarray | None  # int64 [N, G, 2]
     minimum: np.ndarray | None  # float32 [N, G, 1 or 2]
+    # minimum is minima * their scale, where a unit's are integers: int64 [N, U, 8 or 16] and
+    # float32 [N, U].
+    minima: tuple[np.ndarray, np.ndarray] | None = None
 
     def values(self):
         """Dequantized weights, float32 [N, K]."""
@@ -134,8 +137,10 @@ def decode(data, name, nrows, ncols):
         sc = block[..., 0:16].astype(np.int64).reshape(*block.shape[:2], 8, 2)
         q = _planes(block[..., 16:80], 2).reshape(*block.shape[:2], 8, 32)
         scale = np.repeat(_halves(block, 80)[..., None], 8, axis=2)
-        minimum = -(_halves(block, 82)[..., None, None] * (sc >> 4).astype(F32))
-        return Decoded(flat(q), flat(scale), flat(sc & 15), flat(minimum))
+        m, m_scale = sc >> 4, -_halves(block, 82)
+        minimum = m_scale[..., None, None] * m.astype(F32)
+        minima = m.reshape(*m.shape[:2], 16), m_scale
+        return Decoded(flat(q), flat(scale), flat(sc & 15), flat(minimum), minima)
     if name == "Q3_K":
         p = block[..., 96:108].astype(np.int64)
         i = np.arange(16)
@@ -152,8 +157,9 @@ def decode(data, name, nrows, ncols):
         scale = _halves(block, 0)[..., None] * sc.astype(F32)
         if name == "Q5_K":
             q |= (block[..., None, 16:48].astype(np.int64) >> np.arange(8)[:, None] & 1) << 4
-        minimum = -(_halves(block, 2)[..., None] * m.astype(F32))
-        return Decoded(flat(q), flat(scale), None, flat(minimum[..., None]))
+        m_scale = -_halves(block, 2)
+        minimum = m_scale[..., None] * m.astype(F32)
+        return Decoded(flat(q), flat(scale), None, flat(minimum[..., None]), (m, m_scale))
     if name == "Q6_K":
         low = block[..., :128].astype(np.int64).reshape(*block.shape[:2], 2, 1, 64)
         low = (low >> np.array([[0], [4]]) & 15).reshape(*block.shape[:2], 8, 32)
@@ -193,40 +199,60 @@ def meet(p):
         return even + ((p[1] + p[5]) + (p[3] + p[7]))
 
 
-def _integer_product(weight, u, d, halves_apart):
-    """Integer activations and their scales times a weight; how halves with own scales join."""
+def _scaled(integers, scale):
+    """Integers times a scale of the weight, rounded once: a zero is +0, and no number gives NaN."""
+    with np.errstate(all="ignore"):
+        return fma(integers.astype(F32), scale, fma(scale, F32(0), F32(0)))
+
+
+def _sums(weight, u, d):
+    """Staged sums of what each minimum covers, float32 [M, G, 1 or 2]."""
+    count = weight.minimum.shape[2]
+    totals = u.reshape(*u.shape[:2], count, 32 // count).sum(axis=3)
+    with np.errstate(all="ignore"):
+        return d[:, :, None] * totals.astype(F32)
+
+
+def _integer_sums(sums):
+    """Staged sums [M, U, n] as integers of 14 bits, and their scales float32 [M, U]."""
+    finite = np.isfinite(sums).all(axis=2)
+    whole = np.where(finite[..., None], sums, F32(0))
+    largest = np.abs(whole).max(axis=2, initial=0)
+    exponent = np.maximum(largest.view(np.uint32) >> 23, 23).astype(np.int64) - 127
+    codes = np.rint(whole * np.exp2(12.0 - exponent).astype(F32)[..., None]).astype(np.int64)
+    scale = np.where(finite, np.exp2(exponent - 12.0), np.nan).astype(F32)
+    return np.clip(codes, -8191, 8191), scale
+
+
+def staged_product(weight, x):
+    """Product on the int8-staged path, float32 [M, N], before bias and rounding."""
+    u, d = stage(x)
     m, n, groups = u.shape[0], weight.codes.shape[0], u.shape[1]
     partial = np.zeros((m, n, 8), F32)
+    if weight.minimum is not None:
+        sums = _sums(weight, u, d)
+        if weight.minima is not None:
+            t, t_scale = _integer_sums(sums.reshape(m, groups // 8, 8 * sums.shape[2]))
     with np.errstate(all="ignore"):
         for g in range(groups):
             acc = partial[:, :, g // 8 % 8]
             ug, cg, w = u[:, g], weight.codes[:, g], weight.scale[:, g]
             if weight.half_scale is None:
-                terms = [(ug @ cg.T, w)]
+                dot = ug @ cg.T
             else:
                 h = weight.half_scale[:, g]
-                dots = ug[:, :16] @ cg[:, :16].T, ug[:, 16:] @ cg[:, 16:].T
-                if halves_apart:
-                    terms = [(dots[i], w * h[:, i].astype(F32)) for i in range(2)]
-                else:
-                    terms = [(dots[0] * h[:, 0] + dots[1] * h[:, 1], w)]
-            for dot, scale in terms:
-                assert halves_apart or np.abs(dot).max(initial=0) < 2**24  # is a float32
-                acc = fma(dot.astype(F32), scale[None] * d[:, g, None], acc)  # rounds dot once
-            if weight.minimum is not None:
-                count = weight.minimum.shape[2]
-                for half in range(count):
-                    width = 32 // count
-                    total = ug[:, half * width : (half + 1) * width].sum(axis=1)
-                    s = d[:, g] * total.astype(F32)
-                    acc = fma(weight.minimum[None, :, g, half], s[:, None], acc)
+                dot = ug[:, :16] @ cg[:, :16].T * h[:, 0] + ug[:, 16:] @ cg[:, 16:].T * h[:, 1]
+            assert np.abs(dot).max(initial=0) < 2**24  # is a float32
+            acc = fma(_scaled(dot, w[None]), d[:, g, None], acc)
+            if weight.minima is not None:
+                if g % 8 == 7:
+                    minima, scale = weight.minima[0][:, g // 8], weight.minima[1][:, g // 8]
+                    dot = t[:, g // 8] @ minima.T
+                    acc = fma(_scaled(dot, scale[None]), t_scale[:, g // 8, None], acc)
+            elif weight.minimum is not None:
+                acc = fma(weight.minimum[None, :, g, 0], sums[:, g, 0, None], acc)
             partial[:, :, g // 8 % 8] = acc
     return meet(partial)
-
-
-def staged_product(weight, x):
-    """Product on the int8-staged path, float32 [M, N], before bias and rounding."""
-    return _integer_product(weight, *stage(x), halves_apart=False)
 
 
 def fine(x):
@@ -244,7 +270,27 @@ def fine(x):
 
 def float_product(weight, x):
     """Product on the float path, float32 [M, N], before bias and rounding."""
-    return _integer_product(weight, *fine(x), halves_apart=True)
+    u, d = fine(x)
+    m, n, groups = u.shape[0], weight.codes.shape[0], u.shape[1]
+    partial = np.zeros((m, n, 8), F32)
+    halves = [slice(0, 16), slice(16, 32)]
+    with np.errstate(all="ignore"):
+        for g in range(groups):
+            acc = partial[:, :, g // 8 % 8]
+            ug, cg, w = u[:, g], weight.codes[:, g], weight.scale[:, g]
+            if weight.half_scale is None:
+                terms = [(ug @ cg.T, w)]
+            else:
+                h = weight.half_scale[:, g].astype(F32)
+                terms = [(ug[:, p] @ cg[:, p].T, w * h[:, i]) for i, p in enumerate(halves)]
+            for dot, scale in terms:
+                acc = fma(dot.astype(F32), scale[None] * d[:, g, None], acc)  # rounds dot once
+            if weight.minimum is not None:
+                sums = _sums(weight, u[:, g : g + 1], d[:, g : g + 1])[:, 0]
+                for i in range(sums.shape[1]):
+                    acc = fma(weight.minimum[None, :, g, i], sums[:, i, None], acc)
+            partial[:, :, g // 8 % 8] = acc
+    return meet(partial)
 
 
 def codes_product(codes, scales, x):

@@ -68,18 +68,18 @@ int multiply(const bcy_gguf_matmul_args& args, int threads,
 template <bool kFine>
 int64_t staged_bytes(int32_t format, int64_t ncols, int64_t m) {
   if (ncols < 0 || m < 0) return -1;
-  int64_t record = 0;
+  int64_t span = 0;
   switch (format) {
-#define BCY_FORMAT(name, file)             \
-  case name::kId:                          \
-    record = Layout<name, kFine>::kRecord; \
+#define BCY_FORMAT(name, file)                \
+  case name::kId:                             \
+    span = Layout<name, kFine>::kSpanRecords; \
     break;
 #include "baracuda/formats.def"
 #undef BCY_FORMAT
   }
   int64_t bytes;
   if (ncols > INT64_MAX - kSpan ||
-      __builtin_mul_overflow(Spans(ncols).spans * bcy::kUnitGroups, record, &bytes) ||
+      __builtin_mul_overflow(Spans(ncols).spans, span, &bytes) ||
       __builtin_mul_overflow(bytes, m, &bytes) || __builtin_add_overflow(bytes, 255, &bytes)) {
     return -1;
   }

@@ -21,8 +21,10 @@ struct Baseline {
   template <class Element>
   static void stage_token(const typename Element::Storage* x, int64_t ncols, uint8_t* token) {
     const Spans k_spans(ncols);
+    [[maybe_unused]] float unit_sums[kLanes][L::kIntegerSums > 0 ? L::kIntegerSums : 1];
     for (int64_t step = 0; step < k_spans.spans * kUnitGroups; ++step) {
-      uint8_t* const record = token + step * L::kRecord;
+      uint8_t* const span = token + step / kUnitGroups * L::kSpanRecords;
+      uint8_t* const record = span + step % kUnitGroups * L::kRecord;
       for (int lane = 0; lane < kLanes; ++lane) {
         const int64_t unit = step / kUnitGroups * kLanes + lane % k_spans.lanes;
         const int group = int(step % kUnitGroups);
@@ -57,7 +59,13 @@ struct Baseline {
           }
         }
         memcpy(record + L::kScale + 4 * lane, &scale.scale, 4);
-        if constexpr (Format::kMinima > 0) {
+        if constexpr (L::kIntegerSums > 0) {
+          constexpr int kOfGroup = L::kIntegerSums / kUnitGroups;
+          for (int i = 0; i < kOfGroup; ++i) {
+            unit_sums[lane][group * kOfGroup + i] = staged_sum(scale, sums[i]);
+          }
+          if (group == kUnitGroups - 1) put_unit_sums<L>(unit_sums[lane], span, lane);
+        } else if constexpr (Format::kMinima > 0) {
           for (int half = 0; half < L::kHalves; ++half) {
             const float sum = staged_sum(scale, sums[half]);
             memcpy(record + L::kSum + 4 * (half * kLanes + lane), &sum, 4);
@@ -114,7 +122,7 @@ struct Baseline {
       for (int half = 0; half < L::kHalves; ++half) {
         float weight = group.scale;
         if constexpr (L::kHalves == 2) weight = mul(weight, float(group.half_scales[half]));
-        sum = add_group(sum, float(dots[half]), weight, scale);
+        sum = add_fine_group(sum, float(dots[half]), weight, scale);
       }
     } else {
       int64_t dot = dots[0];
@@ -123,7 +131,7 @@ struct Baseline {
       }
       sum = add_group(sum, float(dot), group.scale, scale);
     }
-    if constexpr (Format::kMinima > 0) {
+    if constexpr (Format::kMinima > 0 && L::kIntegerSums == 0) {
       for (int half = 0; half < L::kHalves; ++half) {
         float staged;
         memcpy(&staged, record + L::kSum + 4 * (half * kLanes + lane), 4);
@@ -131,6 +139,19 @@ struct Baseline {
       }
     }
     return sum;
+  }
+
+  // The integer minima of a block.
+  static float add_minima(float sum, Block block, const uint8_t* span, int lane) {
+    int dot = 0;
+    for (int i = 0; i < L::kIntegerSums; ++i) {
+      const uint8_t* const word = span + L::kUnitSums + (i / 4 * 2 * kLanes + lane) * 4 + i % 4;
+      const int high = int8_t(word[0]), low = int8_t(word[4 * kLanes]);
+      dot += byte_of(Format::minima(block, i / 4), i % 4) * (high * (1 << kLowSumBits) + low);
+    }
+    float scale;
+    memcpy(&scale, span + L::kUnitScale + 4 * lane, 4);
+    return add_unit_minima(sum, float(dot), Format::minimum_scale(block), scale);
   }
 
   static void matmul(const bcy_gguf_matmul_args& args, int64_t begin, int64_t end) {
@@ -145,11 +166,16 @@ struct Baseline {
           const int64_t unit = k / kUnit;
           const int unit_group = int(k % kUnit / kGroup);
           const int lane = int(unit % kLanes);
-          const Group group(block_at(args.weight, args.ncols, row, k), group_at(k), unit_group);
-          const uint8_t* const record =
-              staged + (unit / kLanes * kUnitGroups + unit_group) * L::kRecord;
+          const Block block = block_at(args.weight, args.ncols, row, k);
+          const Group group(block, group_at(k), unit_group);
+          const uint8_t* const span = staged + unit / kLanes * L::kSpanRecords;
           for (int t = 0; t < tokens; ++t) {
-            sums[t][lane] = add_step(sums[t][lane], group, record + t * token_stride, lane);
+            float& sum = sums[t][lane];
+            const uint8_t* const records = span + t * token_stride;
+            sum = add_step(sum, group, records + unit_group * L::kRecord, lane);
+            if constexpr (L::kIntegerSums > 0) {
+              if (unit_group == kUnitGroups - 1) sum = add_minima(sum, block, records, lane);
+            }
           }
         }
         with_element(args.y_type, [&](auto element) {

@@ -6,16 +6,23 @@
 //
 //   int8   u[8][8][4]      dword k of the group, lane p, byte: a dot product of four in every lane
 //   float  scale[8]        d_a
-//   int32  correction[8]   -kOffset * sum of u, where codes are made unsigned by adding kOffset;
-//   float  sum[8]          s_a instead, where the format has minima. Two of them, one for each half
-//                          of the group, where scales are for 16 elements
+//   int32  correction[8]   -kOffset * sum of u, where codes are made unsigned by adding kOffset.
+//                          Two of them, one for each half of the group, where scales are for 16
+//                          elements
+//   float  sum[8]          s_a instead, where the format has float minima
+//
+// and after those of a span, where minima are integers:
+//
+//   int8   sum[n / 4][2][8][4]   high, low part of the integers of a unit's n sums, by lane
+//   float  scale[8]              of theirs
 //
 // Fine ones have 24-bit integers, 4096 high + low, instead:
 //
 //   int16  x[8][4][8][2]   dword k of the group; low 0 and 2, low 1 and 3, high 0 and 2, high 1 and
 //                          3 of its four; lane p
 //   float  scale[8]
-//   int32  correction[2][8]   of low, of high; or float sum[8]. Either for each half as above
+//   int32  correction[2][8]   of low, of high; or float sum[8], of any minima. Either for each half
+//                             as above
 //
 // With fewer units than lanes the lanes repeat (1, 2 or 4 of them), so that a vector serves several
 // weight rows. Lanes of units that do not exist are zeros, and no sum takes them.
@@ -65,11 +72,16 @@ template <class Format, bool kFine = false>
 struct Layout {
   static constexpr int kUnitBytes = Format::kBytes * (kUnit / Format::kElements);
   static constexpr int kHalves = kGroup / Format::kScaleElements;
-  static constexpr int kSums = (kFine && Format::kMinima == 0 ? 2 : 1) * kHalves;
+  static constexpr int kIntegerSums = kFine ? 0 : kUnitMinima<Format>;
+  static constexpr int kSums =
+      kIntegerSums > 0 ? 0 : (kFine && Format::kMinima == 0 ? 2 : 1) * kHalves;
   static constexpr int kWord = (kFine ? 4 : 1) * 4 * kLanes;  // bytes of a record for four elements
   static constexpr int kScale = kGroup / 4 * kWord;  // offsets in a record
   static constexpr int kSum = kScale + 4 * kLanes;
   static constexpr int kRecord = kSum + 4 * kLanes * kSums;
+  static constexpr int kUnitSums = kUnitGroups * kRecord;  // offsets in those of a span
+  static constexpr int kUnitScale = kUnitSums + 2 * kLanes * kIntegerSums;
+  static constexpr int kSpanRecords = kIntegerSums > 0 ? kUnitScale + 4 * kLanes : kUnitSums;
 
   // Codes of a block of 32 end the block, so they may start in the middle of a dword. They are kept
   // as they lie: byte 0 of the first dword is then not the first code, and u is rotated alike.
@@ -99,7 +111,7 @@ struct Spans {
 
 template <class L>
 BCY_INLINE int64_t token_bytes(int64_t ncols) {
-  return Spans(ncols).spans * kUnitGroups * L::kRecord;
+  return Spans(ncols).spans * L::kSpanRecords;
 }
 
 // Four 24-bit integers, dword k of a lane, to a fine record and back.
@@ -119,6 +131,24 @@ BCY_INLINE int32_t fine_at(const uint8_t* record, int k, int lane, int i) {
   memcpy(&low, record + ((4 * k + i % 2) * kLanes + lane) * 4 + i / 2 * 2, 2);
   memcpy(&high, record + ((4 * k + 2 + i % 2) * kLanes + lane) * 4 + i / 2 * 2, 2);
   return high * (1 << kLowBits) + low;
+}
+
+// The sums of a unit, as integers with their scale, to the records of its span.
+template <class L, int kCount>
+BCY_INLINE void put_unit_sums(const float (&sums)[kCount], uint8_t* span, int lane) {
+  uint32_t largest = 0;
+  for (const float sum : sums) {
+    const uint32_t magnitude = as_bits(sum) & 0x7fffffffu;  // ordered as they are, NaN last
+    if (magnitude > largest) largest = magnitude;
+  }
+  const GroupScale unit = sums_scale(as_float(largest), largest < 0x7f800000u);
+  for (int i = 0; i < kCount; ++i) {
+    const int sum = sum_to_integer(sums[i], unit);
+    uint8_t* const word = span + L::kUnitSums + (i / 4 * 2 * kLanes + lane) * 4 + i % 4;
+    word[0] = uint8_t(high_of_sum(sum));
+    word[4 * kLanes] = uint8_t(low_of_sum(sum));
+  }
+  memcpy(span + L::kUnitScale + 4 * lane, &unit.scale, 4);
 }
 
 template <class Format>

@@ -11,7 +11,8 @@
 //   copy_byte<i>(w)       byte i of every dword to all four of its bytes
 //   add_where<mask, n>    n to every byte of w whose bit of mask is set in the second argument
 //   look_up               table[byte] + offset for every byte
-//   dot<max, words>       in every lane, dot product of codes up to max and u, plus the correction
+//   dot<max, words, stride>   in every lane, dot product of codes up to max and u, every stride-th
+//                         eight dwords, plus the correction
 //   add_pairs(sum, a, p)  in every lane, the two halves of a times those at p join a sum
 //   broadcast(p)          eight numbers, the same for every row
 //   fma, fma_where        a * b + c, and c where the mask has no lane
@@ -34,6 +35,7 @@ struct Product {
   using U = Unpack<V, Format>;
   using L = Layout<Format, kFine>;
   static constexpr int kUnitBytes = L::kUnitBytes;
+  static constexpr bool kFloatMinima = Format::kMinima > 0 && L::kIntegerSums == 0;
   // How far ahead weights are asked for, in bytes: lanes are read side by side, and the processor's
   // own prefetchers see no stream in that.
   static constexpr int64_t kPrefetch = 8 << 10;
@@ -59,9 +61,12 @@ struct Product {
   struct Group {
     Words codes[8];
     Floats scale;
+    Floats not_finite;  // nan_unless_finite(scale)
     Floats half_scales[L::kHalves];  // fine: times the scale; else the codes' excess taken out
     Floats minima[L::kHalves];
   };
+
+  static BCY_INLINE Floats not_finite(Floats scale) { return V::fma(scale, Floats{}, Floats{}); }
 
   template <int g>
   static constexpr float kUnitCode = 1.0f / float(1 << U::excess(g));
@@ -71,12 +76,13 @@ struct Product {
     Group group;
     U::template codes<g>(d, group.codes);
     group.scale = U::template scale<g>(d);
+    group.not_finite = not_finite(group.scale);
     if constexpr (L::kHalves == 2) {
       const Floats factor = kFine ? group.scale : Floats{} + kUnitCode<g>;
       group.half_scales[0] = U::template half_scale<g, 0>(d) * factor;
       group.half_scales[1] = U::template half_scale<g, 1>(d) * factor;
     }
-    if constexpr (Format::kMinima > 0) {
+    if constexpr (kFloatMinima) {
       for (int half = 0; half < L::kHalves; ++half) {
         group.minima[half] = U::template minimum<g>(d, half);
       }
@@ -141,20 +147,46 @@ struct Product {
       dots = V::fma(group.half_scales[0], first, Floats{});
       dots = V::fma(group.half_scales[1], second, dots);
     }
-    return V::fma_where(mask, dots, group.scale * x_scale, sum);
+    return V::fma_where(mask, V::fma(dots, group.scale, group.not_finite), x_scale, sum);
   }
 
   template <int g>
   static BCY_INLINE Floats add_step(Floats sum, const Group& group, const uint8_t* record,
                                     typename V::Mask mask) {
     sum = add_products<g>(sum, group, record, mask);
-    if constexpr (Format::kMinima > 0) {
+    if constexpr (kFloatMinima) {
       const uint8_t* const extra = record + L::kSum;
       for (int half = 0; half < L::kHalves; ++half) {
         sum = V::fma_where(mask, group.minima[half], V::broadcast(extra + 4 * kLanes * half), sum);
       }
     }
     return sum;
+  }
+
+  // What the minima of a unit are to all tokens.
+  struct Minima {
+    static constexpr int kWords = L::kIntegerSums / 4;
+    Words words[kWords];
+    Floats scale, not_finite;
+  };
+  static BCY_INLINE Minima unpack_minima(const Words* d) {
+    Minima minima;
+    U::minima(d, minima.words);
+    minima.scale = U::minimum_scale(d);
+    minima.not_finite = not_finite(minima.scale);
+    return minima;
+  }
+
+  static BCY_INLINE Floats add_minima(Floats sum, const Minima& minima, const uint8_t* span,
+                                      typename V::Mask mask) {
+    typename V::Ints parts[2];
+    for (int part = 0; part < 2; ++part) {
+      parts[part] = V::template dot<63, Minima::kWords, 2>(
+          minima.words, span + L::kUnitSums + part * 4 * kLanes, nullptr);
+    }
+    const Floats dots = V::to_float((parts[0] << kLowSumBits) + parts[1]);
+    return V::fma_where(mask, V::fma(dots, minima.scale, minima.not_finite),
+                        V::broadcast(span + L::kUnitScale), sum);
   }
 
   // The lines of group g. The compiler would collect all prefetches of a span in one place, where
@@ -178,12 +210,14 @@ struct Product {
     if constexpr (V::kRows == 2) prefetch<g>(upcoming[1]);
     const Group group = unpack<g>(d);
     const typename V::Mask mask = V::mask(masks[g]);
-    staged += g * L::kRecord;
-    if constexpr (kOne) {
-      sums[0] = add_step<g>(sums[0], group, staged, mask);
-    } else {
-      for (int t = 0; t < tokens; ++t) {
-        sums[t] = add_step<g>(sums[t], group, staged + t * token_stride, mask);
+    const uint8_t* const record = staged + g * L::kRecord;
+    for (int t = 0; t < (kOne ? 1 : tokens); ++t) {
+      sums[t] = add_step<g>(sums[t], group, record + t * token_stride, mask);
+    }
+    if constexpr (L::kIntegerSums > 0 && g == kUnitGroups - 1) {
+      const Minima minima = unpack_minima(d);
+      for (int t = 0; t < (kOne ? 1 : tokens); ++t) {
+        sums[t] = add_minima(sums[t], minima, staged + t * token_stride, mask);
       }
     }
   }
@@ -263,7 +297,7 @@ struct Product {
             rows[r] = copy.bytes[r];
           }
         }
-        add_span<kOne>(rows, upcoming, staged + span * kUnitGroups * L::kRecord, token_stride,
+        add_span<kOne>(rows, upcoming, staged + span * L::kSpanRecords, token_stride,
                        tokens, whole ? all : existing, sums,
                        std::make_integer_sequence<int, kUnitGroups>());
       }

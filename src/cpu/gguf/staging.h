@@ -26,7 +26,8 @@ struct Staging {
   struct Group {
     float scale;
     Code u[kGroup];
-    uint32_t sums[L::kSums];
+    uint32_t sums[L::kSums > 0 ? L::kSums : 1];
+    float unit_sums[L::kHalves];  // that become integers
   };
 
   template <class Element>
@@ -42,7 +43,7 @@ struct Staging {
     const bool finite = largest < 0x7f800000u;
     const GroupScale scale = kFine ? fine_group_scale(as_float(largest), finite)
                                    : group_scale(as_float(largest), finite);
-    Group group{scale.scale, {}, {}};
+    Group group{scale.scale, {}, {}, {}};
     if (scale.inverse == 0.0f) return group;  // all zeros
     Ints totals[2] = {}, lows[2] = {};
     for (int i = 0; i < kVectors; ++i) {
@@ -60,7 +61,9 @@ struct Staging {
     }
     for (int half = 0; half < L::kHalves; ++half) {
       const int sum = V::total(totals[half]);
-      if constexpr (Format::kMinima > 0) {
+      if constexpr (L::kIntegerSums > 0) {
+        group.unit_sums[half] = staged_sum(scale, sum);
+      } else if constexpr (Format::kMinima > 0) {
         group.sums[half] = as_bits(staged_sum(scale, sum));
       } else if constexpr (kFine) {
         const int low = V::total(lows[half]);
@@ -102,15 +105,26 @@ struct Staging {
   static void stage_token(const typename Element::Storage* x, int64_t ncols, uint8_t* record) {
     const Spans k(ncols);
     for (int64_t span = 0; span < k.spans; ++span) {
-      for (int g = 0; g < kUnitGroups; ++g, record += L::kRecord) {
+      [[maybe_unused]] float unit_sums[kLanes][L::kIntegerSums > 0 ? L::kIntegerSums : 1];
+      for (int g = 0; g < kUnitGroups; ++g) {
         for (int unit = 0; unit < k.lanes; ++unit) {
           const int64_t at = span * kSpan + unit * kUnit + g * kGroup;
           const Group group = at < ncols ? stage_group<Element>(x + at) : Group{};
           for (int lane = unit; lane < kLanes; lane += k.lanes) {
-            store(group, L::rotation(g), lane, record);
+            store(group, L::rotation(g), lane, record + g * L::kRecord);
+          }
+          if constexpr (L::kIntegerSums > 0) {
+            constexpr int kOfGroup = L::kIntegerSums / kUnitGroups;
+            for (int i = 0; i < kOfGroup; ++i) unit_sums[unit][g * kOfGroup + i] = group.unit_sums[i];
           }
         }
       }
+      if constexpr (L::kIntegerSums > 0) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          put_unit_sums<L>(unit_sums[lane % k.lanes], record, lane);
+        }
+      }
+      record += L::kSpanRecords;
     }
   }
 

@@ -11,7 +11,8 @@
 //   codes<g>        the eight dwords of codes, in the places that layout.h gives them
 //   excess(g)       codes carry a factor 2^excess (the format's 2^shift), where dot takes any byte
 //                   and leaving them in their place saves instructions; only without a kOffset
-//   scale<g>, half_scale<g>, minimum<g>   as in formats.h
+//   scale<g>, half_scale<g>, minimum<g>, minima, minimum_scale   as in formats.h, the latter two of
+//                   the unit
 //
 // V is an instruction set; see products.h. Lives in an unnamed namespace for the reason numeric.h
 // gives.
@@ -208,11 +209,16 @@ struct KScales {
         g < 4 ? d[1] & bytes_of(63) : (d[3] & bytes_of(15)) | (d[1] >> 2 & bytes_of(48));
     return V::half_to_float(d[0]) * V::to_float(byte_of<g % 4>(sixes));
   }
+  static BCY_INLINE void minima(const Words* d, Words* words) {
+    words[0] = d[2] & bytes_of(63);
+    words[1] = (d[3] >> 4 & bytes_of(15)) | (d[2] >> 2 & bytes_of(48));
+  }
+  static BCY_INLINE Floats minimum_scale(const Words* d) { return -V::half_to_float(d[0] >> 16); }
   template <int g>
   static BCY_INLINE Floats minimum(const Words* d, int) {
-    const Words sixes =
-        g < 4 ? d[2] & bytes_of(63) : (d[3] >> 4 & bytes_of(15)) | (d[2] >> 2 & bytes_of(48));
-    return -(V::half_to_float(d[0] >> 16) * V::to_float(byte_of<g % 4>(sixes)));
+    Words words[2];
+    minima(d, words);
+    return minimum_scale(d) * V::to_float(byte_of<g % 4>(words[g / 4]));
   }
 };
 
@@ -271,11 +277,17 @@ struct Unpack<V, Q2_K> {
   static BCY_INLINE Floats half_scale(const Words* d) {
     return V::to_float(byte_of<(2 * g + half) % 4>(d[g / 2] & bytes_of(15)));
   }
+  static BCY_INLINE void minima(const Words* d, Words* words) {
+    for (int i = 0; i < 4; ++i) words[i] = d[i] >> 4 & bytes_of(15);
+  }
+  static BCY_INLINE Floats minimum_scale(const Words* d) { return -V::half_to_float(d[20] >> 16); }
   template <int g>
   static BCY_INLINE Floats minimum(const Words* d, int half) {
-    const Words fours = d[g / 2] >> 4 & bytes_of(15);
-    return -(V::half_to_float(d[20] >> 16) *
-             V::to_float(half == 0 ? byte_of<2 * g % 4>(fours) : byte_of<2 * g % 4 + 1>(fours)));
+    Words words[4];
+    minima(d, words);
+    const Words fours = words[g / 2];
+    return minimum_scale(d) *
+           V::to_float(half == 0 ? byte_of<2 * g % 4>(fours) : byte_of<2 * g % 4 + 1>(fours));
   }
 };
 

@@ -73,7 +73,7 @@ struct Avx2 : Avx2Floats {
 
   // maddubs adds two products in 16 bits, with saturation: as many of its results are added there
   // as fit.
-  template <int kMax, int kWords>
+  template <int kMax, int kWords, int kStride = 1>
   static BCY_INLINE Ints dot(const Words* codes, const uint8_t* u, const uint8_t* correction) {
     const __m256i ones = _mm256_set1_epi16(1);
     if constexpr (kMax > 127) {
@@ -81,7 +81,7 @@ struct Avx2 : Avx2Floats {
       __m256i sum = _mm256_setzero_si256();
       for (int k = 0; k < kWords; ++k) {
         const __m256i code = bits(codes[k] ^ 0x80808080u);
-        const __m256i signed_u = _mm256_sign_epi8(eight(u + 4 * kLanes * k), code);
+        const __m256i signed_u = _mm256_sign_epi8(eight(u + 4 * kLanes * kStride * k), code);
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), signed_u);
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
       }
@@ -94,10 +94,10 @@ struct Avx2 : Avx2Floats {
       constexpr int kBatch = kFit < kWords ? kFit : kWords;
       __m256i sum = correction ? eight(correction) : _mm256_setzero_si256();
       for (int k = 0; k < kWords; k += kBatch) {
-        __m256i pairs = _mm256_maddubs_epi16(bits(codes[k]), eight(u + 4 * kLanes * k));
+        __m256i pairs = _mm256_maddubs_epi16(bits(codes[k]), eight(u + 4 * kLanes * kStride * k));
         for (int j = 1; j < kBatch; ++j) {
           pairs = _mm256_add_epi16(
-              pairs, _mm256_maddubs_epi16(bits(codes[k + j]), eight(u + 4 * kLanes * (k + j))));
+              pairs, _mm256_maddubs_epi16(bits(codes[k + j]), eight(u + 4 * kLanes * kStride * (k + j))));
         }
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
       }

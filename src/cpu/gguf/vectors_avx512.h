@@ -73,13 +73,13 @@ struct Avx512 : Avx512Floats {
   static BCY_INLINE __m512i eight(const uint8_t* p) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  template <int kMax, int kWords>
+  template <int kMax, int kWords, int kStride = 1>
   static BCY_INLINE Ints dot(const Words* codes, const uint8_t* u, const uint8_t* correction) {
     __m512i sum = correction ? eight(correction) : _mm512_setzero_si512();
     __m512i odd = _mm512_setzero_si512();
     for (int k = 0; k < kWords; k += 2) {
-      sum = _mm512_dpbusd_epi32(sum, bits(codes[k]), eight(u + 4 * kLanes * k));
-      odd = _mm512_dpbusd_epi32(odd, bits(codes[k + 1]), eight(u + 4 * kLanes * (k + 1)));
+      sum = _mm512_dpbusd_epi32(sum, bits(codes[k]), eight(u + 4 * kLanes * kStride * k));
+      odd = _mm512_dpbusd_epi32(odd, bits(codes[k + 1]), eight(u + 4 * kLanes * kStride * (k + 1)));
     }
     return (Ints)_mm512_add_epi32(sum, odd);
   }

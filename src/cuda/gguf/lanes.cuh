@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/common/product.cuh"
+#include "operands.cuh"
 #include "staged.cuh"
 #include "unit_words.cuh"
 
@@ -22,7 +23,7 @@ bool takes_lanes(const ProductArgs& args, const Device& device) {
   return device.arch >= LaneRing<Format>::kOldestArch && args.m <= kLaneTokens<Format> &&
          args.ncols > 0 && rows_on_boundaries<Format>(args) &&
          args.nrows <= INT32_MAX &&  // places in boxes
-         args.m * staged_bytes(args.ncols, 1, Format::kMinima) <= kMostStagedInLanes;
+         args.m * staged_bytes<Format>(args.ncols, 1) <= kMostStagedInLanes;
 }
 
 // Calls function(std::integral_constant<int, m>{}).
@@ -46,7 +47,7 @@ class LaneTile : public TileDefaults {
   static constexpr bool kReadsMost = Tokens == 1 && reads_most<Format>;
 
   static int64_t activation_bytes(int64_t ncols) {
-    return Tokens * staged_bytes(ncols, 1, kMinima) + kPartials * int64_t{sizeof(uint64_t)};
+    return Tokens * staged_bytes<Format>(ncols, 1) + kPartials * int64_t{sizeof(uint64_t)};
   }
 
   // A warp brings the units that it takes, and waits for these alone.
@@ -55,7 +56,7 @@ class LaneTile : public TileDefaults {
                                                            uint8_t* memory) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (staged.fused) {
-      stage_own_units<1, kMinima>(args, staged, memory, Tokens);
+      stage_own_units<1, kSums>(args, staged, memory, Tokens);
       return;
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = int(staged.units);
@@ -129,6 +130,7 @@ class LaneTile : public TileDefaults {
       add_group<0>(block(group), group % kBlockGroups, x);
       add_group<1>(block(group + 1), (group + 1) % kBlockGroups, x);
     }
+    if constexpr (kSums > 1) add_minima(block(0), round);
     if (!kAhead) read();
   }
 
@@ -141,8 +143,8 @@ class LaneTile : public TileDefaults {
   }
 
  private:
-  using Record = StagedRecord<1, Format::kMinima>;
-  static constexpr int kMinima = Format::kMinima;
+  static constexpr int kSums = kStagedSums<Format>;
+  using Record = StagedRecord<1, kSums>;
   static constexpr int kBlockGroups = Format::kElements / kGroup;
   static constexpr bool kHalves = Format::kScaleElements == 16;
 
@@ -150,7 +152,7 @@ class LaneTile : public TileDefaults {
   struct Activations {
     uint4 codes[Tokens][4];
     float2 scales[Tokens];
-    float2 sums[Tokens][kMinima > 0 ? kMinima : 1];
+    float2 sums[Tokens];  // of groups
 
     __device__ __forceinline__ Activations(const uint8_t* const (&records)[Tokens], int round,
                                            int pair) {
@@ -165,10 +167,7 @@ class LaneTile : public TileDefaults {
           return *reinterpret_cast<const float2*>(record + plane);
         };
         scales[token] = floats(Record::kScalesAt + pair * Record::kScales);
-#pragma unroll
-        for (int i = 0; i < kMinima; ++i) {
-          sums[token][i] = floats(Record::kSumsAt + (pair * kMinima + i) * Record::kScales);
-        }
+        if (kSums == 1) sums[token] = floats(Record::kSumsAt + pair * Record::kScales);
       }
     }
   };
@@ -177,12 +176,11 @@ class LaneTile : public TileDefaults {
   template <int Which, class Block>
   __device__ __forceinline__ void add_group(Block block, int g, const Activations& x) {
     const int shift = Format::shift(g);
-    // An integer in the low mantissa bits of 1.5 * 2^(23 - shift), where every sum of a group fits.
-    const float bias = as_float(0x4b400000u - (uint32_t(shift) << 23));
+    const SumInMantissa mantissa(shift);
     int dots[Tokens][2];
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
-      dots[token][0] = kHalves ? 0 : int(as_bits(bias));
+      dots[token][0] = kHalves ? 0 : mantissa.start();
       dots[token][1] = 0;
     }
 #pragma unroll
@@ -215,6 +213,8 @@ class LaneTile : public TileDefaults {
       }
     }
     const float scale = Format::scale(block, g);
+    const float offset =
+        kHalves ? nan_unless_finite(scale) : mantissa.template offset<Format>(scale);
     const auto element = [](float2 two) { return Which ? two.y : two.x; };
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
@@ -224,18 +224,40 @@ class LaneTile : public TileDefaults {
         const int dot = half_scale<Format>(block, g, 0) * dots[token][0] +
                         half_scale<Format>(block, g, 1) * dots[token][1];
         value = mul(float(dot), as_float(uint32_t(127 - shift) << 23));
+        value = fma(value, scale, offset);
       } else {
-        value = add(as_float(uint32_t(dots[token][0])), -bias);
+        value = mantissa.template scaled<Format>(dots[token][0], scale, offset);
       }
       float& partial = partial_[token];
-      partial = fma(value, mul(scale, element(x.scales[token])), partial);
-      if constexpr (kMinima > 0) {
-#pragma unroll
-        for (int half = 0; half < kMinima; ++half) {
-          partial =
-              add_minimum(partial, Format::minimum(block, g, half), element(x.sums[token][half]));
-        }
+      partial = fma(value, element(x.scales[token]), partial);
+      if constexpr (kSums == 1) {
+        partial = add_minimum(partial, Format::minimum(block, g, 0), element(x.sums[token]));
       }
+    }
+  }
+
+  // The integer minima of a unit.
+  template <class Block>
+  __device__ __forceinline__ void add_minima(Block block, int round) {
+    const SumInMantissa mantissa(0);
+    const float scale = Format::minimum_scale(block);
+    const float offset = mantissa.template offset<Format>(scale);
+#pragma unroll
+    for (int token = 0; token < Tokens; ++token) {
+      const uint8_t* const record = records_[token] + round * (kPartials * Record::kBytes);
+      int high = 0, low = mantissa.start();
+#pragma unroll
+      for (int word = 0; word < kSums / 4; word += 2) {
+        const uint4 sums = *reinterpret_cast<const uint4*>(record + Record::kSumsAt + word * 8);
+        high = dot_of_four<true>(Format::minima(block, word), sums.x, high);
+        low = dot_of_four<true>(Format::minima(block, word), sums.y, low);
+        high = dot_of_four<true>(Format::minima(block, word + 1), sums.z, high);
+        low = dot_of_four<true>(Format::minima(block, word + 1), sums.w, low);
+      }
+      const float value =
+          mantissa.template scaled<Format>((high << kLowSumBits) + low, scale, offset);
+      const float x_scale = *reinterpret_cast<const float*>(record + Record::kSumScalesAt);
+      partial_[token] = fma(value, x_scale, partial_[token]);
     }
   }
 

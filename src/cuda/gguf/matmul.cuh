@@ -37,7 +37,7 @@ class StagedTile : public TileDefaults {
   // rounds than lanes to copy them.
   static int64_t staying_bytes(const ProductArgs& args) {
     if (unit_count(args.ncols) > kMostRounds * kPartials) return -1;
-    return kArrivedBytes + staged_bytes(args.ncols, std::min(args.m, int64_t{kTokens}), kMinima);
+    return kArrivedBytes + staged_bytes<Format>(args.ncols, std::min(args.m, int64_t{kTokens}));
   }
 
   static __device__ __forceinline__ void prepare(const Staged&, uint8_t* memory) {
@@ -70,7 +70,7 @@ class StagedTile : public TileDefaults {
       }
 #endif
     } else if constexpr (Tokens <= kTileTokens) {
-      if (staged.fused) stage_own_units<Tokens, kMinima>(args, staged, memory, int(args.m));
+      if (staged.fused) stage_own_units<Tokens, kSums>(args, staged, memory, int(args.m));
     }
   }
 
@@ -89,6 +89,7 @@ class StagedTile : public TileDefaults {
     const int last = int(min(args.m, int64_t{kTileTokens})) - 1;
     const int lane = (Tokens == 1 ? 0 : min(r, last) * 64) + t * 16;
     to_floats_ = (Tokens == 1 ? 0 : min(t, last / 2) * 16) - lane;
+    if (kSums > 1) to_sums_ = -lane / 2;
     const int64_t first_tile = Stays ? first_token / kTileTokens : 0;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -136,6 +137,7 @@ class StagedTile : public TileDefaults {
         add_group_rows(rows, 2 * pair + in_pair, x, in_pair);
       }
     }
+    if constexpr (kSums > 1) add_minima(rows, offset);
     read();
   }
 
@@ -162,13 +164,13 @@ class StagedTile : public TileDefaults {
   static constexpr int kTiles = (Tokens + kTileTokens - 1) / kTileTokens;
   static constexpr int kColumns = Tokens == 1 ? 1 : 2;
   static constexpr int kBlockGroups = Format::kElements / kGroup;
-  static constexpr int kMinima = Format::kMinima;
+  static constexpr int kSums = kStagedSums<Format>;
   static constexpr bool kMany = Tokens > kTileTokens;
   static constexpr bool kHalves = multiplies_halves<Format, kMany>;
   // More products than that take longer than what they save.
   static constexpr int kParts = gives_turns<Format> && Tokens <= 16 ? 2 : 1;
 
-  using Record = StagedRecord<Tokens == 1 ? 1 : kTileTokens, kMinima>;
+  using Record = StagedRecord<Tokens == 1 ? 1 : kTileTokens, kSums>;
 
   // In front of activations that stay: a barrier for each round of them.
   static constexpr int kMostRounds = 32 / kTiles;
@@ -182,14 +184,13 @@ class StagedTile : public TileDefaults {
   struct Activations {
     uint4 codes[kTiles];
     Floats scales[kTiles];  // group 0: tokens 2 t, 2 t + 1; group 1: the same
-    Floats sums[kTiles][kMinima > 0 ? kMinima : 1];
+    Floats sums[kTiles];     // of groups
 
     __device__ __forceinline__ void second_to_first(int n) {
       codes[n].x = codes[n].z;
       codes[n].y = codes[n].w;
       replace(scales[n]);
-#pragma unroll
-      for (int j = 0; j < kMinima; ++j) replace(sums[n][j]);
+      if (kSums == 1) replace(sums[n]);
     }
     static __device__ __forceinline__ void replace(float4& four) {
       four.x = four.z;
@@ -208,10 +209,9 @@ class StagedTile : public TileDefaults {
       x.codes[n] = *reinterpret_cast<const uint4*>(codes + pair * Record::kCodes);
       x.scales[n] =
           *reinterpret_cast<const Floats*>(floats + Record::kScalesAt + pair * Record::kScales);
-#pragma unroll
-      for (int j = 0; j < kMinima; ++j) {
-        x.sums[n][j] = *reinterpret_cast<const Floats*>(floats + Record::kSumsAt +
-                                                        (pair * kMinima + j) * Record::kScales);
+      if constexpr (kSums == 1) {
+        x.sums[n] =
+            *reinterpret_cast<const Floats*>(floats + Record::kSumsAt + pair * Record::kScales);
       }
     }
     return x;
@@ -265,13 +265,17 @@ class StagedTile : public TileDefaults {
                                                int in_pair) {
     uint32_t parts[kParts][4];
     load_operands<Format, kMany>(upper, lower, g, table_, parts);
-    const int shift = operand_shift<Format, kMany>(g);
-    // An integer in the low mantissa bits of 1.5 * 2^(23 - shift), where every sum of a group fits.
-    const float bias = as_float(0x4b400000u - (uint32_t(shift) << 23));
-    const int start = int(as_bits(bias));
+    const SumInMantissa mantissa(operand_shift<Format, kMany>(g));
+    const int start = mantissa.start();
     const float scales[2] = {operand_scale<Format, kMany>(upper, g),
                              operand_scale<Format, kMany>(lower, g)};
-    [[maybe_unused]] float half_scales[2][2], half_biases[2][2];
+    float offsets[2];
+    [[maybe_unused]] float half_scales[2][2], half_offsets[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      offsets[i] = kHalves ? nan_unless_finite(scales[i])
+                           : mantissa.template offset<Format>(scales[i]);
+    }
     if constexpr (kHalves) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -281,7 +285,9 @@ class StagedTile : public TileDefaults {
         half_scales[1][half] =
             byte_to_float(Format::half_scales(lower, g), byte, Format::kHalfOffset);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) half_biases[i][half] = mul(half_scales[i][half], -bias);
+        for (int i = 0; i < 2; ++i) {
+          half_offsets[i][half] = mantissa.template offset<Format>(half_scales[i][half]);
+        }
       }
     }
 #pragma unroll
@@ -298,26 +304,68 @@ class StagedTile : public TileDefaults {
         // Exact, as the sum of integers is: all are below 2^24.
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          values[i] = add(fma(half_scales[i / 2][0], as_float(dots[i]), half_biases[i / 2][0]),
-                          fma(half_scales[i / 2][1], as_float(second[i]), half_biases[i / 2][1]));
+          const auto half = [&](int sum, int half) {
+            return mantissa.template scaled<Format>(sum, half_scales[i / 2][half],
+                                                    half_offsets[i / 2][half]);
+          };
+          values[i] =
+              fma(add(half(dots[i], 0), half(second[i], 1)), scales[i / 2], offsets[i / 2]);
         }
       } else {
 #pragma unroll
         for (const auto& a : parts) mma_group<Format::kUnsignedCodes>(dots, a, b);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) values[i] = add(as_float(dots[i]), -bias);
+        for (int i = 0; i < 4; ++i) {
+          values[i] = mantissa.template scaled<Format>(dots[i], scales[i / 2], offsets[i / 2]);
+        }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (i % 2 >= kColumns) continue;
         float& sum = partial[n][i];
-        sum = fma(values[i], mul(scales[i / 2], element(x.scales[n], in_pair, i % 2)), sum);
-        if constexpr (kMinima > 0) {
+        sum = fma(values[i], element(x.scales[n], in_pair, i % 2), sum);
+        if constexpr (kSums == 1) {
+          const float minimum = Format::minimum(i / 2 == 0 ? upper : lower, g, 0);
+          sum = add_minimum(sum, minimum, element(x.sums[n], in_pair, i % 2));
+        }
+      }
+    }
+  }
+
+  // The integer minima of a unit, all rows and tokens. offset: as in load.
+  template <class Row>
+  __device__ __forceinline__ void add_minima(const RowsOf<Row, kRows>& rows, uint32_t offset) {
+    const int t = threadIdx.x % 4;
+    const SumInMantissa mantissa(0);
+    uint32_t minima[2 * RowTiles];
+    float scales[2 * RowTiles], offsets[2 * RowTiles];
 #pragma unroll
-          for (int half = 0; half < kMinima; ++half) {
-            const float minimum = Format::minimum(i / 2 == 0 ? upper : lower, g, half);
-            sum = add_minimum(sum, minimum, element(x.sums[n][half], in_pair, i % 2));
-          }
+    for (int i = 0; i < 2 * RowTiles; ++i) {
+      // Where there are eight, the others meet zeros.
+      minima[i] = Format::minima(rows.row[i], t % (kSums / 4));
+      scales[i] = Format::minimum_scale(rows.row[i]);
+      offsets[i] = mantissa.template offset<Format>(scales[i]);
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const uint8_t* const codes = start_[n] + offset;
+      const uint2 parts = *reinterpret_cast<const uint2*>(codes + to_sums_ + Record::kSumsAt);
+      const float* const x_scales =
+          reinterpret_cast<const float*>(codes + to_floats_ + Record::kSumScalesAt);
+#pragma unroll
+      for (int i = 0; i < RowTiles; ++i) {
+        int dots[4] = {};
+        mma_half<true>(dots, minima[2 * i], minima[2 * i + 1], parts.x);
+#pragma unroll
+        for (int& dot : dots) dot = (dot << kLowSumBits) + mantissa.start();
+        mma_half<true>(dots, minima[2 * i], minima[2 * i + 1], parts.y);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (j % 2 >= kColumns) continue;
+          const int row = 2 * i + j / 2;
+          const float value =
+              mantissa.template scaled<Format>(dots[j], scales[row], offsets[row]);
+          partial_[i][n][j] = fma(value, x_scales[j % 2], partial_[i][n][j]);
         }
       }
     }
@@ -325,6 +373,7 @@ class StagedTile : public TileDefaults {
 
   const uint8_t* start_[kTiles];  // this lane's codes in the record of this warp's first unit
   int to_floats_;                 // from there to its floats, less what they are into the record
+  int to_sums_;                   // and to its integer sums
   uint8_t* memory_;               // that holds activations that stay
   Table16 table_ = operand_table<Format, kParts>();
   Activations next_;
@@ -336,7 +385,7 @@ class StagedTile : public TileDefaults {
 // Enough for all kernels, whichever a weight's address lets run.
 template <class Format>
 int64_t GgufOperations<Format>::workspace_size(const ProductArgs& args, const Device& device) {
-  const int64_t staged = staged_bytes(args.ncols, args.m, Format::kMinima);
+  const int64_t staged = staged_bytes<Format>(args.ncols, args.m);
   return staged < 0 ? staged : std::max(staged, divide_gguf<Format>(args, device).bytes);
 }
 
@@ -344,11 +393,11 @@ template <class Format>
 int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) {
   Device device;
   if (const int status = look_at_device(args.device, device)) return status;
-  constexpr int kMinima = Format::kMinima;
+  constexpr int kSums = kStagedSums<Format>;
   Staging staging = {gives_turns<Format>};
   if (const GgufDivision division = divide_gguf<Format>(args, device); division.blocks > 0) {
     return with_warpgroup_tokens<Format>(args.m, [&](auto tokens) {
-      using Record = WarpgroupRecord<decltype(tokens)::value, kMinima>;
+      using Record = WarpgroupRecord<decltype(tokens)::value, kSums>;
       staging.counts = division.counts_in(args.workspace);
       staging.ncounts = division.ncounts;
       return gguf_stage<Record>(args, staging, stream);
@@ -360,9 +409,9 @@ int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) 
     staging.beside = geometry.beside;
     staging.late = geometry.ahead < geometry.stages;
   } else if (args.m > 1) {
-    return gguf_stage<StagedRecord<kTileTokens, kMinima>>(args, staging, stream);
+    return gguf_stage<StagedRecord<kTileTokens, kSums>>(args, staging, stream);
   }
-  return gguf_stage<StagedRecord<1, kMinima>>(args, staging, stream);
+  return gguf_stage<StagedRecord<1, kSums>>(args, staging, stream);
 }
 
 template <class Format>
@@ -392,7 +441,7 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
                                        args.overlap != 0 && !unstaged, stream);
   };
   const auto streamed = [&](auto* tile, auto* ring) {
-    return run(tile, ring, fused ? staged_bytes(args.ncols, args.m, Format::kMinima) : 0);
+    return run(tile, ring, fused ? staged_bytes<Format>(args.ncols, args.m) : 0);
   };
   // Tiles and rings to choose from. The bits are the same.
   constexpr auto narrow = [](auto tokens) {

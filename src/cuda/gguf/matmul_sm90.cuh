@@ -28,7 +28,7 @@ namespace bcy {
 // Tokens: 16 or 32. What a block holds in shared memory.
 template <class Format, int Tokens>
 struct GgufBoxes {
-  using Record = WarpgroupRecord<Tokens, Format::kMinima>;
+  using Record = WarpgroupRecord<Tokens, kStagedSums<Format>>;
   static constexpr int kWarps = 16;
   static constexpr int kConsumers = kWarps * 32;  // threads
   static constexpr int kThreads = kConsumers + 128;  // a warpgroup more, of which one copies
@@ -107,7 +107,7 @@ GgufDivision divide_gguf(const ProductArgs& args, const Device& device) {
   GgufDivision division = {};
   if (device.arch < 900 || device.own_arch != 900 || args.m <= 8 || args.ncols == 0 ||
       args.ncols % kUnit != 0 || args.ncols > kMaxColumns || args.nrows > INT32_MAX / 2 ||
-      !rows_on_boundaries<Format>(args) || staged_bytes(args.ncols, args.m, Format::kMinima) < 0) {
+      !rows_on_boundaries<Format>(args) || staged_bytes<Format>(args.ncols, args.m) < 0) {
     return division;
   }
   const bool many = args.m > 16;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using B = GgufBoxes<Format, Tokens>;
   using Record = typename B::Record;
-  constexpr int kMinima = Format::kMinima;
+  constexpr int kSums = Record::kSums;
   constexpr int kBlockGroups = Format::kElements / kGroup;
   BCY_DYNAMIC_SHARED(shared);
   auto* const filled = reinterpret_cast<uint64_t*>(shared);
@@ -275,12 +275,23 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
                                 operands[group % 2]);
   };
 
-  // Of two groups, one multiplied while the other joins.
+  // Four integer minima, which meet high parts of sums in the first step, low ones in the second.
+  const auto unpack_minima = [&](Row upper, Row lower, int step) {
+    if constexpr (kSums > 1) {
+      auto& a = operands[step % 2][0];
+      const int first = step == kUnitGroups ? 0 : 2;
+      a[first] = Format::minima(upper, t % (kSums / 4));
+      a[first + 1] = Format::minima(lower, t % (kSums / 4));
+      a[2 - first] = a[3 - first] = 0;
+    }
+  };
+
+  // Of two steps, one multiplied while the other joins.
   constexpr int kTiles = Tokens / kTileTokens;
   int dots[2][kTiles][4];
-  const auto multiply = [&](uint32_t codes, int group) {
-    warpgroup_multiply_codes<Tokens>(dots[group % 2], operands[group % 2],
-                                     codes + group * (Record::kCodes / 16));
+  const auto multiply = [&](uint32_t codes, int step) {
+    warpgroup_multiply_codes<Tokens>(dots[step % 2], operands[step % 2],
+                                     codes + min(step, kUnitGroups) * (Record::kCodes / 16));
   };
 
   // What belongs to tokens 2 t and 2 t + 1 of each eight.
@@ -294,6 +305,21 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
         of[n][1] = four.y;
         of[n + 1][0] = four.z;
         of[n + 1][1] = four.w;
+      }
+    }
+  };
+
+  const auto add_integers = [&](float (&values)[B::kSums], const int (&integers)[kTiles][4],
+                                float upper, float lower, const Pairs& x_scales) {
+    const float scales[2] = {upper, lower};
+    const float offsets[2] = {nan_unless_finite(upper), nan_unless_finite(lower)};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& sum = values[4 * n + i];
+        const float value = fma(float(integers[n][i]), scales[i / 2], offsets[i / 2]);
+        sum = fma(value, x_scales.of[n][i % 2], sum);
       }
     }
   };
@@ -342,55 +368,56 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
           }
         };
         multiply(codes, 0);
+        // Groups, then the high and the low parts of the integer sums.
+        constexpr int kSteps = kUnitGroups + (kSums > 1 ? 2 : 0);
+        const uint8_t* const pairs = x + t * Tokens;
 #pragma unroll
-        for (int group = 0; group < kUnitGroups; ++group) {
-          const int g = group % kBlockGroups;
-          float scales[2];
-          [[maybe_unused]] float minima[2][2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            scales[i] = operand_scale<Format, true>(block_of(i, group), g);
-            if constexpr (kMinima > 0) {
-#pragma unroll
-              for (int j = 0; j < kMinima; ++j) {
-                minima[i][j] = Format::minimum(block_of(i, group), g, j);
-              }
-            }
-          }
-          const uint8_t* const pairs = x + t * Tokens;
-          const Pairs x_scales(pairs + Record::kScalesAt + group * Record::kScales);
-          auto& done = dots[group % 2];
-          if (group + 1 < kUnitGroups) {
-            multiply(codes, group + 1);
+        for (int step = 0; step < kSteps; ++step) {
+          const int g = step % kBlockGroups;
+          const Pairs x_scales(pairs + (step < kUnitGroups
+                                            ? Record::kScalesAt + step * Record::kScales
+                                            : Record::kSumsAt));
+          auto& done = dots[step % 2];
+          if (step + 1 < kSteps) {
+            multiply(codes, step + 1);
             warpgroup_wait_codes<1>(done);
           } else {
             warpgroup_wait_codes<0>(done);
           }
-          // Two groups ahead.
-          if (group + 2 < kUnitGroups) {
-            unpack(rows[0], rows[1], group + 2);
+          // Two steps ahead.
+          if (step + 2 < kUnitGroups) {
+            unpack(rows[0], rows[1], step + 2);
+          } else if (step + 2 < kSteps) {
+            unpack_minima(rows[0], rows[1], step + 2);
           } else {
-            if (group + 2 == kUnitGroups) wait_for_next();
-            unpack_next(group + 2 - kUnitGroups);
+            if (step + 2 == kSteps) wait_for_next();
+            unpack_next(step + 2 - kSteps);
           }
+          if (step < kUnitGroups) {
+            const auto upper = block_of(0, step), lower = block_of(1, step);
+            add_integers(values, done, operand_scale<Format, true>(upper, g),
+                         operand_scale<Format, true>(lower, g), x_scales);
+            if constexpr (kSums == 1) {
+              const float minima[2] = {Format::minimum(upper, g, 0), Format::minimum(lower, g, 0)};
+              const Pairs x_sums(pairs + Record::kSumsAt + step * Record::kScales);
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
+              for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float& sum = values[4 * n + i];
-              sum = fma(float(done[n][i]), mul(scales[i / 2], x_scales.of[n][i % 2]), sum);
-            }
-          }
-#pragma unroll
-          for (int j = 0; j < kMinima; ++j) {
-            const Pairs x_sums(pairs + Record::kSumsAt + (group * kMinima + j) * Record::kScales);
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                float& sum = values[4 * n + i];
-                sum = add_minimum(sum, minima[i / 2][j], x_sums.of[n][i % 2]);
+                for (int i = 0; i < 4; ++i) {
+                  float& sum = values[4 * n + i];
+                  sum = add_minimum(sum, minima[i / 2], x_sums.of[n][i % 2]);
+                }
               }
+            }
+          } else if (step + 1 == kSteps) {
+            if constexpr (kSums > 1) {
+#pragma unroll
+              for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) done[n][i] += dots[0][n][i] << kLowSumBits;
+              }
+              add_integers(values, done, Format::minimum_scale(block_of(0, 0)),
+                           Format::minimum_scale(block_of(1, 0)), x_scales);
             }
           }
         }

@@ -188,7 +188,7 @@ class FloatTile : public TileDefaults {
         for (int j = 0; j < 4; ++j) {
           const auto& dot = dots[half];
           const float value = sum_of_bytes(dot[0][j], dot[1][j], dot[2][j], Format::shift(g));
-          partial_[i][j] = bcy::add_group(partial_[i][j], value, scales[j / 2], x_scales[j % 2]);
+          partial_[i][j] = add_fine_group(partial_[i][j], value, scales[j / 2], x_scales[j % 2]);
         }
       }
       if constexpr (kMinima > 0) {
@@ -354,7 +354,7 @@ class FloatLaneTile : public TileDefaults {
         const auto& dot = dots[token][half];
         const float value = sum_of_bytes(dot[0], dot[1], dot[2], Format::shift(g));
         const float x_scale = x.tokens[token].scales[group];
-        partial_[token] = bcy::add_group(partial_[token], value, scale, x_scale);
+        partial_[token] = add_fine_group(partial_[token], value, scale, x_scale);
       }
     }
     if constexpr (kMinima > 0) {

@@ -35,6 +35,39 @@ BCY_INLINE float operand_scale(Block block, int g) {
   return ManyTokens && negates_scaled_codes<Format> ? -scale : scale;
 }
 
+// Whether scales times 1.5 * 2^23 are exact in float32.
+template <class Format>
+constexpr bool scales_are_short = true;
+template <>
+inline constexpr bool scales_are_short<Q8_K> = false;  // a float32
+template <>
+inline constexpr bool scales_are_short<MXFP4> = false;  // up to 2^127
+
+// A sum of integers in the low mantissa bits of 1.5 * 2^(23 - shift), where every sum of a group
+// fits, and what turns it into scaled(sum, scale).
+class SumInMantissa {
+ public:
+  BCY_INLINE explicit SumInMantissa(int shift)
+      : base_(as_float(0x4b400000u - (uint32_t(shift) << 23))) {}
+
+  BCY_INLINE int start() const { return int(as_bits(base_)); }
+  BCY_INLINE float without_base(int sum) const { return add(as_float(uint32_t(sum)), -base_); }
+
+  // Of a weight's scale, for `scaled`.
+  template <class Format>
+  BCY_INLINE float offset(float scale) const {
+    return scales_are_short<Format> ? mul(scale, -base_) : nan_unless_finite(scale);
+  }
+  template <class Format>
+  BCY_INLINE float scaled(int sum, float scale, float offset) const {
+    return fma(scales_are_short<Format> ? as_float(uint32_t(sum)) : without_base(sum), scale,
+               offset);
+  }
+
+ private:
+  float base_;
+};
+
 // The codes of a word times the scale of its half.
 template <class Format, class Block>
 __device__ __forceinline__ uint32_t scaled_codes(Block block, int g, int half, int t) {

@@ -55,20 +55,18 @@ int gguf_stage(const ProductArgs& args, const Staging& staging, cudaStream_t str
                        unsigned(blocks_of_token), staging.counts, staging.ncounts, staging.late);
 }
 
-#define BCY_STAGE(Record, Tokens, Minima) \
-  template int gguf_stage<Record<Tokens, Minima>>(const ProductArgs&, const Staging&, cudaStream_t);
-BCY_STAGE(StagedRecord, 1, 0)
-BCY_STAGE(StagedRecord, 1, 1)
-BCY_STAGE(StagedRecord, 1, 2)
-BCY_STAGE(StagedRecord, kTileTokens, 0)
-BCY_STAGE(StagedRecord, kTileTokens, 1)
-BCY_STAGE(StagedRecord, kTileTokens, 2)
-BCY_STAGE(WarpgroupRecord, 16, 0)
-BCY_STAGE(WarpgroupRecord, 16, 1)
-BCY_STAGE(WarpgroupRecord, 16, 2)
-BCY_STAGE(WarpgroupRecord, 32, 0)
-BCY_STAGE(WarpgroupRecord, 32, 1)
-BCY_STAGE(WarpgroupRecord, 32, 2)
+#define BCY_STAGE(Record, Tokens, Sums) \
+  template int gguf_stage<Record<Tokens, Sums>>(const ProductArgs&, const Staging&, cudaStream_t);
+#define BCY_STAGE_SUMS(Record, Tokens) \
+  BCY_STAGE(Record, Tokens, 0)         \
+  BCY_STAGE(Record, Tokens, 1)         \
+  BCY_STAGE(Record, Tokens, 8)         \
+  BCY_STAGE(Record, Tokens, 16)
+BCY_STAGE_SUMS(StagedRecord, 1)
+BCY_STAGE_SUMS(StagedRecord, kTileTokens)
+BCY_STAGE_SUMS(WarpgroupRecord, 16)
+BCY_STAGE_SUMS(WarpgroupRecord, 32)
+#undef BCY_STAGE_SUMS
 #undef BCY_STAGE
 
 }  // namespace bcy

@@ -8,14 +8,16 @@
 //           token, lane t has words t and t + 4 of both groups in 16 bytes
 //   scales  [4 pairs of groups][pair of tokens][2 groups][2 tokens], or [4][2 groups] for a single
 //           token: d_a
-//   sums    [4 pairs of groups][minima], then as scales: d_a * (sum of u over what the minimum
-//   covers)
+//   sums    of formats with float minima, as scales: d_a * (sum of u)
+//   sums    of formats with integer minima [token][4 words][high, low][4]: the sums as integers,
+//           eight of them followed by zeros; then, as scales of one pair, what scales them
 //
 // or with one unit of weights for each 16 or 32 tokens that a warpgroup takes:
 //
 //   codes   [8 groups][2 halves][token][16]
+//   sums    of formats with integer minima [high, low][token][16]: as above, a group of codes
 //   scales  [8 groups][4 lanes][eight tokens][2], of tokens 2 t and 2 t + 1 of each eight
-//   sums    [8 groups][minima], then as scales
+//   sums    of formats with float minima, as scales; or what scales integers, as those of one group
 //
 // K is filled up to whole units with zeros, and so are tokens where M is above eight.
 #pragma once
@@ -31,28 +33,45 @@ constexpr int kUnitPairs = kUnitGroups / 2;
 BCY_INLINE constexpr int64_t unit_count(int64_t ncols) { return (ncols + kUnit - 1) / kUnit; }
 BCY_INLINE constexpr int64_t token_tiles(int64_t m) { return (m + kTileTokens - 1) / kTileTokens; }
 
+// What a record has of sums: 0; 1, floats of groups; 8 or 16, integers, as many as a unit has
+// minima. The latter have place for 16.
+template <class Format>
+constexpr int kStagedSums = kUnitMinima<Format> > 0 ? kUnitMinima<Format> : Format::kMinima;
+
 // Tokens: 1 or kTileTokens.
-template <int Tokens, int M>
+template <int Tokens, int Sums>
 struct StagedRecord {
-  static constexpr int kTokens = Tokens, kMinima = M;
+  static constexpr int kTokens = Tokens, kSums = Sums;
   static constexpr int kCodes = Tokens * 64;  // of a pair of groups
   static constexpr int kScales = Tokens == 1 ? 8 : Tokens / 2 * 16;
   static constexpr int kScalesAt = kUnitPairs * kCodes;
   static constexpr int kSumsAt = kScalesAt + kUnitPairs * kScales;
-  static constexpr int kBytes = kSumsAt + kUnitPairs * kMinima * kScales;
+  static constexpr int kSumScalesAt = kSumsAt + Tokens * 32;  // of integers
+  static constexpr int kEnd = Sums == 0   ? kSumsAt
+                              : Sums == 1 ? kSumsAt + kUnitPairs * kScales
+                                          : kSumScalesAt + kScales;
+  static constexpr int kBytes = (kEnd + 15) / 16 * 16;
 
   static __device__ __forceinline__ void put_codes(uint8_t* record, int token, int group, int t,
                                                    uint2 halves) {
     *reinterpret_cast<uint2*>(record + group / 2 * kCodes + token * 64 + t * 16 + group % 2 * 8) =
         halves;
   }
-  // Of the scale, or of sum i.
   static BCY_INLINE int scale_at(int token, int group) {
     return kScalesAt + group / 2 * kScales + in_pair(token, group);
   }
-  static BCY_INLINE int sum_at(int token, int group, int i) {
-    return kSumsAt + (group / 2 * kMinima + i) * kScales + in_pair(token, group);
+  // Of floats.
+  static BCY_INLINE int sum_at(int token, int group) {
+    return kSumsAt + group / 2 * kScales + in_pair(token, group);
   }
+  // Integer i.
+  static __device__ __forceinline__ void put_sum(uint8_t* record, int token, int i, int high,
+                                                 int low) {
+    uint8_t* const here = record + kSumsAt + token * 32 + i / 4 * 8 + i % 4;
+    here[0] = uint8_t(high);
+    here[4] = uint8_t(low);
+  }
+  static BCY_INLINE int sum_scale_at(int token) { return kSumScalesAt + in_pair(token, 0); }
 
  private:
   static BCY_INLINE int in_pair(int token, int group) {
@@ -61,14 +80,16 @@ struct StagedRecord {
 };
 
 // Tokens: 16 or 32.
-template <int Tokens, int M>
+template <int Tokens, int Sums>
 struct WarpgroupRecord {
-  static constexpr int kTokens = Tokens, kMinima = M;
+  static constexpr int kTokens = Tokens, kSums = Sums;
   static constexpr int kCodes = Tokens * kGroup;  // of a group
   static constexpr int kScales = Tokens * int(sizeof(float));
-  static constexpr int kScalesAt = kUnitGroups * kCodes;
-  static constexpr int kSumsAt = kScalesAt + kUnitGroups * kScales;
-  static constexpr int kBytes = kSumsAt + kUnitGroups * kMinima * kScales;
+  static constexpr int kIntegersAt = kUnitGroups * kCodes;
+  static constexpr int kScalesAt = kIntegersAt + (Sums > 1 ? kCodes : 0);
+  static constexpr int kSumsAt = kScalesAt + kUnitGroups * kScales;  // or what scales integers
+  static constexpr int kEnd = kSumsAt + (Sums == 0 ? 0 : Sums == 1 ? kUnitGroups : 1) * kScales;
+  static constexpr int kBytes = (kEnd + 127) / 128 * 128;
 
   static __device__ __forceinline__ void put_codes(uint8_t* record, int token, int group, int t,
                                                    uint2 halves) {
@@ -79,9 +100,16 @@ struct WarpgroupRecord {
   static BCY_INLINE int scale_at(int token, int group) {
     return kScalesAt + group * kScales + in_group(token);
   }
-  static BCY_INLINE int sum_at(int token, int group, int i) {
-    return kSumsAt + (group * kMinima + i) * kScales + in_group(token);
+  static BCY_INLINE int sum_at(int token, int group) {
+    return kSumsAt + group * kScales + in_group(token);
   }
+  static __device__ __forceinline__ void put_sum(uint8_t* record, int token, int i, int high,
+                                                 int low) {
+    uint8_t* const here = record + kIntegersAt + token * 16 + i;
+    here[0] = uint8_t(high);
+    here[Tokens * 16] = uint8_t(low);
+  }
+  static BCY_INLINE int sum_scale_at(int token) { return kSumsAt + in_group(token); }
 
  private:
   static BCY_INLINE int in_group(int token) {
@@ -89,18 +117,15 @@ struct WarpgroupRecord {
   }
 };
 
-inline int64_t record_bytes(int64_t m, int minima) {
-  constexpr int kSingle[] = {StagedRecord<1, 0>::kBytes, StagedRecord<1, 1>::kBytes,
-                             StagedRecord<1, 2>::kBytes};
-  constexpr int kTile[] = {StagedRecord<kTileTokens, 0>::kBytes,
-                           StagedRecord<kTileTokens, 1>::kBytes,
-                           StagedRecord<kTileTokens, 2>::kBytes};
-  return m == 1 ? kSingle[minima] : kTile[minima];
+template <int Sums>
+int64_t record_bytes(int64_t m) {
+  return m == 1 ? StagedRecord<1, Sums>::kBytes : StagedRecord<kTileTokens, Sums>::kBytes;
 }
 
 // -1 when it exceeds int64.
-inline int64_t staged_bytes(int64_t ncols, int64_t m, int minima) {
-  const int64_t record = record_bytes(m, minima);
+template <class Format>
+int64_t staged_bytes(int64_t ncols, int64_t m) {
+  const int64_t record = record_bytes<kStagedSums<Format>>(m);
   if (m > INT64_MAX - kTileTokens || ncols > INT64_MAX - kUnit) return -1;
   if (m > 0 && unit_count(ncols) > INT64_MAX / 2 / record / token_tiles(m)) return -1;
   return token_tiles(m) * unit_count(ncols) * record;
@@ -178,6 +203,19 @@ __device__ __forceinline__ GroupScale scale_of_four_lanes(const float (&x)[8]) {
   return scale_of(as_float(largest), largest < 0x7f800000u);
 }
 
+// Of the sums of a unit, whose groups each four lanes hold.
+template <int Count>
+__device__ __forceinline__ GroupScale scale_of_groups(const float (&sums)[Count]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (const float sum : sums) largest = max(largest, as_bits(sum) & 0x7fffffffu);
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) {
+    largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
+  }
+  return sums_scale(as_float(largest), largest < 0x7f800000u);
+}
+
 // The bytes of both words by turns, as look_up_by_turns gives codes.
 __device__ __forceinline__ uint2 in_turns(uint2 words) {
   return {__byte_perm(words.x, words.y, 0x5140), __byte_perm(words.x, words.y, 0x7362)};
@@ -197,7 +235,7 @@ template <class Record>
 __device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged& staged,
                                            const float (&x)[8], uint8_t* records, int64_t token,
                                            int64_t unit) {
-  constexpr int kTokens = Record::kTokens, kMinima = Record::kMinima;
+  constexpr int kTokens = Record::kTokens, kSums = Record::kSums;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const GroupScale scale = scale_of_four_lanes<group_scale>(x);
   const uint2 words = {pack_codes(x, scale), pack_codes(x + 4, scale)};
@@ -214,14 +252,24 @@ __device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged
     if (t == 1 && alone) place[1] = 0.0f;
   };
   put(Record::scale_at(in_tile, g), scale.scale);
-  if constexpr (kMinima == 1) {
-    const int sum = sum_of_codes(words.x) + sum_of_codes(words.y);
-    put(Record::sum_at(in_tile, g, 0), staged_sum(scale, sum_of_four_lanes(sum)));
-  } else if constexpr (kMinima == 2) {
-    const int sums[2] = {sum_of_codes(words.x), sum_of_codes(words.y)};
+  if constexpr (kSums == 0) return;
+  constexpr int kOfGroup = kSums == 16 ? 2 : 1;
+  int codes[2] = {sum_of_codes(words.x), sum_of_codes(words.y)};
+  if constexpr (kOfGroup == 1) codes[0] += codes[1];
+  float sums[kOfGroup];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      put(Record::sum_at(in_tile, g, half), staged_sum(scale, sum_of_four_lanes(sums[half])));
+  for (int i = 0; i < kOfGroup; ++i) sums[i] = staged_sum(scale, sum_of_four_lanes(codes[i]));
+  if constexpr (kSums == 1) {
+    put(Record::sum_at(in_tile, g), sums[0]);
+  } else {
+    const GroupScale unit_scale = scale_of_groups(sums);
+    if (g == 0) put(Record::sum_scale_at(in_tile), unit_scale.scale);
+    if (t != 0) return;
+#pragma unroll
+    for (int i = 0; i < kOfGroup; ++i) {
+      const int sum = sum_to_integer(sums[i], unit_scale);
+      Record::put_sum(record, in_tile, g * kOfGroup + i, high_of_sum(sum), low_of_sum(sum));
+      if (kSums == 8) Record::put_sum(record, in_tile, kSums + g, 0, 0);
     }
   }
 }
@@ -294,12 +342,12 @@ __device__ __forceinline__ void with_own_units(const ProductArgs& args, bool vec
 }
 
 // Those, staged into shared memory.
-template <int Tokens, int Minima>
+template <int Tokens, int Sums>
 __device__ __forceinline__ void stage_own_units(const ProductArgs& args, const Staged& staged,
                                                 uint8_t* memory, int tokens) {
   with_own_units(args, staged.vectors, int(staged.units), tokens,
                  [&](const float (&x)[8], int64_t token, int64_t unit) {
-                   stage_unit<StagedRecord<Tokens, Minima>>(args, staged, x, memory, token, unit);
+                   stage_unit<StagedRecord<Tokens, Sums>>(args, staged, x, memory, token, unit);
                  });
 }
 

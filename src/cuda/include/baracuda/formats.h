@@ -53,6 +53,17 @@ inline constexpr bool gives_turns<IQ4_XS> = true;
 template <>
 inline constexpr bool gives_turns<MXFP4> = true;
 
+// Integer minima of a unit, of formats whose minima are integers times minimum_scale(block); 0 else.
+// Four are the bytes of minima(block, word), in order of k.
+template <class Format>
+constexpr int kUnitMinima = 0;
+template <>
+inline constexpr int kUnitMinima<Q2_K> = 16;
+template <>
+inline constexpr int kUnitMinima<Q4_K> = 8;
+template <>
+inline constexpr int kUnitMinima<Q5_K> = 8;
+
 // Bits that a weight takes, scales included, rounded down.
 template <class Format>
 constexpr int kWholeBits = 8 * Format::kBytes / Format::kElements;

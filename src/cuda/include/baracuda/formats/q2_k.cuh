@@ -29,9 +29,17 @@ struct Q2_K {
     return block.load32(group / 2 * 4, 0) & 0x0f0f0f0fu;
   }
   template <class Block>
+  static BCY_INLINE uint32_t minima(Block block, int word) {
+    return block.load32(0, 4 * word) >> 4 & 0x0f0f0f0fu;
+  }
+  template <class Block>
+  static BCY_INLINE float minimum_scale(Block block) {
+    return -block.load_half(82);
+  }
+  template <class Block>
   static BCY_INLINE float minimum(Block block, int group, int half) {
-    const uint32_t fours = block.load32(group / 2 * 4, 0) >> 4 & 0x0f0f0f0fu;
-    return mul(-block.load_half(82), byte_to_float(fours, 2 * (group % 2) + half));
+    return mul(minimum_scale(block),
+               byte_to_float(minima(block, group / 2), 2 * (group % 2) + half));
   }
 };
 

@@ -26,8 +26,16 @@ struct Q5_K {
     return mul(block.load_half(0), byte_to_float(k_scales(block, group), group % 4));
   }
   template <class Block>
+  static BCY_INLINE uint32_t minima(Block block, int word) {
+    return k_minima(block, 4 * word);
+  }
+  template <class Block>
+  static BCY_INLINE float minimum_scale(Block block) {
+    return -block.load_half(2);
+  }
+  template <class Block>
   static BCY_INLINE float minimum(Block block, int group, int) {
-    return mul(-block.load_half(2), byte_to_float(k_minima(block, group), group % 4));
+    return mul(minimum_scale(block), byte_to_float(minima(block, group / 4), group % 4));
   }
 };
 
