@@ -49,6 +49,24 @@ CELL = {
         "gb_s": float,  # bytes of weights, scales included, that are read or written, over time
         "error": float,
     },
+    # Of Nsight Compute: percent of the most there can be, and instructions of a warp for 16 x 32
+    # weights; counters.py says of what.
+    "counters": {
+        "device": str,
+        "kind": str,
+        "format": str,
+        "nrows": int,
+        "ncols": int,
+        "m": int,
+        "us": float,
+        "dram": float,
+        "l2": float,
+        "shared": float,
+        "issue": float,
+        "alu": float,
+        "fma": float,
+        "instructions": float,
+    },
     "call": {"device": str, "array": str, "call": str, "us": float, "us_lowest": float},
 }
 

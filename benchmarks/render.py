@@ -459,6 +459,18 @@ def of_calls(result: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def of_counters(result: dict[str, Any]) -> Iterator[str]:
+    """Yield a table for each shape of what keeps the GPU busy."""
+    for shape, cells in grouped(result["cells"]).items():
+        texts = {}
+        for c in cells:
+            busy = " / ".join(f"{c[name]:.0f}" for name in ("dram", "shared", "issue", "alu"))
+            column = "float plan, M = 1" if c["kind"] == "float" else f"M = {c['m']}"
+            texts[c["format"], column] = f"{busy}; {c['instructions']:.0f}"
+        title = f"{shape[0]}: DRAM / shared memory and L1 / issue slots / ALU, % busy; instructions"
+        yield table(title, texts, "format", column_shape)
+
+
 def summary(result: dict[str, Any]) -> str:
     """Return a GPU's document in short: percent of only reading, and what others take."""
     if result["benchmark"] == "nf4":
@@ -489,6 +501,8 @@ def tables(result: dict[str, Any]) -> str:
         parts += [*of_gpu(result), *of_cpu(result)]
     elif result["benchmark"] == "nf4":
         parts += [*of_nf4_gpu(result), *of_nf4_cpu(result)]
+    elif result["benchmark"] == "counters":
+        parts += of_counters(result)
     else:
         parts += of_calls(result)
     return "\n".join(parts)

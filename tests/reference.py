@@ -221,7 +221,7 @@ def _integer_sums(sums):
     exponent = np.maximum(largest.view(np.uint32) >> 23, 23).astype(np.int64) - 127
     codes = np.rint(whole * np.exp2(12.0 - exponent).astype(F32)[..., None]).astype(np.int64)
     scale = np.where(finite, np.exp2(exponent - 12.0), np.nan).astype(F32)
-    return np.clip(codes, -8191, 8191), scale
+    return codes, scale
 
 
 def staged_product(weight, x):

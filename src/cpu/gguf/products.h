@@ -61,12 +61,14 @@ struct Product {
   struct Group {
     Words codes[8];
     Floats scale;
-    Floats not_finite;  // nan_unless_finite(scale)
     Floats half_scales[L::kHalves];  // fine: times the scale; else the codes' excess taken out
     Floats minima[L::kHalves];
   };
 
-  static BCY_INLINE Floats not_finite(Floats scale) { return V::fma(scale, Floats{}, Floats{}); }
+  static BCY_INLINE Floats finite_or_nan(Floats x) { return x + x * Floats{}; }
+  static BCY_INLINE Floats scaled(Floats integers, Floats scale) {
+    return V::fma(integers, scale, Floats{});
+  }
 
   template <int g>
   static constexpr float kUnitCode = 1.0f / float(1 << U::excess(g));
@@ -76,7 +78,7 @@ struct Product {
     Group group;
     U::template codes<g>(d, group.codes);
     group.scale = U::template scale<g>(d);
-    group.not_finite = not_finite(group.scale);
+    if constexpr (!kFine) group.scale = finite_or_nan(group.scale);
     if constexpr (L::kHalves == 2) {
       const Floats factor = kFine ? group.scale : Floats{} + kUnitCode<g>;
       group.half_scales[0] = U::template half_scale<g, 0>(d) * factor;
@@ -147,7 +149,7 @@ struct Product {
       dots = V::fma(group.half_scales[0], first, Floats{});
       dots = V::fma(group.half_scales[1], second, dots);
     }
-    return V::fma_where(mask, V::fma(dots, group.scale, group.not_finite), x_scale, sum);
+    return V::fma_where(mask, scaled(dots, group.scale), x_scale, sum);
   }
 
   template <int g>
@@ -167,13 +169,12 @@ struct Product {
   struct Minima {
     static constexpr int kWords = L::kIntegerSums / 4;
     Words words[kWords];
-    Floats scale, not_finite;
+    Floats scale;
   };
   static BCY_INLINE Minima unpack_minima(const Words* d) {
     Minima minima;
     U::minima(d, minima.words);
-    minima.scale = U::minimum_scale(d);
-    minima.not_finite = not_finite(minima.scale);
+    minima.scale = finite_or_nan(U::minimum_scale(d));
     return minima;
   }
 
@@ -185,7 +186,7 @@ struct Product {
           minima.words, span + L::kUnitSums + part * 4 * kLanes, nullptr);
     }
     const Floats dots = V::to_float((parts[0] << kLowSumBits) + parts[1]);
-    return V::fma_where(mask, V::fma(dots, minima.scale, minima.not_finite),
+    return V::fma_where(mask, scaled(dots, minima.scale),
                         V::broadcast(span + L::kUnitScale), sum);
   }
 

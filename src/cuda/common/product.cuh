@@ -36,6 +36,8 @@
 //                                         holds of them, after the previous kernel
 #pragma once
 
+#include <limits.h>
+
 #include "baracuda/order.cuh"
 #include "cuda/common/async.cuh"
 #include "cuda/common/launch.cuh"
@@ -190,23 +192,31 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
   };
 
   if (warp == kPartials) {
+    if (rounds == 0) return;
+    unsigned index = blockIdx.x;
+    int round = 0;
     bool first_lap = true;
-    for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const auto fetch_next = [&] {
       const int64_t first_row = first_row_of(index);
-      for (int round = 0; round < rounds; ++round) {
-        if (ahead-- == 0) wait_for_previous_kernel();
-        Tile::prefetch(args, inputs, first_row, round);
-        if (!first_lap) barrier_wait(&emptied[stage], phase ^ 1);
-        Ring::fetch(args, source, first_row, round, ring + stage * Ring::kStageBytes,
-                    &filled[stage]);
-        if (++stage == stages) {
-          stage = 0;
-          phase ^= 1;
-          first_lap = false;
-        }
+      Tile::prefetch(args, inputs, first_row, round);
+      if (!first_lap) barrier_wait(&emptied[stage], phase ^ 1);
+      Ring::fetch(args, source, first_row, round, ring + stage * Ring::kStageBytes, &filled[stage]);
+      if (++stage == stages) {
+        stage = 0;
+        phase ^= 1;
+        first_lap = false;
       }
+      if (++round == rounds) {
+        round = 0;
+        index += gridDim.x;
+      }
+    };
+    while (true) {
+      for (; ahead > 0 && index < tiles; --ahead) fetch_next();
+      if (index >= tiles) return;
+      wait_for_previous_kernel();
+      ahead = INT_MAX;
     }
-    return;
   }
 
   uint8_t* const memory = ring + stages * Ring::kStageBytes;

@@ -176,11 +176,10 @@ class LaneTile : public TileDefaults {
   template <int Which, class Block>
   __device__ __forceinline__ void add_group(Block block, int g, const Activations& x) {
     const int shift = Format::shift(g);
-    const SumInMantissa mantissa(shift);
     int dots[Tokens][2];
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
-      dots[token][0] = kHalves ? 0 : mantissa.start();
+      dots[token][0] = kHalves ? 0 : int(sum_start(shift));
       dots[token][1] = 0;
     }
 #pragma unroll
@@ -213,8 +212,7 @@ class LaneTile : public TileDefaults {
       }
     }
     const float scale = Format::scale(block, g);
-    const float offset =
-        kHalves ? nan_unless_finite(scale) : mantissa.template offset<Format>(scale);
+    const SumScale<Format> sum_scale(scale, shift);
     const auto element = [](float2 two) { return Which ? two.y : two.x; };
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
@@ -224,9 +222,9 @@ class LaneTile : public TileDefaults {
         const int dot = half_scale<Format>(block, g, 0) * dots[token][0] +
                         half_scale<Format>(block, g, 1) * dots[token][1];
         value = mul(float(dot), as_float(uint32_t(127 - shift) << 23));
-        value = fma(value, scale, offset);
+        value = scaled(value, finite_or_nan(scale));
       } else {
-        value = mantissa.template scaled<Format>(dots[token][0], scale, offset);
+        value = sum_scale.times(dots[token][0]);
       }
       float& partial = partial_[token];
       partial = fma(value, element(x.scales[token]), partial);
@@ -239,13 +237,11 @@ class LaneTile : public TileDefaults {
   // The integer minima of a unit.
   template <class Block>
   __device__ __forceinline__ void add_minima(Block block, int round) {
-    const SumInMantissa mantissa(0);
-    const float scale = Format::minimum_scale(block);
-    const float offset = mantissa.template offset<Format>(scale);
+    const SumScale<Format> scale(Format::minimum_scale(block), 0);
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
       const uint8_t* const record = records_[token] + round * (kPartials * Record::kBytes);
-      int high = 0, low = mantissa.start();
+      int high = 0, low = int(sum_start(0));
 #pragma unroll
       for (int word = 0; word < kSums / 4; word += 2) {
         const uint4 sums = *reinterpret_cast<const uint4*>(record + Record::kSumsAt + word * 8);
@@ -254,8 +250,7 @@ class LaneTile : public TileDefaults {
         high = dot_of_four<true>(Format::minima(block, word + 1), sums.z, high);
         low = dot_of_four<true>(Format::minima(block, word + 1), sums.w, low);
       }
-      const float value =
-          mantissa.template scaled<Format>((high << kLowSumBits) + low, scale, offset);
+      const float value = scale.times((high << kLowSumBits) + low);
       const float x_scale = *reinterpret_cast<const float*>(record + Record::kSumScalesAt);
       partial_[token] = fma(value, x_scale, partial_[token]);
     }

@@ -128,8 +128,12 @@ class StagedTile : public TileDefaults {
       read();
       return;
     }
+    [[maybe_unused]] Sums sums;
 #pragma unroll
     for (int pair = 0; pair < kUnitPairs; ++pair) {
+      if constexpr (kSums > 1 && kTiles == 1) {
+        if (pair == kUnitPairs - 1) sums = load_sums(offset, 0);
+      }
       const Activations x = Ahead ? next_ : load(offset, pair);
       if (Ahead) next_ = pair + 1 < kUnitPairs ? load(offset, pair + 1) : load(next_offset, 0);
 #pragma unroll
@@ -137,7 +141,7 @@ class StagedTile : public TileDefaults {
         add_group_rows(rows, 2 * pair + in_pair, x, in_pair);
       }
     }
-    if constexpr (kSums > 1) add_minima(rows, offset);
+    if constexpr (kSums > 1) add_minima(rows, offset, sums);
     read();
   }
 
@@ -217,6 +221,19 @@ class StagedTile : public TileDefaults {
     return x;
   }
 
+  // Integer sums of a unit, high and low parts, and what scales them, of tokens 2 t and 2 t + 1.
+  struct Sums {
+    uint2 parts;
+    float2 scales;
+  };
+  __device__ __forceinline__ Sums load_sums(uint32_t offset, int n) const {
+    const uint8_t* const codes = start_[n] + offset;
+    const uint8_t* const scales = codes + to_floats_ + Record::kSumScalesAt;
+    return {*reinterpret_cast<const uint2*>(codes + to_sums_ + Record::kSumsAt),
+            Tokens == 1 ? float2{*reinterpret_cast<const float*>(scales), 0.0f}
+                        : *reinterpret_cast<const float2*>(scales)};
+  }
+
   static __device__ __forceinline__ float element(float4 four, int group, int column) {
     return group == 0 ? (column == 0 ? four.x : four.y) : (column == 0 ? four.z : four.w);
   }
@@ -265,29 +282,21 @@ class StagedTile : public TileDefaults {
                                                int in_pair) {
     uint32_t parts[kParts][4];
     load_operands<Format, kMany>(upper, lower, g, table_, parts);
-    const SumInMantissa mantissa(operand_shift<Format, kMany>(g));
-    const int start = mantissa.start();
-    const float scales[2] = {operand_scale<Format, kMany>(upper, g),
-                             operand_scale<Format, kMany>(lower, g)};
-    float offsets[2];
-    [[maybe_unused]] float half_scales[2][2], half_offsets[2][2];
+    const int shift = operand_shift<Format, kMany>(g), start = int(sum_start(shift));
+    const float row_scales[2] = {operand_scale<Format, kMany>(upper, g),
+                                 operand_scale<Format, kMany>(lower, g)};
+    [[maybe_unused]] SumScale<Format> scales[2], half_scales[2][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      offsets[i] = kHalves ? nan_unless_finite(scales[i])
-                           : mantissa.template offset<Format>(scales[i]);
-    }
-    if constexpr (kHalves) {
+      if constexpr (kHalves) {
+        const uint32_t word = Format::half_scales(i == 0 ? upper : lower, g);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int byte = 2 * (g % 2) + half;
-        half_scales[0][half] =
-            byte_to_float(Format::half_scales(upper, g), byte, Format::kHalfOffset);
-        half_scales[1][half] =
-            byte_to_float(Format::half_scales(lower, g), byte, Format::kHalfOffset);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          half_offsets[i][half] = mantissa.template offset<Format>(half_scales[i][half]);
+        for (int half = 0; half < 2; ++half) {
+          const float scale = byte_to_float(word, 2 * (g % 2) + half, Format::kHalfOffset);
+          half_scales[i][half] = SumScale<Format>(scale, shift);
         }
+      } else {
+        scales[i] = SumScale<Format>(row_scales[i], shift);
       }
     }
 #pragma unroll
@@ -304,20 +313,15 @@ class StagedTile : public TileDefaults {
         // Exact, as the sum of integers is: all are below 2^24.
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const auto half = [&](int sum, int half) {
-            return mantissa.template scaled<Format>(sum, half_scales[i / 2][half],
-                                                    half_offsets[i / 2][half]);
-          };
-          values[i] =
-              fma(add(half(dots[i], 0), half(second[i], 1)), scales[i / 2], offsets[i / 2]);
+          const auto& of_halves = half_scales[i / 2];
+          values[i] = scaled(add(of_halves[0].times(dots[i]), of_halves[1].times(second[i])),
+                             finite_or_nan(row_scales[i / 2]));
         }
       } else {
 #pragma unroll
         for (const auto& a : parts) mma_group<Format::kUnsignedCodes>(dots, a, b);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          values[i] = mantissa.template scaled<Format>(dots[i], scales[i / 2], offsets[i / 2]);
-        }
+        for (int i = 0; i < 4; ++i) values[i] = scales[i / 2].times(dots[i]);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -334,38 +338,32 @@ class StagedTile : public TileDefaults {
 
   // The integer minima of a unit, all rows and tokens. offset: as in load.
   template <class Row>
-  __device__ __forceinline__ void add_minima(const RowsOf<Row, kRows>& rows, uint32_t offset) {
+  __device__ __forceinline__ void add_minima(const RowsOf<Row, kRows>& rows, uint32_t offset,
+                                             const Sums& first) {
     const int t = threadIdx.x % 4;
-    const SumInMantissa mantissa(0);
     uint32_t minima[2 * RowTiles];
-    float scales[2 * RowTiles], offsets[2 * RowTiles];
+    SumScale<Format> scales[2 * RowTiles];
 #pragma unroll
     for (int i = 0; i < 2 * RowTiles; ++i) {
       // Where there are eight, the others meet zeros.
       minima[i] = Format::minima(rows.row[i], t % (kSums / 4));
-      scales[i] = Format::minimum_scale(rows.row[i]);
-      offsets[i] = mantissa.template offset<Format>(scales[i]);
+      scales[i] = SumScale<Format>(Format::minimum_scale(rows.row[i]), 0);
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const uint8_t* const codes = start_[n] + offset;
-      const uint2 parts = *reinterpret_cast<const uint2*>(codes + to_sums_ + Record::kSumsAt);
-      const float* const x_scales =
-          reinterpret_cast<const float*>(codes + to_floats_ + Record::kSumScalesAt);
+      const Sums sums = kTiles == 1 ? first : load_sums(offset, n);
 #pragma unroll
       for (int i = 0; i < RowTiles; ++i) {
-        int dots[4] = {};
-        mma_half<true>(dots, minima[2 * i], minima[2 * i + 1], parts.x);
-#pragma unroll
-        for (int& dot : dots) dot = (dot << kLowSumBits) + mantissa.start();
-        mma_half<true>(dots, minima[2 * i], minima[2 * i + 1], parts.y);
+        constexpr int kStart = int(sum_start(0));
+        int high[4] = {}, dots[4] = {kStart, kStart, kStart, kStart};
+        mma_half<true>(high, minima[2 * i], minima[2 * i + 1], sums.parts.x);
+        mma_half<true>(dots, minima[2 * i], minima[2 * i + 1], sums.parts.y);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (j % 2 >= kColumns) continue;
-          const int row = 2 * i + j / 2;
-          const float value =
-              mantissa.template scaled<Format>(dots[j], scales[row], offsets[row]);
-          partial_[i][n][j] = fma(value, x_scales[j % 2], partial_[i][n][j]);
+          partial_[i][n][j] =
+              fma(scales[2 * i + j / 2].times((high[j] << kLowSumBits) + dots[j]),
+                  j % 2 == 0 ? sums.scales.x : sums.scales.y, partial_[i][n][j]);
         }
       }
     }
@@ -395,6 +393,7 @@ int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) 
   if (const int status = look_at_device(args.device, device)) return status;
   constexpr int kSums = kStagedSums<Format>;
   Staging staging = {gives_turns<Format>};
+  staging.spread = args.m > kTileTokens;
   if (const GgufDivision division = divide_gguf<Format>(args, device); division.blocks > 0) {
     return with_warpgroup_tokens<Format>(args.m, [&](auto tokens) {
       using Record = WarpgroupRecord<decltype(tokens)::value, kSums>;
@@ -409,6 +408,7 @@ int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) 
     staging.beside = geometry.beside;
     staging.late = geometry.ahead < geometry.stages;
   } else if (args.m > 1) {
+    staging.spread |= args.nrows <= int64_t{kTileRows} * device.processors;
     return gguf_stage<StagedRecord<kTileTokens, kSums>>(args, staging, stream);
   }
   return gguf_stage<StagedRecord<1, kSums>>(args, staging, stream);

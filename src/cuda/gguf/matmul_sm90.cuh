@@ -312,13 +312,14 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
   const auto add_integers = [&](float (&values)[B::kSums], const int (&integers)[kTiles][4],
                                 float upper, float lower, const Pairs& x_scales) {
     const float scales[2] = {upper, lower};
-    const float offsets[2] = {nan_unless_finite(upper), nan_unless_finite(lower)};
+    const float zeros[2] = {zero_or_nan(upper), zero_or_nan(lower)};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& sum = values[4 * n + i];
-        const float value = fma(float(integers[n][i]), scales[i / 2], offsets[i / 2]);
+        // scaled()
+        const float value = fma(float(integers[n][i]), scales[i / 2], zeros[i / 2]);
         sum = fma(value, x_scales.of[n][i % 2], sum);
       }
     }

@@ -60,17 +60,13 @@ __device__ __forceinline__ FineWords fine_words(const float (&x)[8]) {
   return words;
 }
 
-// Where the products of the high bytes start: an integer in the low mantissa bits of
-// 1.5 * 2^(23 - shift), where every sum of a group fits.
-BCY_INLINE constexpr uint32_t fine_start(int shift) {
-  return 0x4b400000u - (uint32_t(shift) << 23);
-}
-// The exact sum of the products of all three bytes, less the factor 2^shift that codes carry,
-// rounded to float32 once: the two parts that are added are exact.
+// The exact sum of the products of all three bytes, of which those of the high ones start at
+// sum_start, less the factor 2^shift that codes carry, rounded to float32 once: the two parts that
+// are added are exact.
 __device__ __forceinline__ float sum_of_bytes(int low, int middle, int high, int shift) {
   const int lower = 256 * middle + low;
   const uint32_t base = 0x4b000000u - (uint32_t(shift) << 23);
-  const float upper = as_float(uint32_t(high + (lower >> 16))) - as_float(fine_start(shift));
+  const float upper = as_float(uint32_t(high + (lower >> 16))) - as_float(sum_start(shift));
   return fma(upper, 65536.0f, as_float(uint32_t(lower & 0xffff) | base) - as_float(base));
 }
 
@@ -175,7 +171,7 @@ class FloatTile : public TileDefaults {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) dots[half][2][j] = int(fine_start(Format::shift(g)));
+        for (int j = 0; j < 4; ++j) dots[half][2][j] = int(sum_start(Format::shift(g)));
       }
       multiply<0>(dots, a, words);
       multiply<1>(dots, a, words);
@@ -322,7 +318,7 @@ class FloatLaneTile : public TileDefaults {
 #pragma unroll
     for (auto& of_token : dots) {
 #pragma unroll
-      for (auto& dot : of_token) dot[2] = int(fine_start(Format::shift(g)));
+      for (auto& dot : of_token) dot[2] = int(sum_start(Format::shift(g)));
     }
 #pragma unroll
     for (int t = 0; t < 4; t += 2) {

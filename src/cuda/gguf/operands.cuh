@@ -43,29 +43,29 @@ inline constexpr bool scales_are_short<Q8_K> = false;  // a float32
 template <>
 inline constexpr bool scales_are_short<MXFP4> = false;  // up to 2^127
 
-// A sum of integers in the low mantissa bits of 1.5 * 2^(23 - shift), where every sum of a group
-// fits, and what turns it into scaled(sum, scale).
-class SumInMantissa {
+// Where sums of integers start that end up in the low mantissa bits of 1.5 * 2^(23 - shift), where
+// every sum of a group fits.
+BCY_INLINE constexpr uint32_t sum_start(int shift) { return 0x4b400000u - (uint32_t(shift) << 23); }
+
+// A scale of the weight, or of what it is made of, for such sums.
+template <class Format>
+class SumScale {
  public:
-  BCY_INLINE explicit SumInMantissa(int shift)
-      : base_(as_float(0x4b400000u - (uint32_t(shift) << 23))) {}
-
-  BCY_INLINE int start() const { return int(as_bits(base_)); }
-  BCY_INLINE float without_base(int sum) const { return add(as_float(uint32_t(sum)), -base_); }
-
-  // Of a weight's scale, for `scaled`.
-  template <class Format>
-  BCY_INLINE float offset(float scale) const {
-    return scales_are_short<Format> ? mul(scale, -base_) : nan_unless_finite(scale);
+  SumScale() = default;
+  BCY_INLINE SumScale(float scale, int shift) {
+    const float start = as_float(sum_start(shift));
+    scale_ = scales_are_short<Format> ? scale : finite_or_nan(scale);
+    offset_ = scales_are_short<Format> ? mul(scale, -start) : -start;
   }
-  template <class Format>
-  BCY_INLINE float scaled(int sum, float scale, float offset) const {
-    return fma(scales_are_short<Format> ? as_float(uint32_t(sum)) : without_base(sum), scale,
-               offset);
+  // scaled(sum, scale)
+  BCY_INLINE float times(int sum) const {
+    const float in_mantissa = as_float(uint32_t(sum));
+    return scales_are_short<Format> ? fma(in_mantissa, scale_, offset_)
+                                    : scaled(add(in_mantissa, offset_), scale_);
   }
 
  private:
-  float base_;
+  float scale_, offset_;
 };
 
 // The codes of a word times the scale of its half.

@@ -28,6 +28,7 @@ struct Staging {
   // Of the product that follows:
   bool beside = false;  // its blocks leave little shared memory
   bool late = false;  // it starts not before the kernel before the staging is done
+  bool spread = false;  // its blocks and these find no room beside each other, or need none
 };
 template <class Record>
 int gguf_stage(const bcy_gguf_matmul_args& args, const Staging& staging, cudaStream_t stream);

@@ -51,7 +51,7 @@ int gguf_stage(const ProductArgs& args, const Staging& staging, cudaStream_t str
   if (tokens > kMaxGridX / blocks_of_token) return BCY_ERROR_TOO_LARGE;
   return launch_beside(staging.beside, stage_kernel<Record>,
                        dim3(unsigned(tokens * blocks_of_token)), dim3(kWarps * 32), stream,
-                       args.m > kTileTokens ? kSpread : 0, args.overlap != 0, args, staged,
+                       staging.spread ? kSpread : 0, args.overlap != 0, args, staged,
                        unsigned(blocks_of_token), staging.counts, staging.ncounts, staging.late);
 }
 

@@ -64,12 +64,9 @@ struct StagedRecord {
   static BCY_INLINE int sum_at(int token, int group) {
     return kSumsAt + group / 2 * kScales + in_pair(token, group);
   }
-  // Integer i.
-  static __device__ __forceinline__ void put_sum(uint8_t* record, int token, int i, int high,
-                                                 int low) {
-    uint8_t* const here = record + kSumsAt + token * 32 + i / 4 * 8 + i % 4;
-    here[0] = uint8_t(high);
-    here[4] = uint8_t(low);
+  // Of integer i: part 0 is its high byte, part 1 its low one.
+  static BCY_INLINE uint8_t* sum_part(uint8_t* record, int token, int i, int part) {
+    return record + kSumsAt + token * 32 + i / 4 * 8 + part * 4 + i % 4;
   }
   static BCY_INLINE int sum_scale_at(int token) { return kSumScalesAt + in_pair(token, 0); }
 
@@ -103,11 +100,8 @@ struct WarpgroupRecord {
   static BCY_INLINE int sum_at(int token, int group) {
     return kSumsAt + group * kScales + in_group(token);
   }
-  static __device__ __forceinline__ void put_sum(uint8_t* record, int token, int i, int high,
-                                                 int low) {
-    uint8_t* const here = record + kIntegersAt + token * 16 + i;
-    here[0] = uint8_t(high);
-    here[Tokens * 16] = uint8_t(low);
+  static BCY_INLINE uint8_t* sum_part(uint8_t* record, int token, int i, int part) {
+    return record + kIntegersAt + (part * Tokens + token) * 16 + i;
   }
   static BCY_INLINE int sum_scale_at(int token) { return kSumsAt + in_group(token); }
 
@@ -209,10 +203,14 @@ __device__ __forceinline__ GroupScale scale_of_groups(const float (&sums)[Count]
   uint32_t largest = 0;
 #pragma unroll
   for (const float sum : sums) largest = max(largest, as_bits(sum) & 0x7fffffffu);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  largest = __reduce_max_sync(~0u, largest);
+#else
 #pragma unroll
   for (int lanes = 4; lanes < 32; lanes *= 2) {
     largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
   }
+#endif
   return sums_scale(as_float(largest), largest < 0x7f800000u);
 }
 
@@ -264,13 +262,14 @@ __device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged
   } else {
     const GroupScale unit_scale = scale_of_groups(sums);
     if (g == 0) put(Record::sum_scale_at(in_tile), unit_scale.scale);
-    if (t != 0) return;
-#pragma unroll
-    for (int i = 0; i < kOfGroup; ++i) {
-      const int sum = sum_to_integer(sums[i], unit_scale);
-      Record::put_sum(record, in_tile, g * kOfGroup + i, high_of_sum(sum), low_of_sum(sum));
-      if (kSums == 8) Record::put_sum(record, in_tile, kSums + g, 0, 0);
-    }
+    // Each lane puts one part of the group's first integer or of the other, which is 0 of eight.
+    const int i = t / 2, part = t % 2;
+    const int place = kSums == 16 ? 2 * g + i : kSums * i + g;
+    const float sum = i == 0 ? sums[0] : kSums == 16 ? sums[1] : 0.0f;
+    // As sum_to_integer gives it, but where the scale is NaN.
+    const uint32_t integer = as_bits(add(mul(sum, unit_scale.inverse), 12582912.0f));
+    *Record::sum_part(record, in_tile, place, part) =
+        uint8_t(part == 0 ? integer >> kLowSumBits : integer & ((1u << kLowSumBits) - 1));
   }
 }
 

@@ -111,6 +111,12 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value, int line = __builtin
   for (int lane = 0; lane < 32; ++lane) sum += all[lane].words[0];
   return sum;
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned value, int line = __builtin_LINE()) {
+  const emulator::Operands* const all = emulator::meet_warp("__reduce_max_sync", line, {{value}});
+  unsigned largest = 0;
+  for (int lane = 0; lane < 32; ++lane) largest = std::max(largest, all[lane].words[0]);
+  return largest;
+}
 
 // ---- launches ---------------------------------------------------------------------------------------------------
 

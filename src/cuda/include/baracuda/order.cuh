@@ -63,7 +63,7 @@ BCY_INLINE float staged_sum(GroupScale group, int sum) { return mul(group.scale,
 // Where minima are integers, the staged sums of a unit become integers of 14 bits too, each x
 // rint(x * inverse), so that products with minima are added as integers. The scale is a power of
 // two.
-constexpr int kSumBits = 13;  // without the sign
+constexpr int kSumBits = 13;  // of a magnitude
 BCY_INLINE GroupScale sums_scale(float largest_magnitude, bool all_finite) {
   if (!all_finite) return {as_float(0x7fc00000u), 0.0f};
   uint32_t exponent = as_bits(largest_magnitude) >> 23;
@@ -74,9 +74,7 @@ BCY_INLINE GroupScale sums_scale(float largest_magnitude, bool all_finite) {
 
 BCY_INLINE int sum_to_integer(float sum, GroupScale unit) {
   if (unit.inverse == 0.0f) return 0;
-  constexpr int kMost = (1 << kSumBits) - 1;
-  const int code = int(round_to_even(mul(sum, unit.inverse)));  // at most kMost + 1
-  return code > kMost ? kMost : code < -kMost ? -kMost : code;
+  return int(round_to_even(mul(sum, unit.inverse)));  // at most 2^kSumBits
 }
 
 // In two parts, both signed bytes: sum = 2^kLowSumBits * high + low.
@@ -86,18 +84,18 @@ BCY_INLINE int high_of_sum(int sum) { return sum >> kLowSumBits; }
 
 // ---- products of integers, group after group --------------------------------------------------------------------
 
-// What makes a scaled integer NaN where its scale is no number, and else is +0.
-BCY_INLINE float nan_unless_finite(float scale) { return fma(scale, 0.0f, 0.0f); }
+// +0 of a number, NaN of an infinity.
+BCY_INLINE float zero_or_nan(float x) { return fma(x, 0.0f, 0.0f); }
+BCY_INLINE float finite_or_nan(float x) { return add(x, zero_or_nan(x)); }
 
-// An integer below 2^24 times a scale of the weight, rounded once; a zero is +0.
-BCY_INLINE float scaled(float integer, float scale) {
-  return fma(integer, scale, nan_unless_finite(scale));
-}
+// An integer below 2^24 times a scale of the weight that is finite_or_nan, rounded once; a zero is
+// +0.
+BCY_INLINE float scaled(float integer, float scale) { return fma(integer, scale, 0.0f); }
 
 // One group joins its partial sum. dot is the exact integer sum of code * u, halves already
 // weighted.
 BCY_INLINE float add_group(float partial, float dot, float scale, float group_scale) {
-  return fma(scaled(dot, scale), group_scale, partial);
+  return fma(scaled(dot, finite_or_nan(scale)), group_scale, partial);
 }
 
 // The same of fine integers: dot is their sum, rounded to float32; halves with scales of their own
@@ -114,7 +112,7 @@ BCY_INLINE float add_minimum(float partial, float minimum, float staged_sum) {
 // The integer minima of a unit join after its groups. dot is the exact integer sum of minimum *
 // sum_to_integer.
 BCY_INLINE float add_unit_minima(float partial, float dot, float scale, float sums_scale) {
-  return fma(scaled(dot, scale), sums_scale, partial);
+  return fma(scaled(dot, finite_or_nan(scale)), sums_scale, partial);
 }
 
 BCY_INLINE float meet(float p0, float p1, float p2, float p3, float p4, float p5, float p6,
