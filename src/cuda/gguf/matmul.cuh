@@ -449,7 +449,8 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   };
   // Many tokens leave no registers to load activations ahead, nor, with what minima and scales of
   // halves take, for two tiles of rows.
-  constexpr bool kLarge = Format::kMinima > 0 || Format::kScaleElements == 16;
+  constexpr bool kLarge = !std::is_same_v<Format, Q2_K> &&
+                          (Format::kMinima > 0 || Format::kScaleElements == 16);
   constexpr auto wide = [](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
     constexpr int kRowTiles = kTokens == 32 && kLarge ? 1 : 2;

@@ -10,7 +10,7 @@
 //
 // Where rows are few, several blocks divide K in the same way, and meet in the workspace.
 //
-// Formats whose halves are multiplied one by one have none: they gain nothing.
+// Formats that gain nothing have none: Q6_K, whose halves are multiplied one by one, Q3_K and Q5_0.
 #pragma once
 
 #include <algorithm>
@@ -76,17 +76,21 @@ struct GgufDivision {
 
 // From how many weights a multiprocessor on this kernel is the faster one, as measured. It gains
 // most where a group takes many instructions for each of many tokens, or unpacking takes few; what
-// it lacks is rows that keep all multiprocessors busy. divided: several blocks divide K. INT64_MAX:
-// never.
+// it lacks is rows that keep all multiprocessors busy. divided: several blocks divide K.
 template <class Format>
 constexpr int64_t worth_it(bool more_than_16, bool divided) {
-  constexpr int64_t kFew = 200000, kSome = 400000, kMany = 1000000;
-  if (multiplies_halves<Format>) return INT64_MAX;
+  constexpr int64_t kNever = INT64_MAX;
+  constexpr int64_t kFew = 200000, kSome = 400000, kMany = 1000000, kMost = 2000000;
   constexpr int kBits = kWholeBits<Format>;
-  constexpr bool kMinima = Format::kMinima > 0;
-  if (!more_than_16) return kMinima || gives_turns<Format> ? kMany : INT64_MAX;
-  if (kMinima || kBits >= 8) return kFew;
-  return kBits == 4 && !divided ? kSome : kMany;
+  constexpr bool kFloatMinima = kStagedSums<Format> == 1;
+  if (multiplies_halves<Format>) return kNever;
+  if (!more_than_16) {
+    if (kFloatMinima) return divided ? kMany : kSome;
+    return gives_turns<Format> ? kMany : kNever;
+  }
+  if (kFloatMinima || kBits >= 8) return kFew;
+  if (kStagedSums<Format> > 1 || gives_turns<Format>) return divided ? kMany : kSome;
+  return kBits == 4 ? kMost : kNever;
 }
 
 // Calls function(std::integral_constant<int, Tokens>{}) for as many tokens as are multiplied at a
