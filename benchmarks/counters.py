@@ -94,8 +94,11 @@ def counted(text: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         )
     cells = []
     for one, row in zip(expected, rows, strict=True):
-        number = {name: float(value.replace(",", "")) for name, value in row.items()
-                  if name in (TIME, INSTRUCTIONS, *PERCENT.values())}
+        number = {
+            name: float(value.replace(",", ""))
+            for name, value in row.items()
+            if name in (TIME, INSTRUCTIONS, *PERCENT.values())
+        }
         groups = one["nrows"] * one["ncols"] / GROUP
         cells.append(
             {"device": "cuda"}
@@ -113,8 +116,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--formats", nargs="+", default=every, choices=every, metavar="FORMAT")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NROWSxNCOLS")
     parser.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--kinds", nargs="+", default=["product", "float"],
-                        choices=["product", "float"], metavar="KIND")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=["product", "float"],
+        choices=["product", "float"],
+        metavar="KIND",
+    )
     parser.add_argument("--output", metavar="FILE", help="write the JSON here")
     parser.add_argument("--commit", help="commit to record, where there is no git")
     parser.add_argument("--launch", action="store_true", help="what this starts under ncu")
@@ -126,10 +134,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if ncu is None:
         raise SystemExit("ncu was not found; it comes with CUDA, in Nsight Compute")
     metrics = ",".join([TIME, INSTRUCTIONS, *PERCENT.values()])
-    command = [ncu, "--csv", "--page", "raw", "--metrics", metrics, "--kernel-name", "regex:product"]
+    command = [
+        ncu,
+        "--csv",
+        "--page",
+        "raw",
+        "--metrics",
+        metrics,
+        "--kernel-name",
+        "regex:product",
+    ]
     again = [sys.executable, __file__, "--launch", "--formats", *options.formats]
     again += ["--shapes", *options.shapes, "--m", *map(str, options.m), "--kinds", *options.kinds]
-    done = subprocess.run([*command, *again], capture_output=True, text=True)
+    done = subprocess.run([*command, *again], capture_output=True, text=True, check=False)
     result = harness.document("counters", {}, harness.machine(options.commit))
     result["cells"] = counted(done.stdout + done.stderr, options)
     if options.output:

@@ -78,8 +78,7 @@ int64_t staged_bytes(int32_t format, int64_t ncols, int64_t m) {
 #undef BCY_FORMAT
   }
   int64_t bytes;
-  if (ncols > INT64_MAX - kSpan ||
-      __builtin_mul_overflow(Spans(ncols).spans, span, &bytes) ||
+  if (ncols > INT64_MAX - kSpan || __builtin_mul_overflow(Spans(ncols).spans, span, &bytes) ||
       __builtin_mul_overflow(bytes, m, &bytes) || __builtin_add_overflow(bytes, 255, &bytes)) {
     return -1;
   }

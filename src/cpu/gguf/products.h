@@ -186,8 +186,7 @@ struct Product {
           minima.words, span + L::kUnitSums + part * 4 * kLanes, nullptr);
     }
     const Floats dots = V::to_float((parts[0] << kLowSumBits) + parts[1]);
-    return V::fma_where(mask, scaled(dots, minima.scale),
-                        V::broadcast(span + L::kUnitScale), sum);
+    return V::fma_where(mask, scaled(dots, minima.scale), V::broadcast(span + L::kUnitScale), sum);
   }
 
   // The lines of group g. The compiler would collect all prefetches of a span in one place, where
@@ -298,8 +297,8 @@ struct Product {
             rows[r] = copy.bytes[r];
           }
         }
-        add_span<kOne>(rows, upcoming, staged + span * L::kSpanRecords, token_stride,
-                       tokens, whole ? all : existing, sums,
+        add_span<kOne>(rows, upcoming, staged + span * L::kSpanRecords, token_stride, tokens,
+                       whole ? all : existing, sums,
                        std::make_integer_sequence<int, kUnitGroups>());
       }
       for (int t = 0; t < (kOne ? 1 : tokens); ++t) {

@@ -115,7 +115,8 @@ struct Staging {
           }
           if constexpr (L::kIntegerSums > 0) {
             constexpr int kOfGroup = L::kIntegerSums / kUnitGroups;
-            for (int i = 0; i < kOfGroup; ++i) unit_sums[unit][g * kOfGroup + i] = group.unit_sums[i];
+            for (int i = 0; i < kOfGroup; ++i)
+              unit_sums[unit][g * kOfGroup + i] = group.unit_sums[i];
           }
         }
       }

@@ -97,7 +97,8 @@ struct Avx2 : Avx2Floats {
         __m256i pairs = _mm256_maddubs_epi16(bits(codes[k]), eight(u + 4 * kLanes * kStride * k));
         for (int j = 1; j < kBatch; ++j) {
           pairs = _mm256_add_epi16(
-              pairs, _mm256_maddubs_epi16(bits(codes[k + j]), eight(u + 4 * kLanes * kStride * (k + j))));
+              pairs,
+              _mm256_maddubs_epi16(bits(codes[k + j]), eight(u + 4 * kLanes * kStride * (k + j))));
         }
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
       }

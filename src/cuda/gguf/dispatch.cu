@@ -56,7 +56,7 @@ int bcy_cuda_gguf_needs_no_workspace(const bcy_gguf_matmul_args* args, int32_t* 
   return run(args, [&](auto format) {
     Device device;
     if (const int status = look_at_device(args->device, device)) return status;
-    *answer = stages_inside<decltype(format)>(*args, device.arch);
+    *answer = stages_inside<decltype(format)>(*args, device);
     return int(BCY_OK);
   });
 }

@@ -361,9 +361,8 @@ class StagedTile : public TileDefaults {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (j % 2 >= kColumns) continue;
-          partial_[i][n][j] =
-              fma(scales[2 * i + j / 2].times((high[j] << kLowSumBits) + dots[j]),
-                  j % 2 == 0 ? sums.scales.x : sums.scales.y, partial_[i][n][j]);
+          partial_[i][n][j] = fma(scales[2 * i + j / 2].times((high[j] << kLowSumBits) + dots[j]),
+                                  j % 2 == 0 ? sums.scales.x : sums.scales.y, partial_[i][n][j]);
         }
       }
     }
@@ -420,7 +419,7 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   if (const int status = look_at_device(args.device, device)) return status;
   const bool fused = args.workspace == nullptr && args.ncols > 0;
   const bool unstaged = !fused && args.x != nullptr && args.ncols > 0;
-  if (fused && !stages_inside<Format>(args, device.arch)) return BCY_ERROR_INVALID_ARGUMENT;
+  if (fused && !stages_inside<Format>(args, device)) return BCY_ERROR_INVALID_ARGUMENT;
   if (unstaged) {
     if (const int status = stage(args, stream)) return status;
   }
@@ -449,8 +448,8 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   };
   // Many tokens leave no registers to load activations ahead, nor, with what minima and scales of
   // halves take, for two tiles of rows.
-  constexpr bool kLarge = !std::is_same_v<Format, Q2_K> &&
-                          (Format::kMinima > 0 || Format::kScaleElements == 16);
+  constexpr bool kLarge =
+      !std::is_same_v<Format, Q2_K> && (Format::kMinima > 0 || Format::kScaleElements == 16);
   constexpr auto wide = [](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
     constexpr int kRowTiles = kTokens == 32 && kLarge ? 1 : 2;

@@ -24,6 +24,8 @@
 
 #include "baracuda/order.cuh"
 #include "cuda/common/activations.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ring.cuh"
 
 namespace bcy {
 
@@ -143,19 +145,22 @@ inline constexpr int kLaneTokens<Q8_K> = 0;
 template <class Format>
 constexpr bool reads_most = kWholeBits<Format> >= 4 && !gives_turns<Format>;
 
-// Up to so many elements, of a single token or of all that lanes take, are staged by the product
-// itself: that every thread block does it takes less time than a kernel of its own. Outside lanes
-// twice as many blocks do it, for 16 rows each.
-constexpr int64_t kFusedElements = 8192;
+// Up to so many columns of a single token are staged by the product itself: that every thread block
+// does it takes less time than a kernel of its own. Outside lanes twice as many blocks do it, for
+// 16 rows each.
 template <class Format>
-int64_t most_fused(const ProductArgs& args) {
-  if (args.m > 1) return kFusedElements / args.m;
-  return kLaneTokens<Format> == 0 ? 4096 : 6144;
-}
+constexpr int64_t kMostFused = kLaneTokens<Format> == 0 ? 4096 : 6144;
+
+// Two tokens take a kernel of their own less time, unless this one runs beside the one before it on
+// most multiprocessors, one tile on each.
 template <class Format>
-bool stages_inside(const ProductArgs& args, int arch) {
-  if (arch < 800 || args.m > (arch >= 900 && kLaneTokens<Format> > 1 ? 2 : 1)) return false;
-  return args.ncols <= most_fused<Format>(args);
+bool stages_inside(const ProductArgs& args, const Device& device) {
+  if (device.arch < 800 || args.m > 2) return false;
+  if (args.m == 1) return args.ncols <= kMostFused<Format>;
+  constexpr bool kSmall = kUnitBytes<Format> <= 160;  // or there is no room beside it
+  const int64_t tiles = ceil_div(args.nrows, 32);
+  return kSmall && kLaneTokens<Format> > 1 && device.arch >= 900 && args.overlap != 0 &&
+         args.ncols <= 4096 && tiles <= device.processors && 2 * tiles > device.processors;
 }
 
 struct Staged {

@@ -53,8 +53,8 @@ inline constexpr bool gives_turns<IQ4_XS> = true;
 template <>
 inline constexpr bool gives_turns<MXFP4> = true;
 
-// Integer minima of a unit, of formats whose minima are integers times minimum_scale(block); 0 else.
-// Four are the bytes of minima(block, word), in order of k.
+// Integer minima of a unit, of formats whose minima are integers times minimum_scale(block); 0
+// else. Four are the bytes of minima(block, word), in order of k.
 template <class Format>
 constexpr int kUnitMinima = 0;
 template <>
