@@ -128,12 +128,9 @@ int64_t staged_bytes(int64_t ncols, int64_t m) {
 }
 
 // Tokens that a product in lanes takes at a time, at most: as many as there are registers for, or
-// as it is the faster way for. Two and three bits have the most scales to unpack four times, Q8_K
-// has none.
+// as it is the faster way for. Q3_K has the most scales to unpack four times, Q8_K has none.
 template <class Format>
 constexpr int kLaneTokens = 2;
-template <>
-inline constexpr int kLaneTokens<Q2_K> = 3;
 template <>
 inline constexpr int kLaneTokens<Q3_K> = 3;
 template <>
