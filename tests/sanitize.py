@@ -18,7 +18,7 @@ MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
 # 128 rows to a thread block, or parts of one.
 MANY_TOKENS = [
     ("Q4_1", 12, 256 * _cuda.multiprocessors() - 5, 2048),
-    ("Q2_K", 20, 256 * _cuda.multiprocessors() - 5, 1792),
+    ("Q2_K", 20, 256 * _cuda.multiprocessors() - 5, 2048),
     ("Q4_1", 40, 32 * _cuda.multiprocessors() - 7, 7168),
 ]
 # Rows and columns of NF4 that are enough for boxes of 128 rows: two to a thread block, or parts.

@@ -192,31 +192,38 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
   };
 
   if (warp == kPartials) {
-    if (rounds == 0) return;
     unsigned index = blockIdx.x;
     int round = 0;
     bool first_lap = true;
-    const auto fetch_next = [&] {
-      const int64_t first_row = first_row_of(index);
-      Tile::prefetch(args, inputs, first_row, round);
-      if (!first_lap) barrier_wait(&emptied[stage], phase ^ 1);
-      Ring::fetch(args, source, first_row, round, ring + stage * Ring::kStageBytes, &filled[stage]);
-      if (++stage == stages) {
-        stage = 0;
-        phase ^= 1;
-        first_lap = false;
-      }
-      if (++round == rounds) {
-        round = 0;
-        index += gridDim.x;
+    // Where tiles are quick, what comes before the wait has a loop of its own: to ask each time
+    // whether it is due takes longer than to fetch the instructions of another loop.
+    constexpr bool kApart = Tile::kTokens <= 2;
+    const auto fetch_some = [&](int count) {
+      for (; index < tiles; index += gridDim.x, round = 0) {
+        const int64_t first_row = first_row_of(index);
+        for (; round < rounds; ++round) {
+          if (count-- == 0) {
+            if (kApart) return;
+            wait_for_previous_kernel();
+          }
+          Tile::prefetch(args, inputs, first_row, round);
+          if (!first_lap) barrier_wait(&emptied[stage], phase ^ 1);
+          Ring::fetch(args, source, first_row, round, ring + stage * Ring::kStageBytes,
+                      &filled[stage]);
+          if (++stage == stages) {
+            stage = 0;
+            phase ^= 1;
+            first_lap = false;
+          }
+        }
       }
     };
-    while (true) {
-      for (; ahead > 0 && index < tiles; --ahead) fetch_next();
-      if (index >= tiles) return;
+    fetch_some(ahead);
+    if (kApart) {
       wait_for_previous_kernel();
-      ahead = INT_MAX;
+      fetch_some(INT_MAX);
     }
+    return;
   }
 
   uint8_t* const memory = ring + stages * Ring::kStageBytes;
