@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks measure what they say and write what they promise. Nothing here judges a time."""
 
+import argparse
 import copy
 import ctypes
 import importlib
@@ -679,3 +680,25 @@ def test_plot_is_drawn(tmp_path):
     for empty in (result | {"cells": []}, nf4_document()):
         with pytest.raises(SystemExit, match="nothing to draw"):
             render.plot(empty, str(path))
+
+
+def test_counters_of_a_profiler():
+    """Each launch that was counted is the product that it should be, in the order of launches."""
+    counters = load("counters")
+    names = [counters.TIME, counters.INSTRUCTIONS, *counters.PERCENT.values()]
+    rows = [["ID", *names], ["", *["%"] * len(names)]]
+    rows += [[str(i), "2,000", "32768", *map(str, range(6))] for i in range(3)]
+    text = "==PROF== connected\n" + "\n".join(
+        ",".join(f'"{value}"' for value in row) for row in rows
+    )
+    options = argparse.Namespace(
+        formats=["Q4_K"], shapes=["4096x4096"], m=[1, 8], kinds=["product", "float"]
+    )
+    cells = counters.counted(text, options)
+    assert [(c["kind"], c["m"]) for c in cells] == [("product", 1), ("product", 8), ("float", 1)]
+    assert [(c["us"], c["dram"], c["fma"], c["instructions"]) for c in cells] == [(2, 0, 5, 1)] * 3
+    result = harness.document("counters", {}, MACHINE)
+    result["cells"] = cells
+    assert "| Q4_K | 0 / 2 / 3 / 4; 1 |" in render.tables(harness.check(result))
+    with pytest.raises(SystemExit, match="counted 3 products, expected 2"):
+        counters.counted(text, argparse.Namespace(**vars(options) | {"kinds": ["product"]}))
