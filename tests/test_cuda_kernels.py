@@ -52,6 +52,9 @@ def test_many_rows(cpu, gpu, name, m):
     )
     nrows = 3 * 32 * _cuda.multiprocessors() + 5  # the last box is cut
     expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
+    if m > 16:
+        nrows = 32 * _cuda.multiprocessors() - 3  # two tiles of 16 rows for each multiprocessor
+        expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
 
 
 @pytest.mark.parametrize("m", [17, 32, 40, 100])

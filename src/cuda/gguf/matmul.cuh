@@ -499,6 +499,12 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
                         holds<Tile>(rows, 2, extra, device);
       if (stay) return run(static_cast<Tile*>(nullptr), rows, extra);
     }
+    // Two tiles of rows with a few registers spilled, where they leave no multiprocessor without.
+    if constexpr (kStagedSums<Format> == 1) {
+      if (args.nrows > int64_t{kTileRows} * device.processors) {
+        return by_rows(static_cast<StagedTile<Format, 32, 2, 1, false>*>(nullptr));
+      }
+    }
     return by_rows(wide(thirty_two));
   }
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side, which
