@@ -21,8 +21,8 @@ MANY_TOKENS = [
     ("Q2_K", 20, 256 * _cuda.multiprocessors() - 5, 2048),
     ("Q4_1", 40, 32 * _cuda.multiprocessors() - 7, 7168),
 ]
-# Rows and columns of NF4 that are enough for boxes of 128 rows: two to a thread block, or parts.
-MANY_NF4 = [(256 * _cuda.multiprocessors() - 5, 832), (32 * _cuda.multiprocessors() - 7, 6656)]
+# Rows and columns of NF4 that are enough for boxes of 128 rows: four to a thread block, or parts.
+MANY_NF4 = [(512 * _cuda.multiprocessors() - 5, 832), (32 * _cuda.multiprocessors() - 7, 6656)]
 
 
 def columns(block_format):
@@ -69,9 +69,11 @@ def problems_of(block_format, nrows, ncols, tokens, kinds, rng):
 
 
 def nf4_weights(rng):
-    """Values and weights for every kernel: rows streamed or not, both layouts, nested absmax."""
+    """Values and weights for every kernel: rows streamed or not, with their scales or without, both
+    layouts, nested absmax."""
     for nrows, ncols, block_size in (
         (NROWS, 2368, 64),
+        (NROWS, 3072, 64),
         (NROWS, 320, 32),
         (NROWS, 99, 64),
         *((*shape, 64) for shape in MANY_NF4),
@@ -118,7 +120,7 @@ def nf4_cases(rng):
         kinds, tokens = ("float32", "float16"), (1, 5, 13, 33)
         many = (w.nrows, w.ncols) in MANY_NF4
         if many:
-            kinds, tokens = ("float16",), (1, 3, 16, 32) if w.ncols < 1024 else (20,)
+            kinds, tokens = ("float16",), (1, 5, 16, 32) if w.ncols < 1024 else (20,)
         for kind in kinds:
             for m in tokens:
                 x = rng.standard_normal((m, w.ncols), np.float32).astype(kind)

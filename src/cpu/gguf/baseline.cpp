@@ -42,7 +42,7 @@ struct Baseline {
             const float magnitude = as_float(as_bits(values[e]) & 0x7fffffffu);
             if (magnitude > largest) largest = magnitude;
           }
-          scale = kFine ? fine_group_scale(largest, finite) : group_scale(largest, finite);
+          scale = kFine ? binary_scale<kFineBits>(largest, finite) : group_scale(largest, finite);
           for (int e = 0; e < kGroup; ++e) {
             const int code =
                 kFine ? fine_element(values[e], scale) : stage_element(values[e], scale);

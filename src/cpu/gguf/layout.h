@@ -141,7 +141,7 @@ BCY_INLINE void put_unit_sums(const float (&sums)[kCount], uint8_t* span, int la
     const uint32_t magnitude = as_bits(sum) & 0x7fffffffu;  // ordered as they are, NaN last
     if (magnitude > largest) largest = magnitude;
   }
-  const GroupScale unit = sums_scale(as_float(largest), largest < 0x7f800000u);
+  const GroupScale unit = binary_scale<kSumBits>(as_float(largest), largest < 0x7f800000u);
   for (int i = 0; i < kCount; ++i) {
     const int sum = sum_to_integer(sums[i], unit);
     uint8_t* const word = span + L::kUnitSums + (i / 4 * 2 * kLanes + lane) * 4 + i % 4;

@@ -41,7 +41,7 @@ struct Staging {
     }
     const uint32_t largest = uint32_t(V::largest(magnitude));
     const bool finite = largest < 0x7f800000u;
-    const GroupScale scale = kFine ? fine_group_scale(as_float(largest), finite)
+    const GroupScale scale = kFine ? binary_scale<kFineBits>(as_float(largest), finite)
                                    : group_scale(as_float(largest), finite);
     Group group{scale.scale, {}, {}, {}};
     if (scale.inverse == 0.0f) return group;  // all zeros

@@ -354,7 +354,7 @@ int launch_streamed(const ProductArgs& args, const typename Tile::Inputs& inputs
     return status;
   }
   typename Ring::Source source;
-  if (const int status = Ring::describe(args, source)) return status;
+  if (const int status = Ring::describe(args, inputs, source)) return status;
   auto* kernel = product_streamed<Tile, Ring>;
   if (const int status = allow_shared(kernel, device)) return status;
   const bool next_at_once = Tile::kStartsNextAtOnce && geometry.tiles > unsigned(device.processors);

@@ -4,6 +4,7 @@
 // A Ring is a struct with
 //   Source                  what fetch needs besides the arguments, made by the launcher
 //   kOldestArch, kStageBytes
+//   describe(args, inputs, source)
 //   fetch(args, source, first_row, round, to, filled)   by one warp: starts the copies of a round
 //   Lane(args, first_row)   a consumer's place; rows(stage) gives the first byte of this warp's
 //   unit
@@ -131,7 +132,8 @@ struct BoxRing {
   static constexpr int kBoxes = (kRoundBytes<Format> + kBoxBytes - 1) / kBoxBytes;
   static constexpr int kStageBytes = kBoxes * Rows * kBoxBytes;
 
-  static int describe(const ProductArgs& args, Source& source) {
+  template <class Inputs>
+  static int describe(const ProductArgs& args, const Inputs&, Source& source) {
     return describe_boxes(args.weight, row_bytes<Format>(args.ncols), args.nrows, Rows, true,
                           source);
   }
@@ -170,19 +172,23 @@ struct BoxRing {
 
 // ---- rows -------------------------------------------------------------------------------------------------------
 
-// Aligned: rows start on 16-byte boundaries.
-template <class Format, int Rows, bool Aligned>
+// Aligned: rows start on 16-byte boundaries. Room: bytes behind a round of each row, for what else
+// is copied of it.
+template <class Format, int Rows, bool Aligned, int Room = 0>
 struct RowRing {
   struct Source {};
   static constexpr int kOldestArch = 800;
   // The distance of two rows is an odd multiple of 16 bytes, so that eight rows are read without
   // bank conflicts, and leaves room for what the copy of a row off 16 bytes takes along.
-  static constexpr int kRoom = kRoundBytes<Format> + (Aligned ? 0 : 16);
-  static constexpr int kPitch = kRoom + (kRoom % 32 == 16 ? 0 : 16);
+  static constexpr int kBytes = kRoundBytes<Format> + (Aligned ? 0 : 16) + Room;
+  static constexpr int kPitch = kBytes + (kBytes % 32 == 16 ? 0 : 16);
   static constexpr int kStageBytes = (Rows * kPitch + 127) / 128 * 128;
   static_assert(Rows <= 32, "a lane copies a row");
 
-  static int describe(const ProductArgs&, Source&) { return BCY_OK; }
+  template <class Inputs>
+  static int describe(const ProductArgs&, const Inputs&, Source&) {
+    return BCY_OK;
+  }
 
   // Rows past the end are left out; what their lanes compute is not stored.
   static __device__ __forceinline__ void fetch(const ProductArgs& args, const Source&,
@@ -287,7 +293,8 @@ struct LaneRowRing {
   static constexpr int kStageBytes = kBoxes * kLaneRows * kPitch;
   static_assert(kBytes % 16 == 0 && kPitch <= kMostPlainBoxBytes);
 
-  static int describe(const ProductArgs& args, Source& source) {
+  template <class Inputs>
+  static int describe(const ProductArgs& args, const Inputs&, Source& source) {
     return describe_plain_boxes(args.weight, row_bytes<Format>(args.ncols), args.nrows, kPitch,
                                 kLaneRows, true, source);
   }

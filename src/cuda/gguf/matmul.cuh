@@ -450,13 +450,13 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   // halves take, for two tiles of rows.
   constexpr bool kLarge =
       !std::is_same_v<Format, Q2_K> && (Format::kMinima > 0 || Format::kScaleElements == 16);
-  constexpr auto wide = [](auto tokens) {
-    constexpr int kTokens = decltype(tokens)::value;
-    constexpr int kRowTiles = kTokens == 32 && kLarge ? 1 : 2;
-    constexpr bool kAhead = kTokens <= 8 || (kTokens == 16 && !kLarge);
+  constexpr auto wide = [](auto tokens, auto row_tiles) {
+    constexpr int kTokens = decltype(tokens)::value, kRowTiles = decltype(row_tiles)::value;
+    constexpr bool kAhead = kTokens <= 8 || (kTokens == 16 && !(kLarge && kRowTiles == 2));
     return static_cast<StagedTile<Format, kTokens, kRowTiles, 1, kAhead>*>(nullptr);
   };
   constexpr std::integral_constant<int, 1> one{};
+  constexpr std::integral_constant<int, 2> two{};
   constexpr std::integral_constant<int, 8> eight{};
   constexpr std::integral_constant<int, 16> sixteen{};
   constexpr std::integral_constant<int, 32> thirty_two{};
@@ -483,6 +483,8 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   };
   BoxRing<Format, 32>* const boxes = nullptr;
   const auto by_rows = [&](auto* tile) { return streamed(tile, rows_for(tile)); };
+  // Two tiles of rows would leave multiprocessors without any.
+  const bool few_rows = args.nrows <= int64_t{kTileRows} * device.processors;
   if (args.m > 16) {
     // One tile of rows for 32 tokens: their activations are more than the L1 cache holds, and more
     // than the weights.
@@ -499,13 +501,11 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
                         holds<Tile>(rows, 2, extra, device);
       if (stay) return run(static_cast<Tile*>(nullptr), rows, extra);
     }
-    // Two tiles of rows with a few registers spilled, where they leave no multiprocessor without.
-    if constexpr (kStagedSums<Format> == 1) {
-      if (args.nrows > int64_t{kTileRows} * device.processors) {
-        return by_rows(static_cast<StagedTile<Format, 32, 2, 1, false>*>(nullptr));
-      }
+    // With float minima a few registers spill, which costs less.
+    if constexpr (!kLarge || kStagedSums<Format> == 1) {
+      if (!few_rows) return by_rows(wide(thirty_two, two));
     }
-    return by_rows(wide(thirty_two));
+    return by_rows(wide(thirty_two, one));
   }
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side, which
   // five and six bits gain from longest: they take the most instructions for their bytes.
@@ -515,11 +515,12 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
                      args.nrows <= INT32_MAX &&  // places in boxes are 32 bits
                      args.ncols > 0;             // nothing cannot be described
   if (args.m > 8) {
-    // Where 32 rows of scales of halves leave no registers for the places in boxes.
-    if constexpr (multiplies_halves<Format>) return by_rows(wide(sixteen));
-    return boxed ? streamed(wide(sixteen), boxes) : by_rows(wide(sixteen));
+    if (few_rows) return by_rows(wide(sixteen, one));
+    // 32 rows of scales of halves leave no registers for the places in boxes.
+    if constexpr (multiplies_halves<Format>) return by_rows(wide(sixteen, two));
+    return boxed ? streamed(wide(sixteen, two), boxes) : by_rows(wide(sixteen, two));
   }
-  if (args.m > 1) return boxed ? streamed(wide(eight), boxes) : by_rows(narrow(eight));
+  if (args.m > 1) return boxed ? streamed(wide(eight, two), boxes) : by_rows(narrow(eight));
   return by_rows(narrow(one));
 }
 

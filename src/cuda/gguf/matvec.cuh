@@ -38,7 +38,7 @@ __device__ __forceinline__ uint32_t byte_plane(const int* codes) {
 // x: elements 4 t .. 4 t + 3 of a group and those plus 16. All lanes of a warp together.
 template <int Minima>
 __device__ __forceinline__ FineWords fine_words(const float (&x)[8]) {
-  const GroupScale scale = scale_of_four_lanes<fine_group_scale>(x);
+  const GroupScale scale = scale_of_four_lanes<binary_scale<kFineBits>>(x);
   // As fine_element gives them: 0 times an infinity is NaN, which this conversion makes 0.
   int codes[8];
 #pragma unroll

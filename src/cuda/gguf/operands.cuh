@@ -43,6 +43,10 @@ inline constexpr bool scales_are_short<Q8_K> = false;  // a float32
 template <>
 inline constexpr bool scales_are_short<MXFP4> = false;  // up to 2^127
 
+// Whether they are finite whatever their bytes.
+template <class Format>
+constexpr bool scales_are_finite = std::is_same_v<Format, MXFP4>;
+
 // Where sums of integers start that end up in the low mantissa bits of 1.5 * 2^(23 - shift), where
 // every sum of a group fits.
 BCY_INLINE constexpr uint32_t sum_start(int shift) { return 0x4b400000u - (uint32_t(shift) << 23); }
@@ -54,7 +58,8 @@ class SumScale {
   SumScale() = default;
   BCY_INLINE SumScale(float scale, int shift) {
     const float start = as_float(sum_start(shift));
-    scale_ = scales_are_short<Format> ? scale : finite_or_nan(scale);
+    constexpr bool kAsItIs = scales_are_short<Format> || scales_are_finite<Format>;
+    scale_ = kAsItIs ? scale : finite_or_nan(scale);
     offset_ = scales_are_short<Format> ? mul(scale, -start) : -start;
   }
   // scaled(sum, scale)

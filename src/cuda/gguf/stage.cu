@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kWarps = 4;
 
-// The registers of products of many tokens leave these blocks no room beside theirs. So that not
-// all of them crowd on the first multiprocessors that become free, each asks for shared memory:
-// five fit Hopper's.
+// Where the registers of products leave these blocks no room beside theirs, or products are so few
+// that most multiprocessors are free, all of these would crowd on the first that they come to. Each
+// then asks for shared memory, of which Hopper's multiprocessors have enough for five.
 constexpr int kSpread = 44 << 10;
 
 template <class Record>

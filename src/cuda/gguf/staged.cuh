@@ -213,7 +213,7 @@ __device__ __forceinline__ GroupScale scale_of_groups(const float (&sums)[Count]
     largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
   }
 #endif
-  return sums_scale(as_float(largest), largest < 0x7f800000u);
+  return binary_scale<kSumBits>(as_float(largest), largest < 0x7f800000u);
 }
 
 // The bytes of both words by turns, as look_up_by_turns gives codes.

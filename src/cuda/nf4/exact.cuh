@@ -15,14 +15,16 @@ class Nf4ExactTile : public TileDefaults {
  public:
   using Format = Nf4Rows;
   using Inputs = Nf4Inputs;
+  using Ring = RowRing<Nf4Rows, kTileRows, AtOnce>;
   static constexpr int kTokens = Tokens;
   static constexpr int kRows = kTileRows;
   static constexpr int kBlocks = Tokens == 1 ? 2 : 1;
+  static constexpr int kMemory = kTableBytes;
   static constexpr int kScaled = OneScale ? kChunk : kGroup;  // elements of a scale
 
   static __device__ __forceinline__ void prefetch(const ProductArgs& args, const Nf4Inputs& inputs,
                                                   int64_t first_row, int round) {
-    UnitScales<kRows, kScaled>::prefetch(args, inputs, first_row, round);
+    LoadedScales<kRows, kScaled>::prefetch(args, inputs, first_row, round);
   }
 
   static __device__ __forceinline__ void prepare(const Nf4Inputs& inputs, uint8_t* memory) {
@@ -36,7 +38,7 @@ class Nf4ExactTile : public TileDefaults {
   __device__ __forceinline__ Nf4ExactTile(const ProductArgs& args, const Nf4Inputs& inputs,
                                           int64_t first_row, int64_t first_token, int first_unit,
                                           const uint8_t* memory)
-      : inputs_(&inputs), table_(memory), scales_(args, inputs, first_row, first_unit) {
+      : inputs_(&inputs), table_(memory), scales_(args, inputs, first_row, first_unit, nullptr) {
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
       x_[token] = static_cast<const Storage*>(args.x) +
@@ -58,7 +60,7 @@ class Nf4ExactTile : public TileDefaults {
   __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int groups,
                                            int next, Read read) {
     const int here = threadIdx.x % 4;
-    scales_.take(*inputs_, round, next, following_);
+    scales_.take(rows, *inputs_, round, next, following_);
     float sums[Tokens][kOctets][kUnitChunks] = {};
     float own[kOctets];  // scales of chunk t
 #pragma unroll
@@ -157,7 +159,7 @@ class Nf4ExactTile : public TileDefaults {
 
   const Nf4Inputs* inputs_;
   Table table_;
-  UnitScales<kRows, kScaled> scales_;
+  LoadedScales<kRows, kScaled> scales_;
   int64_t following_ = 0;
   const Storage* x_[Tokens];  // this lane's first element in this warp's first unit
   float partial_[Tokens][kOctets];

@@ -22,8 +22,7 @@ struct Nf4Tables {
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kRows = 16;  // that a warp takes at a time: a box
   static constexpr int kCodeBytes = kRows * kBoxBytes;
-  static constexpr int kRowScales = kUnitChunks * int(sizeof(float));
-  static constexpr int kStageBytes = kCodeBytes + kRows * kRowScales;
+  static constexpr int kStageBytes = kCodeBytes + kRows * kRowScales<float>;
   static constexpr int kStages = 2;
   // Places 0 and 1 of all lanes have their entries beside each other, and so have 2 and 3. From the
   // code to an entry's address is one byte permute, as tables begin at multiples of 64 KB.
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(Nf4Tables::kThreads, 1)
       expect_bytes(&filled[stage], Boxed ? T::kStageBytes : T::kCodeBytes);
       copy_box(to, &codes, next.unit * (kBoxBytes / kPlainElement), row, &filled[stage]);
       if (Boxed) {
-        copy_box(to + T::kCodeBytes, &scales, next.unit * (T::kRowScales / kPlainElement), row,
+        copy_box(to + T::kCodeBytes, &scales, next.unit * (kRowScales<float> / kPlainElement), row,
                  &filled[stage]);
       }
     }
@@ -179,7 +178,7 @@ __global__ void __launch_bounds__(Nf4Tables::kThreads, 1)
   // Row j ^ (l % 8) of the first eight, or of the last in the upper half: what lanes then exchange
   // is in registers whose numbers are constants.
   const uint32_t row_here = lane * 4 + lane_row * kBoxBytes;
-  const uint32_t scale_here = T::kCodeBytes + lane_row * T::kRowScales + chunk_here * 4;
+  const uint32_t scale_here = T::kCodeBytes + lane_row * kRowScales<float> + chunk_here * 4;
   const uint32_t entry_at = tables_at + lane * 4;
   const uint32_t never = uint32_t(nrows) >> 31;  // no bit is set, which the compiler cannot know
   int stage = 0;
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(Nf4Tables::kThreads, 1)
       if constexpr (Boxed) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const uint32_t other = j * (8 * T::kRowScales);
+          const uint32_t other = j * (8 * kRowScales<float>);
           scale[j] = as_float(load_shared_word(here + (scale_here ^ other)));
         }
       }

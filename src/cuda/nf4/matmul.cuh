@@ -144,15 +144,46 @@ struct Nf4TokenSums {
   }
 };
 
+// Rows on boundaries of 16 bytes, and activations of which eight from a multiple of eight on are.
+// Absmax: of scales that can be copied; void: they are loaded.
+template <int Tokens, class Absmax>
+struct Nf4Regular {
+  // Twice as many share what is read of the activations where registers have room for them.
+  static constexpr int kRows = Tokens == 16 ? 32 : 16;
+  static constexpr int kChunk = bcy::kChunk;
+  using UnitScales = CopiedScales<kRows, Absmax>;
+  using Ring = ScaledRowRing<kRows, Absmax>;
+  static constexpr bool kAtOnce = true;
+};
+template <int Tokens>
+struct Nf4Regular<Tokens, void> {
+  static constexpr int kRows = Nf4Regular<Tokens, float>::kRows;
+  static constexpr int kChunk = bcy::kChunk;
+  using UnitScales = LoadedScales<kRows, kChunk>;
+  using Ring = RowRing<Nf4Rows, kRows, true>;
+  static constexpr bool kAtOnce = true;
+};
+// Any addresses. Chunk: 32 or 64, what lies in one block of the weight.
+template <int Chunk>
+struct Nf4Any {
+  static constexpr int kRows = 16;
+  static constexpr int kChunk = Chunk;
+  using UnitScales = LoadedScales<kRows, Chunk>;
+  using Ring = RowRing<Nf4Rows, kRows, false>;
+  static constexpr bool kAtOnce = false;
+};
+
 // What the tiles share that product.cuh takes.
-template <int Tokens, int Chunk, int Blocks>
+template <int Tokens, class From>
 struct Nf4TileBase : TileDefaults {
   using Format = Nf4Rows;
   using Inputs = Nf4Inputs;
-  using UnitScales = bcy::UnitScales<kTileRows, Chunk>;
+  using UnitScales = typename From::UnitScales;
+  using Ring = typename From::Ring;
   static constexpr int kTokens = Tokens;
-  static constexpr int kRows = kTileRows;
-  static constexpr int kBlocks = Blocks;
+  static constexpr int kRows = From::kRows;
+  static constexpr int kBlocks = Tokens <= 8 ? 2 : 1;
+  static constexpr int kMemory = kTableBytes + UnitScales::kMemory;
   static constexpr bool kStartsNextAtOnce = Tokens == 8;
   using Partials = float[Tokens][Meeting<kRows, Tokens>::kPitch];
 
@@ -164,19 +195,26 @@ struct Nf4TileBase : TileDefaults {
   static __device__ __forceinline__ void prepare(const Nf4Inputs& inputs, uint8_t* memory) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     fill_table<kConsumers>(memory, inputs.codes, pair_of_halves);
+    UnitScales::prepare(inputs, memory + kTableBytes);
     consumers_sync<kConsumers>();
 #endif
   }
 };
 
 // One token, whose activations lie on a boundary of 16 bytes.
-template <class X>
-class Nf4TokenTile : public Nf4TileBase<1, 64, 2> {
+template <class X, class From>
+class Nf4TokenTile : public Nf4TileBase<1, From> {
+  using Base = Nf4TileBase<1, From>;
+
  public:
+  using Base::kRows;
+
   __device__ __forceinline__ Nf4TokenTile(const ProductArgs& args, const Nf4Inputs& inputs,
                                           int64_t first_row, int64_t, int first_unit,
                                           const uint8_t* memory)
-      : inputs_(&inputs), table_(memory), scales_(args, inputs, first_row, first_unit) {
+      : inputs_(&inputs),
+        table_(memory),
+        scales_(args, inputs, first_row, first_unit, memory + kTableBytes) {
     // Of the chunk that is this lane's column.
     const int first = first_unit * kUnit + threadIdx.x % 32 / 8 * 64;
     x_ = static_cast<const uint16_t*>(args.x) + first + threadIdx.x % 4 * 8;
@@ -192,14 +230,14 @@ class Nf4TokenTile : public Nf4TileBase<1, 64, 2> {
   template <class Row, class Read>
   __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int, int next,
                                            Read read) {
-    scales_.take(*inputs_, round, next, following_);
+    scales_.take(rows, *inputs_, round, next, following_);
     const uint4 x[2] = {next_[0], next_[1]};
     load(next * (kPartials * kUnit));
     sums_.add_unit(table_, rows, scales_, x);
     read();
   }
 
-  __device__ __forceinline__ void store(Partials& partials) const {
+  __device__ __forceinline__ void store(typename Base::Partials& partials) const {
     sums_.store([&](int token, int row, float sum) { partials[token][row] = sum; });
   }
 
@@ -215,7 +253,7 @@ class Nf4TokenTile : public Nf4TileBase<1, 64, 2> {
 
   const Nf4Inputs* inputs_;
   Table table_;
-  UnitScales scales_;
+  typename Base::UnitScales scales_;
   int64_t following_ = 0;
   const uint16_t* x_;  // this lane's first element in this warp's first unit
   int left_;  // elements from its chunk's first on
@@ -223,11 +261,10 @@ class Nf4TokenTile : public Nf4TileBase<1, 64, 2> {
   Nf4TokenSums<X, kRows / 8> sums_;
 };
 
-// Tokens in eights. Chunk: 32 or 64, what lies in one block of the weight. AtOnce: eight
-// activations from a multiple of eight on lie on a boundary of 16 bytes.
-template <class X, int Tokens, int Chunk, bool AtOnce>
-class Nf4Tile : public Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1> {
-  using Base = Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1>;
+// Tokens in eights.
+template <class X, int Tokens, class From>
+class Nf4Tile : public Nf4TileBase<Tokens, From> {
+  using Base = Nf4TileBase<Tokens, From>;
 
  public:
   using Base::kRows;
@@ -235,7 +272,9 @@ class Nf4Tile : public Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1> {
   __device__ __forceinline__ Nf4Tile(const ProductArgs& args, const Nf4Inputs& inputs,
                                      int64_t first_row, int64_t first_token, int first_unit,
                                      const uint8_t* memory)
-      : inputs_(&inputs), table_(memory), scales_(args, inputs, first_row, first_unit) {
+      : inputs_(&inputs),
+        table_(memory),
+        scales_(args, inputs, first_row, first_unit, memory + kTableBytes) {
     const int64_t token = first_token + threadIdx.x % 32 / 4;
     const int first = first_unit * kUnit;
     x_ = static_cast<const uint16_t*>(args.x) + token * args.x_stride + first + threadIdx.x % 4 * 8;
@@ -253,7 +292,7 @@ class Nf4Tile : public Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1> {
   template <class Row, class Read>
   __device__ __forceinline__ void add_unit(const RowsOf<Row, kRows>& rows, int round, int, int next,
                                            Read read) {
-    scales_.take(*inputs_, round, next, following_);
+    scales_.take(rows, *inputs_, round, next, following_);
     const int first = round * (kPartials * kUnit);
     sums_.add_unit(table_, rows, scales_, [&](int group, uint4(&x)[kTiles]) {
 #pragma unroll
@@ -277,7 +316,7 @@ class Nf4Tile : public Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1> {
       next_[n] = {0, 0, 0, 0};
       if (8 * n >= tokens_ || element >= left_) continue;
       const uint16_t* const x = x_ + n * 8 * stride_ + element;
-      if constexpr (AtOnce) {
+      if constexpr (From::kAtOnce) {
         next_[n] = *reinterpret_cast<const uint4*>(x);
       } else {
         next_[n] = {x[0] | uint32_t{x[1]} << 16, x[2] | uint32_t{x[3]} << 16,
@@ -295,7 +334,13 @@ class Nf4Tile : public Nf4TileBase<Tokens, Chunk, Tokens == 8 ? 2 : 1> {
   int tokens_;  // from token r on
   int left_;  // elements from the first on
   uint4 next_[kTiles];  // of the group to come
-  Nf4Sums<X, kRows / 8, kTiles, Chunk> sums_;
+  Nf4Sums<X, kRows / 8, kTiles, From::kChunk> sums_;
 };
+
+template <class X, int Tokens, class Absmax>
+using Nf4RegularTile = std::conditional_t<Tokens == 1, Nf4TokenTile<X, Nf4Regular<Tokens, Absmax>>,
+                                          Nf4Tile<X, Tokens, Nf4Regular<Tokens, Absmax>>>;
+template <class X, int Chunk>
+using Nf4AnyTile = Nf4Tile<X, 8, Nf4Any<Chunk>>;
 
 }  // namespace bcy

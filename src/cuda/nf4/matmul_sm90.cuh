@@ -29,8 +29,7 @@ struct Nf4Boxes {
   // Bytes of a stage of the ring, a unit: codes, activations, scales.
   static constexpr int kCodes = kRows * kBoxBytes;
   static constexpr int kX = kUnitChunks * kWarpgroupX<Tokens>;
-  static constexpr int kRowScales = kUnitChunks * int(sizeof(float));
-  static constexpr int kScales = kRows * kRowScales;
+  static constexpr int kScales = kRows * kRowScales<float>;
   static constexpr int kStage = kCodes + kX + kScales;
   static_assert(kWarpgroupElements == kChunk);
   static_assert(kStage % 1024 == 0);  // a swizzled box begins at a multiple of its pattern
@@ -63,14 +62,14 @@ inline int nf4_tokens(int64_t m) { return m > 16 ? 32 : m > 8 ? 16 : 8; }
 // those need less to begin with, fewer rows to keep all multiprocessors busy, and gain less from
 // more tokens.
 inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Device& device) {
-  constexpr int64_t kElementsWorthIt = 200000;  // a multiprocessor
+  const int64_t elements_worth_it = m > 16 ? 200000 : 400000;  // a multiprocessor
   constexpr int kRows = Nf4Boxes<8>::kRows, kWarps = Nf4Boxes<8>::kWarps;
   Nf4Division division = {};
   const int64_t tiles = ceil_div(weight.nrows, kRows), units = ceil_div(weight.ncols, kUnit);
   if (device.arch < 900 || device.own_arch != 900 || weight.block_size < kChunk ||
-      weight.ncols > kMaxColumns || weight.nrows > INT32_MAX / 2 || m < 2 ||
-      (m <= 8 && tiles < device.processors) ||
-      weight.nrows * weight.ncols < kElementsWorthIt * device.processors) {
+      weight.ncols > kMaxColumns || weight.nrows > INT32_MAX / 2 || m <= 4 ||
+      (m <= 8 && tiles < 4 * device.processors) ||
+      weight.nrows * weight.ncols < elements_worth_it * device.processors) {
     return division;
   }
   const int tokens = nf4_tokens(m);
@@ -182,8 +181,8 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
       expect_bytes(&filled[stage], B::kCodes + B::kX + (Boxed ? B::kScales : 0));
       copy_box(to, &matrix, place.unit * kBoxBytes, row, &filled[stage]);
       if constexpr (Boxed) {
-        copy_box(to + B::kCodes + B::kX, &scales, place.unit * (B::kRowScales / kPlainElement), row,
-                 &filled[stage]);
+        copy_box(to + B::kCodes + B::kX, &scales, place.unit * (kRowScales<float> / kPlainElement),
+                 row, &filled[stage]);
       }
     };
     Place ahead = first;
@@ -276,7 +275,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
         [[maybe_unused]] float scale = 0.0f;
         if constexpr (Boxed) {
           const float4 four = *reinterpret_cast<const float4*>(
-              ring + this_stage * B::kStage + B::kCodes + B::kX + row_here * B::kRowScales);
+              ring + this_stage * B::kStage + B::kCodes + B::kX + row_here * kRowScales<float>);
           scale_of[0] = mul(four.x, inputs.unit);
           scale_of[1] = mul(four.y, inputs.unit);
           scale_of[2] = mul(four.z, inputs.unit);

@@ -46,44 +46,40 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
   const auto inputs_of = [&](int chunk, const CodeWords& codes, float factor) {
     return Nf4Inputs{scales, log2_of(args.weight.block_size / chunk), codes, 1.0f / factor};
   };
-  const auto streamed = [&](auto* tile, auto* ring, const Nf4Inputs& inputs) {
+  const auto streamed = [&](auto* tile, const Nf4Inputs& inputs) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
-    using Ring = std::remove_pointer_t<decltype(ring)>;
     const bool overlap = args.overlap != 0;
-    return launch_streamed<Tile, Ring>(rows, inputs, device, kTableBytes, overlap, overlap, stream);
+    return launch_streamed<Tile, typename Tile::Ring>(rows, inputs, device, Tile::kMemory, overlap,
+                                                      overlap, stream);
   };
-  RowRing<Nf4Rows, 16, true>* const rows_of_16 = nullptr;
-  RowRing<Nf4Rows, 16, false>* const any_rows = nullptr;
   if (!uses_tensor_cores(args, device)) {
     const bool one_scale = args.weight.block_size >= kChunk;
     const Nf4Inputs inputs = inputs_of(one_scale ? kChunk : kGroup, float_words(codebook), 1.0f);
     if (boundaries && args.workspace != nullptr && has_nf4_tables(args.weight, device)) {
       return launch_nf4_tables<X>(rows, inputs, device, stream);
     }
-    const auto exact = [&](auto* tile, auto* ring) { return streamed(tile, ring, inputs); };
     constexpr int kMany = sizeof(typename X::Storage) == 4 ? 2 : 4;
     if (!one_scale) {
-      return exact(static_cast<Nf4ExactTile<X, kMany, false, false>*>(nullptr), any_rows);
+      return streamed(static_cast<Nf4ExactTile<X, kMany, false, false>*>(nullptr), inputs);
     }
     if (!boundaries || !loads_at_once(rows, 4)) {
-      return exact(static_cast<Nf4ExactTile<X, kMany, true, false>*>(nullptr), any_rows);
+      return streamed(static_cast<Nf4ExactTile<X, kMany, true, false>*>(nullptr), inputs);
     }
     if (args.m > 1) {
-      return exact(static_cast<Nf4ExactTile<X, kMany, true, true>*>(nullptr), rows_of_16);
+      return streamed(static_cast<Nf4ExactTile<X, kMany, true, true>*>(nullptr), inputs);
     }
-    return exact(static_cast<Nf4ExactTile<X, 1, true, true>*>(nullptr), rows_of_16);
+    return streamed(static_cast<Nf4ExactTile<X, 1, true, true>*>(nullptr), inputs);
   }
   if constexpr (!std::is_same_v<X, F32>) {
     const float factor = stretch<X>(args.weight.codebook);
     const int chunk = args.weight.block_size < kChunk ? kGroup : kChunk;
     const Nf4Inputs inputs = inputs_of(chunk, split_words<X>(codebook, factor), factor);
-    if (chunk == 32) {
-      return streamed(static_cast<Nf4Tile<X, 8, 32, false>*>(nullptr), any_rows, inputs);
+    if (chunk == kGroup) {
+      return streamed(static_cast<Nf4AnyTile<X, kGroup>*>(nullptr), inputs);
     }
     if (!boundaries || !loads_at_once(rows, 8)) {
-      return streamed(static_cast<Nf4Tile<X, 8, 64, false>*>(nullptr), any_rows, inputs);
+      return streamed(static_cast<Nf4AnyTile<X, kChunk>*>(nullptr), inputs);
     }
-    const auto regular = [&](auto* tile) { return streamed(tile, rows_of_16, inputs); };
     const Nf4Division division = divide_nf4(args.weight, args.m, device);
     if (args.workspace != nullptr && division.bytes > 0) {
       const int tokens = nf4_tokens(args.m);
@@ -92,10 +88,20 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
                                                : launch_nf4_sm90<X, 32>;
       return launch_some(rows, inputs, division, device, stream);
     }
-    if (args.m == 1) return regular(static_cast<Nf4TokenTile<X>*>(nullptr));
-    if (args.m > 16) return regular(static_cast<Nf4Tile<X, 32, 64, true>*>(nullptr));
-    if (args.m > 8) return regular(static_cast<Nf4Tile<X, 16, 64, true>*>(nullptr));
-    return regular(static_cast<Nf4Tile<X, 8, 64, true>*>(nullptr));
+    const auto regular = [&](auto tokens) {
+      constexpr int kTokens = decltype(tokens)::value;
+      if (can_copy_scales<float>(rows, inputs)) {
+        return streamed(static_cast<Nf4RegularTile<X, kTokens, float>*>(nullptr), inputs);
+      }
+      if (can_copy_scales<uint8_t>(rows, inputs)) {
+        return streamed(static_cast<Nf4RegularTile<X, kTokens, uint8_t>*>(nullptr), inputs);
+      }
+      return streamed(static_cast<Nf4RegularTile<X, kTokens, void>*>(nullptr), inputs);
+    };
+    if (args.m == 1) return regular(std::integral_constant<int, 1>{});
+    if (args.m > 16) return regular(std::integral_constant<int, 32>{});
+    if (args.m > 8) return regular(std::integral_constant<int, 16>{});
+    return regular(std::integral_constant<int, 8>{});
   }
   return BCY_ERROR_UNSUPPORTED_TYPE;
 }

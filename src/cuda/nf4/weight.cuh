@@ -44,7 +44,10 @@ struct Scales {
   };
   __device__ __forceinline__ Loaded load(int64_t block) const {
     if (nested_absmax == nullptr) return {static_cast<const uint32_t*>(absmax)[block], 0.0f};
-    return {static_cast<const uint8_t*>(absmax)[block], nested_absmax[block >> nested_shift]};
+    return {static_cast<const uint8_t*>(absmax)[block], nested_of(block)};
+  }
+  __device__ __forceinline__ float nested_of(int64_t block) const {
+    return nested_absmax[block >> nested_shift];
   }
   __device__ __forceinline__ float decode(Loaded loaded) const {
     if (nested_absmax == nullptr) return as_float(loaded.bits);

@@ -42,15 +42,19 @@ BCY_INLINE int stage_element(float x, GroupScale group) {
   return int(u < -127.0f ? -127.0f : u > 127.0f ? 127.0f : u);
 }
 
-// To 24 bits, which is called fine, for products of float activations. The scale is a power of two:
-// what has few bits, as float16 has, stays exact unless it is far below the largest.
-BCY_INLINE GroupScale fine_group_scale(float largest_magnitude, bool all_finite) {
+// To a sign and Bits bits, by a power of two: what has few bits, as float16 has, stays exact unless
+// it is far below the largest.
+template <int Bits>
+BCY_INLINE GroupScale binary_scale(float largest_magnitude, bool all_finite) {
   if (!all_finite) return {as_float(0x7fc00000u), 0.0f};
   uint32_t exponent = as_bits(largest_magnitude) >> 23;
   if (exponent < 23) exponent = 23;  // below 2^-104: both factors stay normal
-  return {as_float((exponent - 22) << 23), as_float((276 - exponent) << 23)};
+  constexpr int kShift = Bits - 1;
+  return {as_float((exponent - kShift) << 23), as_float((254 + kShift - exponent) << 23)};
 }
 
+// To 24 bits, which is called fine, for products of float activations.
+constexpr int kFineBits = 23;  // of a magnitude
 BCY_INLINE int fine_element(float x, GroupScale group) {
   if (group.inverse == 0.0f) return 0;
   const int code = int(round_to_even(mul(x, group.inverse)));  // at most 2^23
@@ -61,16 +65,8 @@ BCY_INLINE int fine_element(float x, GroupScale group) {
 BCY_INLINE float staged_sum(GroupScale group, int sum) { return mul(group.scale, float(sum)); }
 
 // Where minima are integers, the staged sums of a unit become integers of 14 bits too, each x
-// rint(x * inverse), so that products with minima are added as integers. The scale is a power of
-// two.
+// rint(x * inverse), so that products with minima are added as integers.
 constexpr int kSumBits = 13;  // of a magnitude
-BCY_INLINE GroupScale sums_scale(float largest_magnitude, bool all_finite) {
-  if (!all_finite) return {as_float(0x7fc00000u), 0.0f};
-  uint32_t exponent = as_bits(largest_magnitude) >> 23;
-  if (exponent < 23) exponent = 23;  // below 2^-104: both factors stay normal
-  constexpr int kShift = kSumBits - 1;
-  return {as_float((exponent - kShift) << 23), as_float((254 + kShift - exponent) << 23)};
-}
 
 BCY_INLINE int sum_to_integer(float sum, GroupScale unit) {
   if (unit.inverse == 0.0f) return 0;

@@ -7,9 +7,8 @@
 
 namespace bcy {
 
-struct Q4_K {
+struct Q4_K : KScales {
   static constexpr int kId = 12, kElements = 256, kBytes = 144, kAlignment = 2;
-  static constexpr int kScaleElements = 32, kMinima = 1;
   static constexpr bool kUnsignedCodes = true;
 
   // High nibbles stay where they are in their byte: the codes of odd groups are 16 q.
@@ -18,22 +17,6 @@ struct Q4_K {
     return block.load32(16 + 32 * (group / 2) + 16 * half, 4 * word) & 0x0f0f0f0fu << shift(group);
   }
   static BCY_INLINE constexpr int shift(int group) { return 4 * (group & 1); }
-  template <class Block>
-  static BCY_INLINE float scale(Block block, int group) {
-    return mul(block.load_half(0), byte_to_float(k_scales(block, group), group % 4));
-  }
-  template <class Block>
-  static BCY_INLINE uint32_t minima(Block block, int word) {
-    return k_minima(block, 4 * word);
-  }
-  template <class Block>
-  static BCY_INLINE float minimum_scale(Block block) {
-    return -block.load_half(2);
-  }
-  template <class Block>
-  static BCY_INLINE float minimum(Block block, int group, int) {
-    return mul(minimum_scale(block), byte_to_float(minima(block, group / 4), group % 4));
-  }
 };
 
 }  // namespace bcy

@@ -7,9 +7,8 @@
 
 namespace bcy {
 
-struct Q5_K {
+struct Q5_K : KScales {
   static constexpr int kId = 13, kElements = 256, kBytes = 176, kAlignment = 2;
-  static constexpr int kScaleElements = 32, kMinima = 1;
   static constexpr bool kUnsignedCodes = false;
 
   template <class Block>
@@ -21,22 +20,6 @@ struct Q5_K {
     return (low & 0x0f0f0f0fu) | (high & 0x10101010u);
   }
   static BCY_INLINE constexpr int shift(int) { return 0; }
-  template <class Block>
-  static BCY_INLINE float scale(Block block, int group) {
-    return mul(block.load_half(0), byte_to_float(k_scales(block, group), group % 4));
-  }
-  template <class Block>
-  static BCY_INLINE uint32_t minima(Block block, int word) {
-    return k_minima(block, 4 * word);
-  }
-  template <class Block>
-  static BCY_INLINE float minimum_scale(Block block) {
-    return -block.load_half(2);
-  }
-  template <class Block>
-  static BCY_INLINE float minimum(Block block, int group, int) {
-    return mul(minimum_scale(block), byte_to_float(minima(block, group / 4), group % 4));
-  }
 };
 
 }  // namespace bcy
