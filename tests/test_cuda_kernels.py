@@ -52,7 +52,7 @@ def test_many_rows(cpu, gpu, name, m):
     )
     nrows = 3 * 32 * _cuda.multiprocessors() + 5  # the last box is cut
     expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
-    if m > 16:
+    if m > 8:
         nrows = 32 * _cuda.multiprocessors() - 3  # two tiles of 16 rows for each multiprocessor
         expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
 
@@ -137,12 +137,15 @@ def test_many_rows_without_columns(gpu, m):
         np.testing.assert_array_equal(bits(y), 0)
 
 
-@pytest.mark.parametrize("m", [1, 2, 5, 16, 33])
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 16, 33])
 @pytest.mark.parametrize("name", FORMATS)
 def test_ends_of_rows(cpu, gpu, name, m):
     for ncols in widths(name):
         expect_same_bits(cpu, gpu, problems.staged_plan, name, 33, ncols, m)
         expect_same_bits(cpu, gpu, problems.float_plan, name, 33, ncols, min(m, 5))
+        if m in (2, 3, 16):  # not by 16 rows to a thread block
+            nrows = 16 * _cuda.multiprocessors() + 3
+            expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "MXFP4"])

@@ -17,11 +17,13 @@ namespace bcy {
 // Of all tokens, which lie in shared memory, each in records of its own.
 constexpr int64_t kMostStagedInLanes = 64 << 10;
 
-// Whether a product takes lanes. Then its activations are staged in records of single tokens.
+// Whether a product takes lanes. Then its activations are staged in records of single tokens. Where
+// rows are few, tensor cores take as little time for two tokens, with 16 rows a thread block.
 template <class Format>
 bool takes_lanes(const ProductArgs& args, const Device& device) {
   return device.arch >= LaneRing<Format>::kOldestArch && args.m <= kLaneTokens<Format> &&
          args.ncols > 0 && rows_on_boundaries<Format>(args) &&
+         (args.m == 1 || !has_few_rows(args, device)) &&
          args.nrows <= INT32_MAX &&  // places in boxes
          args.m * staged_bytes<Format>(args.ncols, 1) <= kMostStagedInLanes;
 }

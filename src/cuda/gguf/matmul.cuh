@@ -407,7 +407,7 @@ int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) 
     staging.beside = geometry.beside;
     staging.late = geometry.ahead < geometry.stages;
   } else if (args.m > 1) {
-    staging.spread |= args.nrows <= int64_t{kTileRows} * device.processors;
+    staging.spread |= has_few_rows(args, device);
     return gguf_stage<StagedRecord<kTileTokens, kSums>>(args, staging, stream);
   }
   return gguf_stage<StagedRecord<1, kSums>>(args, staging, stream);
@@ -483,8 +483,7 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   };
   BoxRing<Format, 32>* const boxes = nullptr;
   const auto by_rows = [&](auto* tile) { return streamed(tile, rows_for(tile)); };
-  // Two tiles of rows would leave multiprocessors without any.
-  const bool few_rows = args.nrows <= int64_t{kTileRows} * device.processors;
+  const bool few_rows = has_few_rows(args, device);
   if (args.m > 16) {
     // One tile of rows for 32 tokens: their activations are more than the L1 cache holds, and more
     // than the weights.

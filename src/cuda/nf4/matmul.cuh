@@ -146,18 +146,17 @@ struct Nf4TokenSums {
 
 // Rows on boundaries of 16 bytes, and activations of which eight from a multiple of eight on are.
 // Absmax: of scales that can be copied; void: they are loaded.
-template <int Tokens, class Absmax>
+template <int Rows, class Absmax>
 struct Nf4Regular {
-  // Twice as many share what is read of the activations where registers have room for them.
-  static constexpr int kRows = Tokens == 16 ? 32 : 16;
+  static constexpr int kRows = Rows;
   static constexpr int kChunk = bcy::kChunk;
   using UnitScales = CopiedScales<kRows, Absmax>;
   using Ring = ScaledRowRing<kRows, Absmax>;
   static constexpr bool kAtOnce = true;
 };
-template <int Tokens>
-struct Nf4Regular<Tokens, void> {
-  static constexpr int kRows = Nf4Regular<Tokens, float>::kRows;
+template <int Rows>
+struct Nf4Regular<Rows, void> {
+  static constexpr int kRows = Rows;
   static constexpr int kChunk = bcy::kChunk;
   using UnitScales = LoadedScales<kRows, kChunk>;
   using Ring = RowRing<Nf4Rows, kRows, true>;
@@ -337,9 +336,9 @@ class Nf4Tile : public Nf4TileBase<Tokens, From> {
   Nf4Sums<X, kRows / 8, kTiles, From::kChunk> sums_;
 };
 
-template <class X, int Tokens, class Absmax>
-using Nf4RegularTile = std::conditional_t<Tokens == 1, Nf4TokenTile<X, Nf4Regular<Tokens, Absmax>>,
-                                          Nf4Tile<X, Tokens, Nf4Regular<Tokens, Absmax>>>;
+template <class X, int Tokens, int Rows, class Absmax>
+using Nf4RegularTile = std::conditional_t<Tokens == 1, Nf4TokenTile<X, Nf4Regular<Rows, Absmax>>,
+                                          Nf4Tile<X, Tokens, Nf4Regular<Rows, Absmax>>>;
 template <class X, int Chunk>
 using Nf4AnyTile = Nf4Tile<X, 8, Nf4Any<Chunk>>;
 
