@@ -710,11 +710,11 @@ def assert_has_workspace(plan):
 @pytest.mark.parametrize(("m", "activation"), [(8, "float16"), (13, "bfloat16"), (33, "float16")])
 def test_many_rows(m, activation):
     """Tiles of rows, several to a thread block, have the bits few rows have by another kernel."""
-    backend, some = Backend("cuda"), 500
+    backend, some = Backend("cuda"), 512
     # Less than a unit; scales are not boxed, and are.
-    for k in (192, 832, 1024):
+    for k, nested in ((192, None), (832, 256), (1024, None), (1024, 256)):
         n = max(4 * 128 * _cuda.multiprocessors() - 5, MANY * _cuda.multiprocessors() // k + 1)
-        whole = Nf4Weight(n, k)
+        whole = Nf4Weight(n, k, nested=nested)
         x = random_activations(m, k, activation)
         assert_has_workspace(whole.plan("cuda", m, activation))
         got = whole.product(backend, x)
@@ -722,23 +722,29 @@ def test_many_rows(m, activation):
             part = Nf4Weight(min(some, n - first), k)
             part.data = whole.data[first * k // 2 :][: part.n * k // 2]
             part.absmax = whole.absmax[first * k // 64 :][: part.n * k // 64]
+            if nested:
+                code, scales, offset, block = whole.nested
+                begin, count = first * k // 64 // block, -(-len(part.absmax) // block)
+                part.nested = (code, scales[begin : begin + count], offset, block)
             want = part.product(backend, x)
             np.testing.assert_array_equal(bits(got[:, first : first + some]), bits(want))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("block_size", "nested"), [(64, None), (64, 256), (128, None)])
+@pytest.mark.parametrize(
+    ("block_size", "nested", "part"), [(64, None, 0), (64, 256, 0), (64, 256, 64), (128, None, 0)]
+)
 @pytest.mark.parametrize(
     ("share", "m"),
     [(0, 20), (1 / 8, 20), (1 / 4, 12), (3 / 8, 9)],
     ids=["by 8", "by 8 too", "by 4", "by 2"],
 )
-def test_blocks_that_divide_k(share, m, block_size, nested):
+def test_blocks_that_divide_k(share, m, block_size, nested, part):
     """Rows for a share of the multiprocessors: blocks divide K, and meet in the workspace."""
     backend = Backend("cuda")
     n = 128 * max(1, int(share * _cuda.multiprocessors())) - 7
-    # Whole units of 256, whose scales are boxed, and not.
-    k = (max(MANY * _cuda.multiprocessors() // n, 12800) // 256 + 1) * 256 + (64 if nested else 0)
+    # Whole units, four for a box of nested scales, and not.
+    k = (max(MANY * _cuda.multiprocessors() // n, 12800) // 1024 + 1) * 1024 + part
     weight = Nf4Weight(n, k, block_size, nested=nested)
     x = random_activations(m, k, "float16")
     bias = bias_of(n, "float32")

@@ -287,8 +287,13 @@ int launch_nf4_tables(const ProductArgs& args, const Nf4Inputs& inputs, const De
                                               args.nrows, kBoxBytes, T::kRows, false, codes)) {
     return status;
   }
-  bool boxed;
-  if (const int status = describe_scales(args, inputs, T::kRows, scales, boxed)) return status;
+  const bool boxed = can_copy_scales<float>(args, inputs);
+  if (boxed) {
+    const int bytes = kRowScales<float>;
+    if (const int status = describe_scales<float>(args, inputs, bytes, T::kRows, scales)) {
+      return status;
+    }
+  }
   auto* const kernel = boxed ? nf4_units_sm90<X, true> : nf4_units_sm90<X, false>;
   if (const int status = allow_shared(kernel, device)) return status;
   const int64_t units = ceil_div(args.ncols, kUnit);

@@ -29,7 +29,8 @@ struct Nf4Boxes {
   // Bytes of a stage of the ring, a unit: codes, activations, scales.
   static constexpr int kCodes = kRows * kBoxBytes;
   static constexpr int kX = kUnitChunks * kWarpgroupX<Tokens>;
-  static constexpr int kScales = kRows * kRowScales<float>;
+  static constexpr int kRowScales = 16;  // what the copy engine copies at least
+  static constexpr int kScales = kRows * kRowScales;
   static constexpr int kStage = kCodes + kX + kScales;
   static_assert(kWarpgroupElements == kChunk);
   static_assert(kStage % 1024 == 0);  // a swizzled box begins at a multiple of its pattern
@@ -38,10 +39,11 @@ struct Nf4Boxes {
   static constexpr int kMany = 112, kFew = 24;
   static_assert(kConsumers * kMany + 128 * kFew <= 65536 / kThreads / 8 * 8 * kThreads);
 
-  // Offsets: barriers, the table, the ring.
-  static constexpr int kTable = 1024;
+  // Offsets: barriers, the code of nested scales, the table, the ring.
+  static constexpr int kCode = 1024;
+  static constexpr int kTable = 2048;
   static constexpr int kRing = kTable + kTableBytes;
-  static_assert(2 * kMaxStages * sizeof(uint64_t) <= kTable && kRing % 1024 == 0);
+  static_assert(2 * kMaxStages * sizeof(uint64_t) <= kCode && kRing % 1024 == 0);
 
   static constexpr int kSums = Tokens / 4;  // of a lane
 };
@@ -124,7 +126,7 @@ __global__ void nf4_stage(const __grid_constant__ ProductArgs args, int64_t grou
 
 // sums, counts: used where several blocks divide K, each of which has units. Item i is part i %
 // blocks of tile i / blocks.
-template <class X, int Tokens, bool Boxed>
+template <class X, int Tokens, class Absmax>
 __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
     nf4_product_sm90(const __grid_constant__ ProductArgs args,
                      const __grid_constant__ Nf4Inputs inputs,
@@ -134,6 +136,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using B = Nf4Boxes<Tokens>;
   constexpr int kTiles = Tokens / 8;
+  constexpr bool kBoxed = !std::is_void_v<Absmax>, kFloats = std::is_same_v<Absmax, float>;
   BCY_DYNAMIC_SHARED(shared);
   auto* const filled = reinterpret_cast<uint64_t*>(shared);
   uint64_t* const emptied = filled + kMaxStages;
@@ -178,11 +181,12 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
     const auto copy_weights = [&](const Place& place, int stage) {
       uint8_t* const to = ring + stage * B::kStage;
       const int row = place.item / blocks * B::kRows;
-      expect_bytes(&filled[stage], B::kCodes + B::kX + (Boxed ? B::kScales : 0));
+      expect_bytes(&filled[stage], B::kCodes + B::kX + (kBoxed ? B::kScales : 0));
       copy_box(to, &matrix, place.unit * kBoxBytes, row, &filled[stage]);
-      if constexpr (Boxed) {
-        copy_box(to + B::kCodes + B::kX, &scales, place.unit * (kRowScales<float> / kPlainElement),
-                 row, &filled[stage]);
+      if constexpr (kBoxed) {
+        const int box = place.unit * kRowScales<Absmax> / B::kRowScales;
+        copy_box(to + B::kCodes + B::kX, &scales, box * (B::kRowScales / kPlainElement), row,
+                 &filled[stage]);
       }
     };
     Place ahead = first;
@@ -208,7 +212,8 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
   take_registers<B::kMany>();
 
   const int row_here = warp * 8 + lane / 4;  // in a tile
-  // Scales that are not boxed: lane t has that of chunk t of its row, loaded a unit ahead.
+  // Scales that are no floats in boxes: lane t has that of chunk t of its row, and loads what is
+  // not in a box a unit ahead.
   [[maybe_unused]] typename Scales::Loaded loaded = {0, 0.0f};
   [[maybe_unused]] Place ahead = first;
   [[maybe_unused]] const auto load_scale = [&] {
@@ -217,11 +222,20 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
     const int row = ahead.item / blocks * B::kRows + row_here;
     const int chunk = ahead.unit * kUnitChunks + lane % 4, chunks = int(args.ncols / kChunk);
     if (row < nrows && chunk < chunks) {
-      loaded = inputs.scales.load((int64_t{row} * chunks + chunk) >> inputs.shift);
+      const int64_t block = (int64_t{row} * chunks + chunk) >> inputs.shift;
+      if constexpr (kBoxed) {
+        loaded.nested = inputs.scales.nested_of(block);
+      } else {
+        loaded = inputs.scales.load(block);
+      }
     }
     advance(ahead);
   };
-  if constexpr (!Boxed) load_scale();
+  auto* const code = reinterpret_cast<float*>(shared + B::kCode);
+  if constexpr (!kFloats) load_scale();
+  if (kBoxed && !kFloats && threadIdx.x < 256) {
+    code[threadIdx.x] = inputs.scales.nested_code[threadIdx.x];
+  }
   fill_table<B::kConsumers>(shared + B::kTable, inputs.codes, pair_of_halves);
   consumers_sync<B::kConsumers>();
 
@@ -273,15 +287,22 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
         const uint32_t stage_at = ring_at + this_stage * B::kStage;
         float scale_of[kUnitChunks];
         [[maybe_unused]] float scale = 0.0f;
-        if constexpr (Boxed) {
-          const float4 four = *reinterpret_cast<const float4*>(
-              ring + this_stage * B::kStage + B::kCodes + B::kX + row_here * kRowScales<float>);
+        [[maybe_unused]] const uint8_t* const scales_at =
+            ring + this_stage * B::kStage + B::kCodes + B::kX + row_here * B::kRowScales;
+        if constexpr (kFloats) {
+          const float4 four = *reinterpret_cast<const float4*>(scales_at);
           scale_of[0] = mul(four.x, inputs.unit);
           scale_of[1] = mul(four.y, inputs.unit);
           scale_of[2] = mul(four.z, inputs.unit);
           scale_of[3] = mul(four.w, inputs.unit);
         } else {
-          scale = mul(inputs.scales.decode(loaded), inputs.unit);
+          if constexpr (kBoxed) {
+            const int first = unit * kUnitChunks % B::kRowScales;
+            scale = inputs.scales.decode(code[scales_at[first + lane % 4]], loaded.nested);
+          } else {
+            scale = inputs.scales.decode(loaded);
+          }
+          scale = mul(scale, inputs.unit);
           load_scale();
         }
         advance(next);
@@ -300,7 +321,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
             barrier_wait(&filled[stage], phase);
             decode(ring_at + stage * B::kStage, 0, parts[0]);
           }
-          if constexpr (!Boxed) {
+          if constexpr (!kFloats) {
             scale_of[chunk] = __shfl_sync(~0u, scale, (lane & 28) + chunk);
           }
           warpgroup_wait<Tokens>(products);
@@ -331,10 +352,19 @@ int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4D
                                         B::kRows, false, codes)) {
     return status;
   }
-  bool boxed = false;
-  if (const int status = describe_scales(args, inputs, B::kRows, scales, boxed)) return status;
-  auto* const kernel =
-      boxed ? nf4_product_sm90<X, Tokens, true> : nf4_product_sm90<X, Tokens, false>;
+  auto* kernel = nf4_product_sm90<X, Tokens, void>;
+  const auto box_scales = [&](auto absmax) {
+    using Absmax = decltype(absmax);
+    kernel = nf4_product_sm90<X, Tokens, Absmax>;
+    return describe_scales<Absmax>(args, inputs, B::kRowScales, B::kRows, scales);
+  };
+  int status = BCY_OK;
+  if (can_copy_scales<float>(args, inputs)) {
+    status = box_scales(float{});
+  } else if (can_copy_scales<uint8_t>(args, inputs)) {
+    status = box_scales(uint8_t{});
+  }
+  if (status != BCY_OK) return status;
   if (const int status = allow_shared(kernel, device)) return status;
 
   auto* const workspace = static_cast<uint8_t*>(args.workspace);

@@ -31,14 +31,13 @@ bool can_copy_scales(const ProductArgs& args, const Nf4Inputs& inputs) {
          reinterpret_cast<uintptr_t>(inputs.scales.absmax) % 16 == 0;
 }
 
-// Describes the scales of a row's units to the copy engine, in boxes of four by `rows`, if they can
-// be copied.
-inline int describe_scales(const ProductArgs& args, const Nf4Inputs& inputs, int rows,
-                           CUtensorMap& scales, bool& boxed) {
-  boxed = can_copy_scales<float>(args, inputs);
-  if (!boxed) return BCY_OK;
-  return describe_plain_boxes(inputs.scales.absmax, args.ncols / kChunk * int64_t(sizeof(float)),
-                              args.nrows, kRowScales<float>, rows, true, scales);
+// Describes scales that can be copied to the copy engine, in boxes of `bytes` by `rows`.
+template <class Absmax>
+int describe_scales(const ProductArgs& args, const Nf4Inputs& inputs, int bytes, int rows,
+                    CUtensorMap& scales) {
+  const int64_t bytes_of_row = args.ncols / kChunk * int64_t(sizeof(Absmax));
+  return describe_plain_boxes(inputs.scales.absmax, bytes_of_row, args.nrows, bytes, rows, true,
+                              scales);
 }
 
 // The ring of rows with their scales behind a round of each.
@@ -161,7 +160,7 @@ class CopiedScales : public LaneScales<Rows, kChunk> {
       load(inputs, 0);
     }
     __device__ __forceinline__ float decode(const Nf4Inputs& inputs, int i, uint8_t value) const {
-      return add(mul(code[value], absmax[i]), inputs.scales.nested_offset);
+      return inputs.scales.decode(code[value], absmax[i]);
     }
     __device__ __forceinline__ void advance(const Nf4Inputs& inputs, int round, int next,
                                             int64_t following) {

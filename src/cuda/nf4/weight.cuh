@@ -51,7 +51,10 @@ struct Scales {
   }
   __device__ __forceinline__ float decode(Loaded loaded) const {
     if (nested_absmax == nullptr) return as_float(loaded.bits);
-    return add(mul(nested_code[loaded.bits], loaded.nested), nested_offset);
+    return decode(nested_code[loaded.bits], loaded.nested);
+  }
+  __device__ __forceinline__ float decode(float value, float nested) const {
+    return add(mul(value, nested), nested_offset);
   }
   __device__ __forceinline__ float operator[](int64_t block) const { return decode(load(block)); }
 
