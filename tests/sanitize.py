@@ -21,8 +21,14 @@ MANY_TOKENS = [
     ("Q2_K", 20, 256 * _cuda.multiprocessors() - 5, 2048),
     ("Q4_1", 40, 32 * _cuda.multiprocessors() - 7, 7168),
 ]
-# Rows and columns of NF4 that are enough for boxes of 128 rows: four to a thread block, or parts.
-MANY_NF4 = [(512 * _cuda.multiprocessors() - 5, 832), (32 * _cuda.multiprocessors() - 7, 6656)]
+# Rows and columns of NF4, and tokens: boxes of 128 rows, four to a thread block, or parts of one,
+# and tiles of 16 or 32 rows, several to a thread block.
+MANY_NF4 = {
+    (512 * _cuda.multiprocessors() - 5, 832): (5, 16, 32),
+    (32 * _cuda.multiprocessors() - 7, 7168): (20,),
+    (80 * _cuda.multiprocessors() + 5, 1024): (1, 16),
+}
+BOXED_NF4 = list(MANY_NF4)[:2]
 
 
 def columns(block_format):
@@ -81,8 +87,9 @@ def nf4_weights(rng):
         few = rng.standard_normal((NROWS, ncols), np.float32)
         x = np.resize(few, (nrows, ncols))
         yield x, bcy.quantize(x, "nf4", block_size=block_size)
-        if nrows == NROWS:
+        if nrows == NROWS or ncols % 1024 == 0:
             yield x, bcy.quantize(x, "fp4", block_size=block_size, nested=True)
+        if nrows == NROWS:
             yield x[:-1], bcy.quantize(x[:-1], "nf4", block_size=block_size).to_layout("row_pair")
 
 
@@ -118,9 +125,9 @@ def nf4_cases(rng):
             pairs.append((np.asarray(w.data).ravel(), np.asarray(packed.data).ravel()))
             pairs.append((np.asarray(w.absmax).ravel(), np.asarray(packed.absmax).ravel()))
         kinds, tokens = ("float32", "float16"), (1, 5, 13, 33)
-        many = (w.nrows, w.ncols) in MANY_NF4
-        if many:
-            kinds, tokens = ("float16",), (1, 5, 16, 32) if w.ncols < 1024 else (20,)
+        boxed = (w.nrows, w.ncols) in BOXED_NF4
+        if (w.nrows, w.ncols) in MANY_NF4:
+            kinds, tokens = ("float16",), MANY_NF4[w.nrows, w.ncols]
         for kind in kinds:
             for m in tokens:
                 x = rng.standard_normal((m, w.ncols), np.float32).astype(kind)
@@ -133,7 +140,7 @@ def nf4_cases(rng):
                 if not error < 1e-5:
                     sys.exit(f"{w!r}, m={m}, {kind}: relative error {error}")
                 plan = there.plan(m, x.dtype, "float32")
-                if plan.sku.arch == 90 and many and m > 1 and not plan.workspace_size:
+                if plan.sku.arch == 90 and boxed and not plan.workspace_size:
                     sys.exit(f"{w!r}, m={m}: too few weights for the kernel that is meant")
                 if plan.workspace_size:
                     pairs.append((default, nf4_product(there, x, "float32", None, lend=True)))

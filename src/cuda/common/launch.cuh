@@ -101,6 +101,11 @@ struct Device {
   int shared_reserved;       // of each block
 };
 
+// Whether tiles of 32 rows leave half of the multiprocessors without one.
+inline bool has_few_rows(const ProductArgs& args, const Device& device) {
+  return args.nrows <= 16 * int64_t{device.processors};
+}
+
 // Looks a device up once in the process; it is current.
 int look_at_device(int device, Device& found);
 

@@ -363,11 +363,6 @@ int launch_streamed(const ProductArgs& args, const typename Tile::Inputs& inputs
                 geometry.ahead, next_at_once);
 }
 
-// Whether tiles of 32 rows leave half of the multiprocessors without one.
-inline bool has_few_rows(const ProductArgs& args, const Device& device) {
-  return args.nrows <= int64_t{kTileRows} * device.processors;
-}
-
 template <class Tile>
 int launch_direct(const Tile*, const ProductArgs& args, const typename Tile::Inputs& inputs,
                   cudaStream_t stream) {

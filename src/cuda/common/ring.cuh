@@ -4,7 +4,7 @@
 // A Ring is a struct with
 //   Source                  what fetch needs besides the arguments, made by the launcher
 //   kOldestArch, kStageBytes
-//   describe(args, inputs, source)
+//   describe(args, inputs, source)   by the launcher
 //   fetch(args, source, first_row, round, to, filled)   by one warp: starts the copies of a round
 //   Lane(args, first_row)   a consumer's place; rows(stage) gives the first byte of this warp's
 //   unit
@@ -14,7 +14,7 @@
 // read without bank conflicts; it copies fastest. RowRing copies row by row, to rows that are
 // padded for the same end; it takes rows at any address. Two more give each lane a row of its own:
 // LaneBoxRing, boxes as those of BoxRing, and LaneRowRing, which copies whole rows, for units that
-// begin at odd places.
+// begin at odd places. nf4/tile.cuh has one that copies scales beside rows.
 #pragma once
 
 #include <cuda.h>

@@ -18,7 +18,7 @@ namespace bcy {
 constexpr int64_t kMostStagedInLanes = 64 << 10;
 
 // Whether a product takes lanes. Then its activations are staged in records of single tokens. Where
-// rows are few, tensor cores take as little time for two tokens, with 16 rows a thread block.
+// rows are few, several tokens take less time on tensor cores, with 16 rows a thread block.
 template <class Format>
 bool takes_lanes(const ProductArgs& args, const Device& device) {
   return device.arch >= LaneRing<Format>::kOldestArch && args.m <= kLaneTokens<Format> &&

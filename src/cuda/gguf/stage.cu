@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kWarps = 4;
 
-// Where the registers of products leave these blocks no room beside theirs, or products are so few
-// that most multiprocessors are free, all of these would crowd on the first that they come to. Each
-// then asks for shared memory, of which Hopper's multiprocessors have enough for five.
+// Where the registers of products leave these blocks no room beside theirs, or rows are so few that
+// half of the multiprocessors are free, all of these would crowd on the first that they come to.
+// Each then asks for shared memory, of which Hopper's multiprocessors have enough for five.
 constexpr int kSpread = 44 << 10;
 
 template <class Record>

@@ -155,9 +155,9 @@ bool stages_inside(const ProductArgs& args, const Device& device) {
   if (device.arch < 800 || args.m > 2) return false;
   if (args.m == 1) return args.ncols <= kMostFused<Format>;
   constexpr bool kSmall = kUnitBytes<Format> <= 160;  // or there is no room beside it
-  const int64_t tiles = ceil_div(args.nrows, 32);
   return kSmall && kLaneTokens<Format> > 1 && device.arch >= 900 && args.overlap != 0 &&
-         args.ncols <= 4096 && tiles <= device.processors && 2 * tiles > device.processors;
+         args.ncols <= 4096 && args.nrows <= 32 * int64_t{device.processors} &&
+         !has_few_rows(args, device);
 }
 
 struct Staged {

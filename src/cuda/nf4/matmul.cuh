@@ -150,16 +150,11 @@ template <int Rows, class Absmax>
 struct Nf4Regular {
   static constexpr int kRows = Rows;
   static constexpr int kChunk = bcy::kChunk;
-  using UnitScales = CopiedScales<kRows, Absmax>;
-  using Ring = ScaledRowRing<kRows, Absmax>;
-  static constexpr bool kAtOnce = true;
-};
-template <int Rows>
-struct Nf4Regular<Rows, void> {
-  static constexpr int kRows = Rows;
-  static constexpr int kChunk = bcy::kChunk;
-  using UnitScales = LoadedScales<kRows, kChunk>;
-  using Ring = RowRing<Nf4Rows, kRows, true>;
+  static constexpr bool kCopied = !std::is_void_v<Absmax>;
+  using UnitScales =
+      std::conditional_t<kCopied, CopiedScales<Rows, Absmax>, LoadedScales<Rows, kChunk>>;
+  using Ring =
+      std::conditional_t<kCopied, ScaledRowRing<Rows, Absmax>, RowRing<Nf4Rows, Rows, true>>;
   static constexpr bool kAtOnce = true;
 };
 // Any addresses. Chunk: 32 or 64, what lies in one block of the weight.

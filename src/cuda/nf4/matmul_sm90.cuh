@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product of matmul.cuh for many rows and several tokens on Hopper: the same bits.
+// The product of matmul.cuh for many rows and more than four tokens on Hopper: the same bits.
 //
 // A thread block takes 128 rows and some units of K, one after the other. Each of its four
 // warpgroups has 32 rows, 8 to a warp, whose high and low parts are the 16 of an instruction. The
@@ -29,8 +29,11 @@ struct Nf4Boxes {
   // Bytes of a stage of the ring, a unit: codes, activations, scales.
   static constexpr int kCodes = kRows * kBoxBytes;
   static constexpr int kX = kUnitChunks * kWarpgroupX<Tokens>;
-  static constexpr int kRowScales = 16;  // what the copy engine copies at least
-  static constexpr int kScales = kRows * kRowScales;
+  // Of a row's scales: the least that the copy engine copies, a unit's floats or the codes of
+  // nested ones of four units.
+  static constexpr int kScaleBox = 16;
+  static_assert(kRowScales<float> == kScaleBox);
+  static constexpr int kScales = kRows * kScaleBox;
   static constexpr int kStage = kCodes + kX + kScales;
   static_assert(kWarpgroupElements == kChunk);
   static_assert(kStage % 1024 == 0);  // a swizzled box begins at a multiple of its pattern
@@ -184,8 +187,8 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
       expect_bytes(&filled[stage], B::kCodes + B::kX + (kBoxed ? B::kScales : 0));
       copy_box(to, &matrix, place.unit * kBoxBytes, row, &filled[stage]);
       if constexpr (kBoxed) {
-        const int box = place.unit * kRowScales<Absmax> / B::kRowScales;
-        copy_box(to + B::kCodes + B::kX, &scales, box * (B::kRowScales / kPlainElement), row,
+        const int box = place.unit * kRowScales<Absmax> / B::kScaleBox;
+        copy_box(to + B::kCodes + B::kX, &scales, box * (B::kScaleBox / kPlainElement), row,
                  &filled[stage]);
       }
     };
@@ -288,7 +291,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
         float scale_of[kUnitChunks];
         [[maybe_unused]] float scale = 0.0f;
         [[maybe_unused]] const uint8_t* const scales_at =
-            ring + this_stage * B::kStage + B::kCodes + B::kX + row_here * B::kRowScales;
+            ring + this_stage * B::kStage + B::kCodes + B::kX + row_here * B::kScaleBox;
         if constexpr (kFloats) {
           const float4 four = *reinterpret_cast<const float4*>(scales_at);
           scale_of[0] = mul(four.x, inputs.unit);
@@ -297,7 +300,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
           scale_of[3] = mul(four.w, inputs.unit);
         } else {
           if constexpr (kBoxed) {
-            const int first = unit * kUnitChunks % B::kRowScales;
+            const int first = unit * kUnitChunks % B::kScaleBox;
             scale = inputs.scales.decode(code[scales_at[first + lane % 4]], loaded.nested);
           } else {
             scale = inputs.scales.decode(loaded);
@@ -353,17 +356,12 @@ int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4D
     return status;
   }
   auto* kernel = nf4_product_sm90<X, Tokens, void>;
-  const auto box_scales = [&](auto absmax) {
-    using Absmax = decltype(absmax);
+  const int status = with_absmax(args, inputs, [&](auto absmax) {
+    using Absmax = typename decltype(absmax)::type;
     kernel = nf4_product_sm90<X, Tokens, Absmax>;
-    return describe_scales<Absmax>(args, inputs, B::kRowScales, B::kRows, scales);
-  };
-  int status = BCY_OK;
-  if (can_copy_scales<float>(args, inputs)) {
-    status = box_scales(float{});
-  } else if (can_copy_scales<uint8_t>(args, inputs)) {
-    status = box_scales(uint8_t{});
-  }
+    if constexpr (std::is_void_v<Absmax>) return int(BCY_OK);
+    return describe_scales<Absmax>(args, inputs, B::kScaleBox, B::kRows, scales);
+  });
   if (status != BCY_OK) return status;
   if (const int status = allow_shared(kernel, device)) return status;
 

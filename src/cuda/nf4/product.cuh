@@ -88,26 +88,21 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
                                                : launch_nf4_sm90<X, 32>;
       return launch_some(rows, inputs, division, device, stream);
     }
-    const auto regular = [&](auto tokens, auto rows_of_tile) {
-      constexpr int kTokens = decltype(tokens)::value, kRows = decltype(rows_of_tile)::value;
-      if (can_copy_scales<float>(rows, inputs)) {
-        return streamed(static_cast<Nf4RegularTile<X, kTokens, kRows, float>*>(nullptr), inputs);
+    return with_absmax(rows, inputs, [&](auto absmax) {
+      using Absmax = typename decltype(absmax)::type;
+      const auto regular = [&](auto* tile) { return streamed(tile, inputs); };
+      if (args.m == 1) return regular(static_cast<Nf4RegularTile<X, 1, 16, Absmax>*>(nullptr));
+      if (args.m <= 8) return regular(static_cast<Nf4RegularTile<X, 8, 16, Absmax>*>(nullptr));
+      if (args.m > 16) return regular(static_cast<Nf4RegularTile<X, 32, 16, Absmax>*>(nullptr));
+      // Twice the rows share what is read of 16 tokens. For others there are no registers, or no
+      // room for two thread blocks.
+      using Wide = Nf4RegularTile<X, 16, 32, Absmax>;
+      constexpr typename Wide::Ring* kRing = nullptr;
+      if (!has_few_rows(rows, device) && holds<Wide>(kRing, 2, Wide::kMemory, device)) {
+        return regular(static_cast<Wide*>(nullptr));
       }
-      if (can_copy_scales<uint8_t>(rows, inputs)) {
-        return streamed(static_cast<Nf4RegularTile<X, kTokens, kRows, uint8_t>*>(nullptr), inputs);
-      }
-      return streamed(static_cast<Nf4RegularTile<X, kTokens, kRows, void>*>(nullptr), inputs);
-    };
-    constexpr std::integral_constant<int, 1> one{};
-    constexpr std::integral_constant<int, 8> eight{};
-    constexpr std::integral_constant<int, 16> sixteen{};
-    constexpr std::integral_constant<int, 32> thirty_two{};
-    if (args.m == 1) return regular(one, sixteen);
-    if (args.m <= 8) return regular(eight, sixteen);
-    if (args.m > 16) return regular(thirty_two, sixteen);
-    // Twice the rows share what is read of 16 tokens. For others there are no registers, or no room
-    // for two thread blocks.
-    return has_few_rows(rows, device) ? regular(sixteen, sixteen) : regular(sixteen, thirty_two);
+      return regular(static_cast<Nf4RegularTile<X, 16, 16, Absmax>*>(nullptr));
+    });
   }
   return BCY_ERROR_UNSUPPORTED_TYPE;
 }

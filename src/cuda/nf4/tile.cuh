@@ -22,7 +22,8 @@ struct Nf4Inputs {
 template <class Absmax>
 constexpr int kRowScales = kUnitChunks * int(sizeof(Absmax));
 
-// Whether there is one for each chunk, at places that the copy engine takes.
+// Whether there is one for each chunk, in multiples of 16 bytes that begin at such, as copies to
+// shared memory take them.
 template <class Absmax>
 bool can_copy_scales(const ProductArgs& args, const Nf4Inputs& inputs) {
   const bool nested = inputs.scales.nested_absmax != nullptr;
@@ -98,97 +99,151 @@ class LaneScales {
   float scales_[Rows / 8][kOwn];
 };
 
-// Those that a ScaledRowRing brings. memory: where the code of nested ones lies for all lanes.
-template <int Rows, class Absmax>
-class CopiedScales : public LaneScales<Rows, kChunk> {
-  static constexpr bool kNested = std::is_same_v<Absmax, uint8_t>;
+// Where the scale of this lane's chunk lies, from a row's first code in the unit of this warp.
+template <class Absmax>
+__device__ __forceinline__ int scale_in_ring(int warp) {
+  const int of_unit = kRoundBytes<Nf4Rows> - warp * (kUnitBytes<Nf4Rows> - kRowScales<Absmax>);
+  return of_unit + threadIdx.x % 4 * int(sizeof(Absmax));
+}
 
+// Calls function(Type<Absmax>{}); of scales that cannot be copied Absmax is void.
+template <class T>
+struct Type {
+  using type = T;
+};
+template <class Function>
+int with_absmax(const ProductArgs& args, const Nf4Inputs& inputs, Function&& function) {
+  if (can_copy_scales<float>(args, inputs)) return function(Type<float>{});
+  if (can_copy_scales<uint8_t>(args, inputs)) return function(Type<uint8_t>{});
+  return function(Type<void>{});
+}
+
+// What a lane loads for its scales while the unit before is multiplied. load(chunk): of one,
+// counted through the whole matrix.
+template <int Rows, int Chunk, class Value>
+class LoadedAhead {
  public:
-  static constexpr int kMemory = kNested ? 256 * int(sizeof(float)) : 0;
+  template <class Load>
+  __device__ __forceinline__ LoadedAhead(const ProductArgs& args, int64_t first_row, int first_unit,
+                                         Load load)
+      : nrows_(args.nrows),
+        in_row_(int(args.ncols / Chunk)),
+        first_(first_unit * kChunks + threadIdx.x % 4),
+        row_(first_row) {
+    load_round(0, load);
+  }
+
+  // Of row r + 8 i, chunk t + 4 j.
+  __device__ __forceinline__ Value operator()(int i, int j) const { return values_[i][j]; }
+
+  // To the round that is `next` after the first, of these rows or of those from `following` on.
+  template <class Load>
+  __device__ __forceinline__ void advance(int round, int next, int64_t following, Load load) {
+    if (next <= round) row_ = following;
+    load_round(next, load);
+  }
+
+ private:
+  static constexpr int kChunks = kUnit / Chunk, kOwn = kChunks / 4;
+
+  template <class Load>
+  __device__ __forceinline__ void load_round(int round, Load load) {
+    const int64_t row = row_ + threadIdx.x % 32 / 4;
+    const int chunk = first_ + round * (kPartials * kChunks);
+#pragma unroll
+    for (int i = 0; i < Rows / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+        values_[i][j] = {};
+        if (row + 8 * i < nrows_ && chunk + 4 * j < in_row_) {
+          values_[i][j] = load((row + 8 * i) * in_row_ + chunk + 4 * j);
+        }
+      }
+    }
+  }
+
+  int64_t nrows_;
+  int in_row_;
+  int first_;
+  int64_t row_;
+  Value values_[Rows / 8][kOwn];
+};
+
+// Those that a ScaledRowRing brings.
+template <int Rows, class Absmax>
+class CopiedScales;
+
+template <int Rows>
+class CopiedScales<Rows, float> : public LaneScales<Rows, kChunk> {
+ public:
+  static constexpr int kMemory = 0;
+
+  static __device__ __forceinline__ void prepare(const Nf4Inputs&, uint8_t*) {}
+  static __device__ __forceinline__ void prefetch(const ProductArgs&, const Nf4Inputs&, int64_t,
+                                                  int) {}
+
+  __device__ __forceinline__ CopiedScales(const ProductArgs&, const Nf4Inputs&, int64_t,
+                                          int first_unit, const uint8_t*)
+      : at_(scale_in_ring<float>(first_unit)) {}
+
+  template <class Row>
+  __device__ __forceinline__ void take(const RowsOf<Row, Rows>& rows, const Nf4Inputs& inputs, int,
+                                       int, int64_t) {
+#pragma unroll
+    for (int i = 0; i < Rows / 8; ++i) {
+      const auto scale = rows.row[i].template moved<sizeof(float)>(at_);
+      this->scales_[i][0] = mul(scale.template load<float>(0), inputs.unit);
+    }
+  }
+
+ private:
+  int at_;
+};
+
+// memory: where the values of nested ones lie for all lanes.
+template <int Rows>
+class CopiedScales<Rows, uint8_t> : public LaneScales<Rows, kChunk> {
+ public:
+  static constexpr int kMemory = 256 * int(sizeof(float));
 
   static __device__ __forceinline__ void prepare(const Nf4Inputs& inputs, uint8_t* memory) {
-    if (!kNested || threadIdx.x >= 256) return;
+    static_assert(kConsumers == 256);
     reinterpret_cast<float*>(memory)[threadIdx.x] = inputs.scales.nested_code[threadIdx.x];
   }
+  static __device__ __forceinline__ void prefetch(const ProductArgs&, const Nf4Inputs&, int64_t,
+                                                  int) {}
 
   __device__ __forceinline__ CopiedScales(const ProductArgs& args, const Nf4Inputs& inputs,
                                           int64_t first_row, int first_unit, const uint8_t* memory)
-      : at_(kRoundBytes<Nf4Rows> - first_unit *
-                                       (kUnitBytes<Nf4Rows> - kRowScales<Absmax>)+threadIdx.x % 4 *
-                                       int(sizeof(Absmax))),
-        nested_(args, inputs, first_row, first_unit, memory) {}
+      : at_(scale_in_ring<uint8_t>(first_unit)),
+        code_(reinterpret_cast<const float*>(memory)),
+        nested_(args, first_row, first_unit, load(inputs)) {}
 
   template <class Row>
   __device__ __forceinline__ void take(const RowsOf<Row, Rows>& rows, const Nf4Inputs& inputs,
                                        int round, int next, int64_t following) {
 #pragma unroll
     for (int i = 0; i < Rows / 8; ++i) {
-      const auto place = rows.row[i].template moved<sizeof(Absmax)>(at_);
-      const float absmax = nested_.decode(inputs, i, place.template load<Absmax>(0));
-      this->scales_[i][0] = mul(absmax, inputs.unit);
+      const float value = code_[rows.row[i].template moved<1>(at_).load8(0)];
+      this->scales_[i][0] = mul(inputs.scales.decode(value, nested_(i, 0)), inputs.unit);
     }
-    nested_.advance(inputs, round, next, following);
+    nested_.advance(round, next, following, load(inputs));
   }
 
-  static __device__ __forceinline__ void prefetch(const ProductArgs&, const Nf4Inputs&, int64_t,
-                                                  int) {}
-
  private:
-  struct NotNested {
-    __device__ __forceinline__ NotNested(const ProductArgs&, const Nf4Inputs&, int64_t, int,
-                                         const uint8_t*) {}
-    __device__ __forceinline__ float decode(const Nf4Inputs&, int, float absmax) const {
-      return absmax;
-    }
-    __device__ __forceinline__ void advance(const Nf4Inputs&, int, int, int64_t) {}
-  };
+  static __device__ __forceinline__ auto load(const Nf4Inputs& inputs) {
+    return [&](int64_t chunk) { return inputs.scales.nested_of(chunk); };
+  }
 
-  // What multiplies the code's values, loaded a unit ahead.
-  struct Nested {
-    const float* code;
-    int64_t nrows, row;
-    int in_row, first;
-    float absmax[Rows / 8];
-
-    __device__ __forceinline__ Nested(const ProductArgs& args, const Nf4Inputs& inputs,
-                                      int64_t first_row, int first_unit, const uint8_t* memory)
-        : code(reinterpret_cast<const float*>(memory)),
-          nrows(args.nrows),
-          row(first_row),
-          in_row(int(args.ncols / kChunk)),
-          first(first_unit * kUnitChunks + threadIdx.x % 4) {
-      load(inputs, 0);
-    }
-    __device__ __forceinline__ float decode(const Nf4Inputs& inputs, int i, uint8_t value) const {
-      return inputs.scales.decode(code[value], absmax[i]);
-    }
-    __device__ __forceinline__ void advance(const Nf4Inputs& inputs, int round, int next,
-                                            int64_t following) {
-      if (next <= round) row = following;
-      load(inputs, next);
-    }
-    __device__ __forceinline__ void load(const Nf4Inputs& inputs, int round) {
-      const int chunk = first + round * (kPartials * kUnitChunks);
-#pragma unroll
-      for (int i = 0; i < Rows / 8; ++i) {
-        const int64_t here = row + threadIdx.x % 32 / 4 + 8 * i;
-        absmax[i] = 0.0f;
-        if (here < nrows && chunk < in_row) {
-          absmax[i] = inputs.scales.nested_of(here * in_row + chunk);
-        }
-      }
-    }
-  };
-
-  int at_;  // of this lane's, from a row's first code in the unit
-  std::conditional_t<kNested, Nested, NotNested> nested_;
+  int at_;
+  const float* code_;
+  LoadedAhead<Rows, kChunk, float> nested_;
 };
 
-// Any. The loads of a unit are under way while the one before it is multiplied.
+// Any.
 template <int Rows, int Chunk>
 class LoadedScales : public LaneScales<Rows, Chunk> {
   using Base = LaneScales<Rows, Chunk>;
-  using Base::kChunks, Base::kOwn;
 
  public:
   static constexpr int kMemory = 0;
@@ -197,33 +252,27 @@ class LoadedScales : public LaneScales<Rows, Chunk> {
 
   __device__ __forceinline__ LoadedScales(const ProductArgs& args, const Nf4Inputs& inputs,
                                           int64_t first_row, int first_unit, const uint8_t*)
-      : nrows_(args.nrows),
-        in_row_(int(args.ncols / Chunk)),
-        first_(first_unit * kChunks + threadIdx.x % 4),
-        row_(first_row) {
-    load(inputs, row_, 0);
-  }
+      : loaded_(args, first_row, first_unit, load(inputs)) {}
 
-  // The scales of the unit that was loaded; starts to load the one that is `next` rounds after the
-  // first, of these rows or of those from `following` on.
+  // The scales of the unit that was loaded; starts to load the next.
   template <class Row>
   __device__ __forceinline__ void take(const RowsOf<Row, Rows>&, const Nf4Inputs& inputs, int round,
                                        int next, int64_t following) {
 #pragma unroll
     for (int i = 0; i < Rows / 8; ++i) {
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j)
-        this->scales_[i][j] = mul(inputs.scales.decode(loaded_[i][j]), inputs.unit);
+      for (int j = 0; j < Base::kOwn; ++j) {
+        this->scales_[i][j] = mul(inputs.scales.decode(loaded_(i, j)), inputs.unit);
+      }
     }
-    if (next <= round) row_ = following;
-    load(inputs, row_, next);
+    loaded_.advance(round, next, following, load(inputs));
   }
 
   // Asks for the scales of a round of the eight warps.
   static __device__ __forceinline__ void prefetch(const ProductArgs& args, const Nf4Inputs& inputs,
                                                   int64_t first_row, int round) {
     // Each row has its own lanes, as far as they go round.
-    constexpr int kLanes = 32 / Rows;
+    constexpr int kLanes = 32 / Rows, kChunks = Base::kChunks;
     const int64_t row = first_row + threadIdx.x % Rows;
     if (row >= args.nrows) return;
     const int64_t in_row = args.ncols / Chunk;
@@ -235,27 +284,11 @@ class LoadedScales : public LaneScales<Rows, Chunk> {
   }
 
  private:
-  __device__ __forceinline__ void load(const Nf4Inputs& inputs, int64_t first_row, int round) {
-    const int64_t row = first_row + threadIdx.x % 32 / 4;
-    const int chunk = first_ + round * (kPartials * kChunks);
-#pragma unroll
-    for (int i = 0; i < Rows / 8; ++i) {
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j) {
-        loaded_[i][j] = {0, 0.0f};
-        if (row + 8 * i < nrows_ && chunk + 4 * j < in_row_) {
-          const int64_t at = (row + 8 * i) * in_row_ + chunk + 4 * j;
-          loaded_[i][j] = inputs.scales.load(at >> inputs.shift);
-        }
-      }
-    }
+  static __device__ __forceinline__ auto load(const Nf4Inputs& inputs) {
+    return [&](int64_t chunk) { return inputs.scales.load(chunk >> inputs.shift); };
   }
 
-  int64_t nrows_;
-  int in_row_;
-  int first_;
-  int64_t row_;
-  typename Scales::Loaded loaded_[Rows / 8][kOwn];
+  LoadedAhead<Rows, Chunk, typename Scales::Loaded> loaded_;
 };
 
 }  // namespace bcy
