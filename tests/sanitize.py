@@ -21,11 +21,11 @@ MANY_TOKENS = [
     ("Q2_K", 20, 256 * _cuda.multiprocessors() - 5, 2048),
     ("Q4_1", 40, 32 * _cuda.multiprocessors() - 7, 7168),
 ]
-# Rows and columns of NF4, and tokens: boxes of 128 rows, four to a thread block, or parts of one,
-# and tiles of 16 or 32 rows, several to a thread block.
+# Rows and columns of NF4, and tokens: boxes of 128 rows, four to a thread block, or of 32, one to
+# each, and tiles of 16 or 32 rows, several to a thread block.
 MANY_NF4 = {
     (512 * _cuda.multiprocessors() - 5, 832): (5, 16, 32),
-    (32 * _cuda.multiprocessors() - 7, 7168): (20,),
+    (32 * _cuda.multiprocessors() - 7, 7168): (16, 20),
     (80 * _cuda.multiprocessors() + 5, 1024): (1, 16),
 }
 BOXED_NF4 = list(MANY_NF4)[:2]

@@ -706,28 +706,45 @@ def assert_has_workspace(plan):
     assert plan.workspace_size > 0 or plan.sku.arch != 90
 
 
+def expect_bits_of_few_rows(whole, activation, m, some=512):
+    """All rows at once have the bits of some at a time, by a kernel that needs no workspace."""
+    backend, k, nested = Backend("cuda"), whole.k, whole.nested
+    x = random_activations(m, k, activation)
+    assert_has_workspace(whole.plan("cuda", m, activation))
+    got = whole.product(backend, x)
+    for first in range(0, whole.n, some):
+        part = Nf4Weight(min(some, whole.n - first), k)
+        part.data = whole.data[first * k // 2 :][: part.n * k // 2]
+        part.absmax = whole.absmax[first * k // 64 :][: part.n * k // 64]
+        if nested:
+            code, scales, offset, block = nested
+            begin, count = first * k // 64 // block, -(-len(part.absmax) // block)
+            part.nested = (code, scales[begin : begin + count], offset, block)
+        y = backend.empty((m, part.n), activation)
+        part.plan("cuda", m, activation).run(part.tensor(backend), backend.put(x), y)
+        want = backend.get(y)
+        np.testing.assert_array_equal(bits(got[:, first : first + some]), bits(want))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "activation"), [(8, "float16"), (13, "bfloat16"), (33, "float16")])
 def test_many_rows(m, activation):
     """Tiles of rows, several to a thread block, have the bits few rows have by another kernel."""
-    backend, some = Backend("cuda"), 512
     # Less than a unit; scales are not boxed, and are.
     for k, nested in ((192, None), (832, 256), (1024, None), (1024, 256)):
         n = max(4 * 128 * _cuda.multiprocessors() - 5, MANY * _cuda.multiprocessors() // k + 1)
-        whole = Nf4Weight(n, k, nested=nested)
-        x = random_activations(m, k, activation)
-        assert_has_workspace(whole.plan("cuda", m, activation))
-        got = whole.product(backend, x)
-        for first in range(0, n, some):
-            part = Nf4Weight(min(some, n - first), k)
-            part.data = whole.data[first * k // 2 :][: part.n * k // 2]
-            part.absmax = whole.absmax[first * k // 64 :][: part.n * k // 64]
-            if nested:
-                code, scales, offset, block = whole.nested
-                begin, count = first * k // 64 // block, -(-len(part.absmax) // block)
-                part.nested = (code, scales[begin : begin + count], offset, block)
-            want = part.product(backend, x)
-            np.testing.assert_array_equal(bits(got[:, first : first + some]), bits(want))
+        expect_bits_of_few_rows(Nf4Weight(n, k, nested=nested), activation, m)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "activation"), [(13, "bfloat16"), (16, "float16"), (33, "float16")])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_warpgroups_that_divide_k(tiles, m, activation):
+    """A tile of 32 rows for each multiprocessor, or two."""
+    # Units for some of the warpgroups, for all, for one more; scales are not boxed, and are.
+    for k, nested in ((192, None), (512, 256), (832, 256), (1024, 256), (1280, None), (6144, None)):
+        n = 32 * tiles * _cuda.multiprocessors() - 5
+        expect_bits_of_few_rows(Nf4Weight(n, k, nested=nested), activation, m)
 
 
 @pytest.mark.gpu
@@ -737,10 +754,11 @@ def test_many_rows(m, activation):
 @pytest.mark.parametrize(
     ("share", "m"),
     [(0, 20), (1 / 8, 20), (1 / 4, 12), (3 / 8, 9)],
-    ids=["by 8", "by 8 too", "by 4", "by 2"],
+    ids=["by 8", "by 8 too", "by 4", "by 4 too"],
 )
-def test_blocks_that_divide_k(share, m, block_size, nested, part):
-    """Rows for a share of the multiprocessors: blocks divide K, and meet in the workspace."""
+def test_parts_that_divide_k(share, m, block_size, nested, part):
+    """Rows for a share of the multiprocessors: warpgroups divide K, of a thread block or of two,
+    which meet in the workspace."""
     backend = Backend("cuda")
     n = 128 * max(1, int(share * _cuda.multiprocessors())) - 7
     # Whole units, four for a box of nested scales, and not.

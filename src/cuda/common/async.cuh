@@ -100,6 +100,12 @@ __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
 }
 
+// One of fourteen others, 0 to 13, of whichever warps have Threads threads together.
+template <int Threads>
+__device__ __forceinline__ void warps_sync(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(2 + barrier), "n"(Threads) : "memory");
+}
+
 // ---- copies of a warp that complete on a barrier ----------------------------------------------------------------
 //
 // Every lane calls copy_row for its row (or not), then the warp calls copies_issued once with what

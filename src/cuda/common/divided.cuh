@@ -7,6 +7,7 @@
 #pragma once
 
 #include "baracuda/order.cuh"
+#include "cuda/common/async.cuh"
 #include "cuda/common/launch.cuh"
 
 namespace bcy {
@@ -34,6 +35,117 @@ __device__ __forceinline__ void join_tree(int visit, float (&values)[Sums],
   }
 }
 
+// The sums of 1, 2, 4 or 8 parts meet: sum_of(p) is that of part p.
+template <class SumOf>
+__device__ __forceinline__ float meet_in_tree(int parts, SumOf sum_of) {
+  if (parts == 1) return sum_of(0);
+  if (parts == 2) return add(sum_of(0), sum_of(1));
+  if (parts == 4) return add(add(sum_of(0), sum_of(2)), add(sum_of(1), sum_of(3)));
+  return meet(sum_of(0), sum_of(1), sum_of(2), sum_of(3), sum_of(4), sum_of(5), sum_of(6),
+              sum_of(7));
+}
+
+// The units of thread blocks that take items. An item is some of the parts of a tile of rows:
+// where 2^log2_blocks items divide a tile, item i is number i % 2^log2_blocks of tile i /
+// 2^log2_blocks, and Parts parts of K, which some warps of the block have each.
+template <int Parts>
+struct DividedUnits {
+  static constexpr int kLevels = Parts == 1 ? 3 : Parts == 2 ? 2 : 1;  // of the tree in a part
+
+  int units;  // of a row
+  int log2_blocks;
+  int items;
+
+  struct Place {
+    int item, visit, unit;
+  };
+
+  __device__ __forceinline__ int blocks() const { return 1 << log2_blocks; }
+  __device__ __forceinline__ int visits() const { return kPartials / Parts >> log2_blocks; }
+  __device__ __forceinline__ int tile_of(int item) const { return item >> log2_blocks; }
+  __device__ __forceinline__ int block_of(int item) const { return item & (blocks() - 1); }
+
+  __device__ __forceinline__ int first_unit(int item, int visit, int part) const {
+    return block_of(item) + part * blocks() + visit_offset(visit);
+  }
+  // Of a part, in the first item of this block; the next after a place, in all of its items.
+  __device__ __forceinline__ Place first(int part) const {
+    Place place = {int(blockIdx.x), 0, first_unit(blockIdx.x, 0, part)};
+    settle(place, part);
+    return place;
+  }
+  __device__ __forceinline__ void advance(Place& place, int part) const {
+    place.unit += kPartials;
+    settle(place, part);
+  }
+  __device__ __forceinline__ bool exists(const Place& place) const { return place.item < items; }
+
+ private:
+  __device__ __forceinline__ void settle(Place& place, int part) const {
+    while (exists(place) && place.unit >= units) {
+      if (++place.visit == visits()) {
+        place.item += int(gridDim.x);
+        place.visit = 0;
+      }
+      place.unit = first_unit(place.item, place.visit, part);
+    }
+  }
+};
+
+// A stage of a part's ring: of all stages every Parts-th.
+template <int Parts>
+struct PartStage {
+  int index;
+  uint32_t phase;
+
+  __device__ __forceinline__ void advance(int stages) {
+    index += Parts;
+    if (index >= stages) {
+      index -= stages;
+      phase ^= 1;
+    }
+  }
+};
+
+// What one thread does to bring all units of a block through rings of `stages` in all.
+// copy_weights(item, unit, stage), copy_activations(unit, stage): start copies that fill a stage;
+// emptied: by stages, what its part arrives at.
+template <int Parts, class CopyWeights, class CopyActivations>
+__device__ __forceinline__ void bring_units(const DividedUnits<Parts>& units, int stages,
+                                            uint64_t* emptied, CopyWeights copy_weights,
+                                            CopyActivations copy_activations) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  // Where the first part has a unit, the next one has the one `blocks` on, if there is one.
+  int ahead[Parts] = {};
+  auto place = units.first(0);
+  for (int i = 0; i < stages && units.exists(place); i += Parts, units.advance(place, 0)) {
+#pragma unroll
+    for (int part = 0; part < Parts; ++part) {
+      const int unit = place.unit + part * units.blocks();
+      if (unit < units.units) copy_weights(place.item, unit, part + Parts * ahead[part]++);
+    }
+  }
+  wait_for_previous_kernel();
+  // Not before: the next kernel's weights would come ahead of this one's activations.
+  let_next_kernel_start();
+  PartStage<Parts> stage[Parts];
+#pragma unroll
+  for (int part = 0; part < Parts; ++part) stage[part] = {part, 1};
+  for (place = units.first(0); units.exists(place); units.advance(place, 0)) {
+#pragma unroll
+    for (int part = 0; part < Parts; ++part) {
+      const int unit = place.unit + part * units.blocks();
+      if (unit >= units.units) continue;
+      const int to = stage[part].index;
+      barrier_wait(&emptied[to], stage[part].phase);
+      if (ahead[part]-- <= 0) copy_weights(place.item, unit, to);
+      copy_activations(unit, to);
+      stage[part].advance(stages);
+    }
+  }
+#endif
+}
+
 // Where parts are of different thread blocks, they meet in the workspace, warp by warp. place: of
 // this warp's first part there, each of [Sums][32]; count: of those that have come, 0 before the
 // first and after the last. True for the last to come: then values are the sums of all.
@@ -53,15 +165,7 @@ __device__ __forceinline__ bool meet_parts(float* place, int* count, int part, i
   if (lane == 0) *count = 0;
 #pragma unroll
   for (int i = 0; i < Sums; ++i) {
-    const auto sum_of = [&](int p) { return __ldcg(of(p, i)); };
-    if (parts == 2) {
-      values[i] = add(sum_of(0), sum_of(1));
-    } else if (parts == 4) {
-      values[i] = add(add(sum_of(0), sum_of(2)), add(sum_of(1), sum_of(3)));
-    } else {
-      values[i] = meet(sum_of(0), sum_of(1), sum_of(2), sum_of(3), sum_of(4), sum_of(5), sum_of(6),
-                       sum_of(7));
-    }
+    values[i] = meet_in_tree(parts, [&](int p) { return __ldcg(of(p, i)); });
   }
   return true;
 }

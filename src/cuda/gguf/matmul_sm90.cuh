@@ -139,8 +139,7 @@ GgufDivision divide_gguf(const ProductArgs& args, const Device& device) {
   return division;
 }
 
-// sums, counts: used where several blocks divide K, 2^log2_blocks of them, each of which has units.
-// Item i is part i % blocks of tile i / blocks.
+// sums, counts: used where several blocks divide K.
 template <class Format, int Tokens>
 __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
     gguf_product_sm90(const __grid_constant__ ProductArgs args,
@@ -160,10 +159,8 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
   // The same for all lanes, which the compiler then knows.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
-  const int nrows = int(args.nrows), tokens = int(args.m), units = int(args.ncols / kUnit);
-  const int blocks = 1 << log2_blocks;
-  const int visits = kPartials / B::kHalves >> log2_blocks;
-  const auto part_of = [&](int item) { return item & (blocks - 1); };
+  const int nrows = int(args.nrows), tokens = int(args.m);
+  const DividedUnits<B::kHalves> units = {int(args.ncols / kUnit), log2_blocks, items};
 
   if (threadIdx.x == B::kConsumers) {
     for (int i = 0; i < stages; ++i) {
@@ -178,83 +175,20 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
   }
   __syncthreads();
 
-  // Each half has a ring of its own, of every other stage.
-  struct Stage {
-    int index;
-    uint32_t phase;
-  };
-  const auto step = [&](Stage& stage) {
-    stage.index += B::kHalves;
-    if (stage.index >= stages) {
-      stage.index -= stages;
-      stage.phase ^= 1;
-    }
-  };
-
-  // The units of a half, one after the other, in all items of this block.
-  struct Place {
-    int item, visit, unit;
-  };
-  const auto first_unit = [&](int item, int visit, int half) {
-    return part_of(item) + half * blocks + visit_offset(visit);
-  };
-  const auto exists = [&](const Place& place) { return place.item < items; };
-  const auto settle = [&](Place& place, int half) {
-    while (exists(place) && place.unit >= units) {
-      if (++place.visit == visits) {
-        place.item += int(gridDim.x);
-        place.visit = 0;
-      }
-      place.unit = first_unit(place.item, place.visit, half);
-    }
-  };
-  const auto first_of = [&](int half) {
-    Place place = {int(blockIdx.x), 0, first_unit(blockIdx.x, 0, half)};
-    settle(place, half);
-    return place;
-  };
-  const auto advance = [&](Place& place, int half) {
-    place.unit += kPartials;
-    settle(place, half);
-  };
-
   if (warp >= B::kWarps) {
     leave_registers<B::kFew>();
     if (threadIdx.x != B::kConsumers) return;
-    // Where the first half has a unit, the second one has the one `blocks` on, if there is one.
     const auto copy_weights = [&](int item, int unit, int stage) {
       expect_bytes(&filled[stage], B::kStage);
       copy_box(ring + stage * B::kStage, &matrix,
                unit * kUnitBytes<Format> / 16 * (16 / kPlainElement),
-               (item >> log2_blocks) * B::kRows, &filled[stage]);
+               units.tile_of(item) * B::kRows, &filled[stage]);
     };
-    const Place first = first_of(0);
-    int ahead[B::kHalves] = {0, 0};
-    Place place = first;
-    for (int i = 0; i < stages && exists(place); i += B::kHalves, advance(place, 0)) {
-#pragma unroll
-      for (int half = 0; half < B::kHalves; ++half) {
-        const int unit = place.unit + half * blocks;
-        if (unit < units) copy_weights(place.item, unit, half + B::kHalves * ahead[half]++);
-      }
-    }
-    wait_for_previous_kernel();
-    // Not before: the next kernel's weights would come ahead of this one's activations.
-    let_next_kernel_start();
-    Stage next[B::kHalves] = {{0, 1}, {1, 1}};
-    for (place = first; exists(place); advance(place, 0)) {
-#pragma unroll
-      for (int half = 0; half < B::kHalves; ++half) {
-        const int unit = place.unit + half * blocks;
-        if (unit >= units) continue;
-        const int stage = next[half].index;
-        barrier_wait(&emptied[stage], next[half].phase);
-        if (ahead[half]-- <= 0) copy_weights(place.item, unit, stage);
-        copy_row(ring + stage * B::kStage + B::kCodes, records + int64_t{unit} * B::kX, B::kX,
-                 &filled[stage]);
-        step(next[half]);
-      }
-    }
+    const auto copy_activations = [&](int unit, int stage) {
+      copy_row(ring + stage * B::kStage + B::kCodes, records + int64_t{unit} * B::kX, B::kX,
+               &filled[stage]);
+    };
+    bring_units(units, stages, emptied, copy_weights, copy_activations);
     return;
   }
   take_registers<B::kMany>();
@@ -329,11 +263,11 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
     }
   };
 
-  Place next = first_of(half);
-  Stage stage = {half, 0};
+  auto next = units.first(half);
+  PartStage<B::kHalves> stage = {half, 0};
   // Two groups of the next unit; if there is none, what is there is unpacked for nothing.
   const auto wait_for_next = [&] {
-    if (exists(next)) barrier_wait(&filled[stage.index], stage.phase);
+    if (units.exists(next)) barrier_wait(&filled[stage.index], stage.phase);
   };
   const auto unpack_next = [&](int group) {
     const uint8_t* const stage_at = ring + stage.index * B::kStage;
@@ -344,19 +278,19 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
   unpack_next(1);
   uint32_t exchanges = 0;
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    float waiting[2][B::kSums];
+    float waiting[units.kLevels][B::kSums];
     float values[B::kSums];  // [eight tokens][row, 8 on][token 2 t, 2 t + 1]
-    for (int visit = 0; visit < visits; ++visit) {
+    for (int visit = 0; visit < units.visits(); ++visit) {
 #pragma unroll
       for (int i = 0; i < B::kSums; ++i) values[i] = 0.0f;
-      for (int unit = first_unit(item, visit, half); unit < units; unit += kPartials) {
+      for (int unit = units.first_unit(item, visit, half); unit < units.units; unit += kPartials) {
         const int this_stage = stage.index;
         const uint8_t* const stage_at = ring + this_stage * B::kStage;
         const uint8_t* const x = stage_at + B::kCodes;
         const uint32_t codes = describe_codes<Tokens>(shared_address(x));
         const Row rows[2] = {row_in(stage_at, unit, 0), row_in(stage_at, unit, 1)};
-        step(stage);
-        advance(next, half);
+        stage.advance(stages);
+        units.advance(next, half);
         // What scales the groups of a block, in registers.
         [[maybe_unused]] uint32_t words[2][kUnitWords<Format>];
         if constexpr (kBlockGroups == kUnitGroups) {
@@ -453,10 +387,10 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
     barrier_arrive(&taken[warp]);
     ++exchanges;
 
-    const int tile = item >> log2_blocks;
+    const int tile = units.tile_of(item);
     const int64_t place = int64_t{tile} * B::kWarps + warp;
-    if (blocks > 1 && !meet_parts(sums + place * blocks * kKept * 32, counts + place, part_of(item),
-                                  blocks, kept)) {
+    if (log2_blocks > 0 && !meet_parts(sums + (place << log2_blocks) * (kKept * 32), counts + place,
+                                       units.block_of(item), units.blocks(), kept)) {
       continue;
     }
     with_element_type(args.y_type, [&](auto element) {

@@ -6,7 +6,8 @@
 // copy engine brings the codes of a unit, its scales where they can be boxed, and the activations,
 // which a kernel before has put into the workspace in the order in which tensor cores read them.
 //
-// Where rows are few, several blocks divide K, and meet in the workspace.
+// Where rows are few, a block takes 32 of them, and its warpgroups divide K. Where they are fewer
+// still, two blocks divide it, and meet in the workspace.
 #pragma once
 
 #include <algorithm>
@@ -18,42 +19,49 @@
 
 namespace bcy {
 
-// Tokens: 8, 16 or 32. What a block holds in shared memory.
-template <int Tokens>
+// Tokens: 8, 16 or 32. Parts: of K, which warpgroups of a block divide. What it holds in shared
+// memory.
+template <int Tokens, int Parts>
 struct Nf4Boxes {
+  static constexpr int kTokens = Tokens, kParts = Parts;
   static constexpr int kWarps = 16;
   static constexpr int kConsumers = kWarps * 32;  // threads
   static constexpr int kThreads = kConsumers + 128;  // a warpgroup more, of which one copies
-  static constexpr int kRows = kWarps * 8;
+  static constexpr int kPartWarps = kWarps / Parts;
+  static constexpr int kRows = kPartWarps * 8;
 
   // Bytes of a stage of the ring, a unit: codes, activations, scales.
   static constexpr int kCodes = kRows * kBoxBytes;
   static constexpr int kX = kUnitChunks * kWarpgroupX<Tokens>;
-  // Of a row's scales: the least that the copy engine copies, a unit's floats or the codes of
-  // nested ones of four units.
-  static constexpr int kScaleBox = 16;
-  static_assert(kRowScales<float> == kScaleBox);
   static constexpr int kScales = kRows * kScaleBox;
-  static constexpr int kStage = kCodes + kX + kScales;
+  // A swizzled box begins at a multiple of its pattern.
+  static constexpr int kStage = (kCodes + kX + kScales + 1023) / 1024 * 1024;
   static_assert(kWarpgroupElements == kChunk);
-  static_assert(kStage % 1024 == 0);  // a swizzled box begins at a multiple of its pattern
 
   // Registers of threads that multiply, and of the others, out of those that all have at first.
   static constexpr int kMany = 112, kFew = 24;
   static_assert(kConsumers * kMany + 128 * kFew <= 65536 / kThreads / 8 * 8 * kThreads);
 
-  // Offsets: barriers, the code of nested scales, the table, the ring.
-  static constexpr int kCode = 1024;
-  static constexpr int kTable = 2048;
-  static constexpr int kRing = kTable + kTableBytes;
-  static_assert(2 * kMaxStages * sizeof(uint64_t) <= kCode && kRing % 1024 == 0);
+  static constexpr int kMostBlocks = Parts == 1 ? 1 : kPartials / Parts;  // that divide K as well
 
   static constexpr int kSums = Tokens / 4;  // of a lane
+  static constexpr int kKept = kSums / Parts;  // of those, once its parts have met
+  static_assert(kSums % Parts == 0);
+
+  // Offsets: barriers, the code of nested scales, the table, where warps of the same rows exchange
+  // sums, the ring.
+  static constexpr int kCode = 1024;
+  static constexpr int kTable = 2048;
+  static constexpr int kExchange = kTable + kTableBytes;
+  static constexpr int kRing = kExchange + (Parts == 1 ? 0 : kConsumers * kSums * sizeof(float));
+  static constexpr int kMostStages = 16;
+  static_assert(2 * kMostStages * sizeof(uint64_t) <= kCode && kRing % 1024 == 0);
 };
 
 // How a product is divided, and what it keeps in the workspace.
 struct Nf4Division {
-  int blocks;  // that divide K: 1, 2, 4 or 8
+  int parts;  // of a block
+  int log2_blocks;  // that divide K as well
   int tiles;
   int stages;  // of the ring
   int64_t sums, counts;  // where they begin, behind the activations
@@ -63,32 +71,54 @@ struct Nf4Division {
 // Tokens at a time.
 inline int nf4_tokens(int64_t m) { return m > 16 ? 32 : m > 8 ? 16 : 8; }
 
+// Calls function(Nf4Boxes<...>{}) for as many tokens and parts as a product has at a time.
+template <class Function>
+auto with_nf4_boxes(int tokens, int parts, Function&& function) {
+  if (tokens == 8) return function(Nf4Boxes<8, 1>{});
+  if (tokens == 16) return parts == 1 ? function(Nf4Boxes<16, 1>{}) : function(Nf4Boxes<16, 4>{});
+  return parts == 1 ? function(Nf4Boxes<32, 1>{}) : function(Nf4Boxes<32, 4>{});
+}
+
 // bytes is 0 where the kernel is not to be had, as on GPUs after Hopper, or others are faster:
 // those need less to begin with, fewer rows to keep all multiprocessors busy, and gain less from
 // more tokens.
 inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Device& device) {
-  const int64_t elements_worth_it = m > 16 ? 200000 : 400000;  // a multiprocessor
-  constexpr int kRows = Nf4Boxes<8>::kRows, kWarps = Nf4Boxes<8>::kWarps;
   Nf4Division division = {};
-  const int64_t tiles = ceil_div(weight.nrows, kRows), units = ceil_div(weight.ncols, kUnit);
   if (device.arch < 900 || device.own_arch != 900 || weight.block_size < kChunk ||
-      weight.ncols > kMaxColumns || weight.nrows > INT32_MAX / 2 || m <= 4 ||
-      (m <= 8 && tiles < 4 * device.processors) ||
-      weight.nrows * weight.ncols < elements_worth_it * device.processors) {
+      weight.ncols > kMaxColumns || weight.nrows > INT32_MAX / 2 || m <= 4) {
     return division;
   }
-  const int tokens = nf4_tokens(m);
-  const int stage = Nf4Boxes<8>::kStage + (tokens - 8) * (kUnit * 2);
-  division.stages = std::min((device.shared_per_block - Nf4Boxes<8>::kRing) / stage, kMaxStages);
-  if (division.stages < 2) return division;
-  const DividedK divided = divide_k(tiles, units, 8, device.processors, 3, 37);
-  division.blocks = divided.blocks;
-  if (m <= 16 && 10 * tiles * units < divided.takes * device.processors * 6 / 10) return division;
-  division.tiles = int(tiles);
-  division.sums = units * kUnit * 2 * tokens;
-  const int64_t warps = division.blocks == 1 ? 0 : tiles * kWarps;
-  division.counts = division.sums + warps * division.blocks * 8 * tokens * int64_t(sizeof(float));
-  division.bytes = division.counts + warps * int64_t(sizeof(int));
+  const int64_t units = ceil_div(weight.ncols, kUnit);
+  const int64_t share = weight.nrows * weight.ncols / device.processors;
+  int64_t least = INT64_MAX;
+  const auto consider = [&](auto boxes) {
+    using B = decltype(boxes);
+    const int64_t tiles = ceil_div(weight.nrows, B::kRows), rounds = ceil_div(units, B::kParts);
+    const DividedK divided = divide_k(tiles, rounds, B::kMostBlocks, device.processors, 3, 37);
+    const int64_t busy = 1000 * tiles * rounds / (divided.takes * device.processors);  // percent
+    bool worth_it = false;
+    if (B::kTokens == 8) {
+      worth_it = share >= 400000 && tiles >= 4 * device.processors;
+    } else if (B::kTokens == 16) {
+      worth_it = (share >= 400000 || B::kParts > 1) && busy >= 60;
+    } else {
+      worth_it = share >= 200000 || (B::kParts > 1 && busy >= 50);
+    }
+    const int stages = std::min((device.shared_per_block - B::kRing) / B::kStage, B::kMostStages) /
+                       B::kParts * B::kParts;
+    if (!worth_it || stages < 2 * B::kParts || divided.takes >= least) return;
+    least = divided.takes;
+    division.parts = B::kParts;
+    division.log2_blocks = log2_of(divided.blocks);
+    division.tiles = int(tiles);
+    division.stages = stages;
+    division.sums = units * B::kX;
+    const int64_t warps = divided.blocks == 1 ? 0 : tiles * B::kWarps;
+    division.counts =
+        division.sums + warps * divided.blocks * B::kKept * 32 * int64_t(sizeof(float));
+    division.bytes = division.counts + warps * int64_t(sizeof(int));
+  };
+  for (const int parts : {1, 4}) with_nf4_boxes(nf4_tokens(m), parts, consider);
   return division;
 }
 
@@ -127,118 +157,148 @@ __global__ void nf4_stage(const __grid_constant__ ProductArgs args, int64_t grou
 #endif
 }
 
-// sums, counts: used where several blocks divide K, each of which has units. Item i is part i %
-// blocks of tile i / blocks.
-template <class X, int Tokens, class Absmax>
-__global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
+// What a lane has of the scales of its row. Absmax: of scales that come in boxes; void: they are
+// loaded.
+template <class Absmax>
+class WarpgroupScales {
+ public:
+  __device__ __forceinline__ WarpgroupScales(const ProductArgs& args, const Nf4Inputs& inputs,
+                                             const float* code)
+      : args_(args), inputs_(inputs), code_(code) {}
+
+  // The code of nested ones, by 256 threads or more.
+  static __device__ __forceinline__ void prepare(const Nf4Inputs& inputs, float* code) {
+    if (std::is_void_v<Absmax> || threadIdx.x >= 256) return;
+    code[threadIdx.x] = inputs.scales.nested_code[threadIdx.x];
+  }
+
+  // What does not come in boxes, of the unit to come: lane t loads chunk t's.
+  __device__ __forceinline__ void load(int row, int unit) {
+    loaded_ = {0, 0.0f};
+    const int chunk = unit * kUnitChunks + threadIdx.x % 4, chunks = int(args_.ncols / kChunk);
+    if (row >= int(args_.nrows) || chunk >= chunks) return;
+    const int64_t block = (int64_t{row} * chunks + chunk) >> inputs_.shift;
+    if constexpr (std::is_void_v<Absmax>) {
+      loaded_ = inputs_.scales.load(block);
+    } else {
+      loaded_.nested = inputs_.scales.nested_of(block);
+    }
+  }
+
+  // That unit's; boxed: what came of the row.
+  __device__ __forceinline__ void take(const uint8_t* boxed, int unit) {
+    float scale;
+    if constexpr (std::is_void_v<Absmax>) {
+      scale = inputs_.scales.decode(loaded_);
+    } else {
+      const int chunk = unit * kUnitChunks + threadIdx.x % 4;
+      scale = inputs_.scales.decode(code_[boxed[chunk % kScaleBox]], loaded_.nested);
+    }
+    scale_ = mul(scale, inputs_.unit);
+  }
+
+  __device__ __forceinline__ float operator()(int chunk) const {
+    return __shfl_sync(~0u, scale_, (threadIdx.x & 28) + chunk);
+  }
+
+ private:
+  const ProductArgs& args_;
+  const Nf4Inputs& inputs_;
+  const float* code_;
+  typename Scales::Loaded loaded_ = {0, 0.0f};
+  float scale_ = 0.0f;
+};
+
+template <>
+class WarpgroupScales<float> {
+ public:
+  __device__ __forceinline__ WarpgroupScales(const ProductArgs&, const Nf4Inputs& inputs,
+                                             const float*)
+      : unit_(inputs.unit) {}
+
+  static __device__ __forceinline__ void prepare(const Nf4Inputs&, float*) {}
+  __device__ __forceinline__ void load(int, int) {}
+
+  __device__ __forceinline__ void take(const uint8_t* boxed, int) {
+    const float4 four = *reinterpret_cast<const float4*>(boxed);
+    scales_[0] = mul(four.x, unit_);
+    scales_[1] = mul(four.y, unit_);
+    scales_[2] = mul(four.z, unit_);
+    scales_[3] = mul(four.w, unit_);
+  }
+
+  __device__ __forceinline__ float operator()(int chunk) const { return scales_[chunk]; }
+
+ private:
+  float unit_;
+  float scales_[kUnitChunks];
+};
+
+// sums, counts: used where several blocks divide K.
+template <class X, int Tokens, int Parts, class Absmax>
+__global__ void __launch_bounds__(Nf4Boxes<Tokens, Parts>::kThreads, 1)
     nf4_product_sm90(const __grid_constant__ ProductArgs args,
                      const __grid_constant__ Nf4Inputs inputs,
                      const __grid_constant__ CUtensorMap matrix,
-                     const __grid_constant__ CUtensorMap scales, float* sums, int* counts,
-                     int blocks, int items, int stages) {
+                     const __grid_constant__ CUtensorMap boxed_scales, float* sums, int* counts,
+                     int log2_blocks, int items, int stages) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  using B = Nf4Boxes<Tokens>;
+  using B = Nf4Boxes<Tokens, Parts>;
   constexpr int kTiles = Tokens / 8;
-  constexpr bool kBoxed = !std::is_void_v<Absmax>, kFloats = std::is_same_v<Absmax, float>;
+  constexpr bool kBoxed = !std::is_void_v<Absmax>;
   BCY_DYNAMIC_SHARED(shared);
   auto* const filled = reinterpret_cast<uint64_t*>(shared);
-  uint64_t* const emptied = filled + kMaxStages;
+  uint64_t* const emptied = filled + B::kMostStages;
   uint8_t* const ring = shared + B::kRing;
   // The same for all lanes, which the compiler then knows.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
-  const int nrows = int(args.nrows);
-  const int units = int((args.ncols + kUnit - 1) / kUnit);
-  const int visits = kPartials / blocks;
+  const DividedUnits<Parts> units = {int((args.ncols + kUnit - 1) / kUnit), log2_blocks, items};
 
   if (threadIdx.x == B::kConsumers) {
     for (int i = 0; i < stages; ++i) {
       barrier_init(&filled[i], 1);
-      barrier_init(&emptied[i], B::kWarps);
+      barrier_init(&emptied[i], B::kPartWarps);
     }
     barrier_init_fence();
   }
   __syncthreads();
 
-  // The units of this block, one after the other, in all of its items.
-  struct Place {
-    int item, visit, unit;
-  };
-  const auto first_of = [&](int item) { return Place{item, 0, item % blocks}; };
-  const auto exists = [&](const Place& place) { return place.item < items; };
-  const auto advance = [&](Place& place) {
-    place.unit += kPartials;
-    while (place.unit >= units) {
-      if (++place.visit == visits) {
-        place = first_of(place.item + int(gridDim.x));
-      } else {
-        place.unit = place.item % blocks + visit_offset(place.visit);
-      }
-    }
-  };
-  const Place first = first_of(int(blockIdx.x));
-
   if (warp >= B::kWarps) {
     leave_registers<B::kFew>();
     if (threadIdx.x != B::kConsumers) return;
-    const auto copy_weights = [&](const Place& place, int stage) {
+    const auto copy_weights = [&](int item, int unit, int stage) {
       uint8_t* const to = ring + stage * B::kStage;
-      const int row = place.item / blocks * B::kRows;
+      const int row = units.tile_of(item) * B::kRows;
       expect_bytes(&filled[stage], B::kCodes + B::kX + (kBoxed ? B::kScales : 0));
-      copy_box(to, &matrix, place.unit * kBoxBytes, row, &filled[stage]);
+      copy_box(to, &matrix, unit * kBoxBytes, row, &filled[stage]);
       if constexpr (kBoxed) {
-        const int box = place.unit * kRowScales<Absmax> / B::kScaleBox;
-        copy_box(to + B::kCodes + B::kX, &scales, box * (B::kScaleBox / kPlainElement), row,
+        const int box = unit * kRowScales<Absmax> / kScaleBox;
+        copy_box(to + B::kCodes + B::kX, &boxed_scales, box * (kScaleBox / kPlainElement), row,
                  &filled[stage]);
       }
     };
-    Place ahead = first;
-    for (int i = 0; i < stages && exists(ahead); ++i, advance(ahead)) copy_weights(ahead, i);
-    wait_for_previous_kernel();
-    // Not before: the next kernel's weights would come ahead of this one's activations.
-    let_next_kernel_start();
-    int stage = 0, copied = 0;
-    uint32_t phase = 1;
-    for (Place place = first; exists(place); advance(place)) {
-      barrier_wait(&emptied[stage], phase);
-      if (copied++ >= stages) copy_weights(place, stage);
+    const auto copy_activations = [&](int unit, int stage) {
       copy_row(ring + stage * B::kStage + B::kCodes,
-               static_cast<const uint8_t*>(args.workspace) + int64_t{place.unit} * B::kX, B::kX,
+               static_cast<const uint8_t*>(args.workspace) + int64_t{unit} * B::kX, B::kX,
                &filled[stage]);
-      if (++stage == stages) {
-        stage = 0;
-        phase ^= 1;
-      }
-    }
+    };
+    bring_units(units, stages, emptied, copy_weights, copy_activations);
     return;
   }
   take_registers<B::kMany>();
 
-  const int row_here = warp * 8 + lane / 4;  // in a tile
-  // Scales that are no floats in boxes: lane t has that of chunk t of its row, and loads what is
-  // not in a box a unit ahead.
-  [[maybe_unused]] typename Scales::Loaded loaded = {0, 0.0f};
-  [[maybe_unused]] Place ahead = first;
-  [[maybe_unused]] const auto load_scale = [&] {
-    loaded = {0, 0.0f};
-    if (!exists(ahead)) return;
-    const int row = ahead.item / blocks * B::kRows + row_here;
-    const int chunk = ahead.unit * kUnitChunks + lane % 4, chunks = int(args.ncols / kChunk);
-    if (row < nrows && chunk < chunks) {
-      const int64_t block = (int64_t{row} * chunks + chunk) >> inputs.shift;
-      if constexpr (kBoxed) {
-        loaded.nested = inputs.scales.nested_of(block);
-      } else {
-        loaded = inputs.scales.load(block);
-      }
-    }
-    advance(ahead);
-  };
+  const int part = warp / B::kPartWarps;
+  const int warp_here = warp % B::kPartWarps;  // among those of a part
+  const int row_here = warp_here * 8 + lane / 4;  // in a tile
+  auto next = units.first(part);
   auto* const code = reinterpret_cast<float*>(shared + B::kCode);
-  if constexpr (!kFloats) load_scale();
-  if (kBoxed && !kFloats && threadIdx.x < 256) {
-    code[threadIdx.x] = inputs.scales.nested_code[threadIdx.x];
-  }
+  WarpgroupScales<Absmax> scales(args, inputs, code);
+  const auto load_scales = [&] {
+    if (units.exists(next)) scales.load(units.tile_of(next.item) * B::kRows + row_here, next.unit);
+  };
+  load_scales();
+  WarpgroupScales<Absmax>::prepare(inputs, code);
   fill_table<B::kConsumers>(shared + B::kTable, inputs.codes, pair_of_halves);
   consumers_sync<B::kConsumers>();
 
@@ -259,56 +319,38 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
     }
   };
 
-  // Sum i of a lane is that of token 8 (i / 2) + 2 t + i % 2.
-  const auto write = [&](int tile, const float (&values)[B::kSums]) {
+  // Sum i of a lane is that of token 8 (i / 2) + 2 t + i % 2; it has those from `first` on.
+  const auto write = [&](int tile, int first, const float (&values)[B::kKept]) {
     const int row = tile * B::kRows + row_here;
-    if (row >= nrows) return;
+    if (row >= int(args.nrows)) return;
     const float bias = args.bias == nullptr ? 0.0f : load_element(args.bias, row, args.y_type);
 #pragma unroll
-    for (int i = 0; i < B::kSums; ++i) {
+    for (int j = 0; j < B::kKept; ++j) {
+      const int i = first + j;
       const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
       if (token >= args.m) continue;
       store_element(args.y, token * args.y_stride + row, args.y_type,
-                    args.bias == nullptr ? values[i] : add(values[i], bias));
+                    args.bias == nullptr ? values[j] : add(values[j], bias));
     }
   };
   Nf4Sums<X, 1, kTiles, kChunk> unit_sums;
   uint32_t parts[2][4][4];
-  int stage = 0;
-  uint32_t phase = 0;
-  Place next = first;
-  barrier_wait(&filled[0], 0);
-  decode(ring_at, 0, parts[0]);
+  PartStage<Parts> stage = {part, 0};
+  if (units.exists(next)) {
+    barrier_wait(&filled[stage.index], stage.phase);
+    decode(ring_at + stage.index * B::kStage, 0, parts[0]);
+  }
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    const int part = item % blocks;
-    float waiting[3][B::kSums];
+    float waiting[units.kLevels][B::kSums];
     float values[B::kSums];
-    for (int visit = 0; visit < visits; ++visit) {
+    for (int visit = 0; visit < units.visits(); ++visit) {
       unit_sums.clear();
-      for (int unit = part + visit_offset(visit); unit < units; unit += kPartials) {
-        const int this_stage = stage;
+      for (int unit = units.first_unit(item, visit, part); unit < units.units; unit += kPartials) {
+        const int this_stage = stage.index;
         const uint32_t stage_at = ring_at + this_stage * B::kStage;
-        float scale_of[kUnitChunks];
-        [[maybe_unused]] float scale = 0.0f;
-        [[maybe_unused]] const uint8_t* const scales_at =
-            ring + this_stage * B::kStage + B::kCodes + B::kX + row_here * B::kScaleBox;
-        if constexpr (kFloats) {
-          const float4 four = *reinterpret_cast<const float4*>(scales_at);
-          scale_of[0] = mul(four.x, inputs.unit);
-          scale_of[1] = mul(four.y, inputs.unit);
-          scale_of[2] = mul(four.z, inputs.unit);
-          scale_of[3] = mul(four.w, inputs.unit);
-        } else {
-          if constexpr (kBoxed) {
-            const int first = unit * kUnitChunks % B::kScaleBox;
-            scale = inputs.scales.decode(code[scales_at[first + lane % 4]], loaded.nested);
-          } else {
-            scale = inputs.scales.decode(loaded);
-          }
-          scale = mul(scale, inputs.unit);
-          load_scale();
-        }
-        advance(next);
+        scales.take(ring + this_stage * B::kStage + B::kCodes + B::kX + row_here * kScaleBox, unit);
+        units.advance(next, part);
+        load_scales();
 #pragma unroll
         for (int chunk = 0; chunk < kUnitChunks; ++chunk) {
           float products[kTiles][4];
@@ -316,19 +358,14 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
                                         stage_at + B::kCodes + chunk * kWarpgroupX<Tokens>);
           if (chunk + 1 < kUnitChunks) {
             decode(stage_at, chunk + 1, parts[(chunk + 1) % 2]);
-          } else if (exists(next)) {
-            if (++stage == stages) {
-              stage = 0;
-              phase ^= 1;
-            }
-            barrier_wait(&filled[stage], phase);
-            decode(ring_at + stage * B::kStage, 0, parts[0]);
+          } else if (units.exists(next)) {
+            stage.advance(stages);
+            barrier_wait(&filled[stage.index], stage.phase);
+            decode(ring_at + stage.index * B::kStage, 0, parts[0]);
           }
-          if constexpr (!kFloats) {
-            scale_of[chunk] = __shfl_sync(~0u, scale, (lane & 28) + chunk);
-          }
+          const float scale = scales(chunk);
           warpgroup_wait<Tokens>(products);
-          unit_sums.add_chunk(0, chunk, products, scale_of[chunk]);
+          unit_sums.add_chunk(0, chunk, products, scale);
         }
         // All of the stage has been multiplied, which took what every lane has loaded.
         if (lane == 0) barrier_arrive(&emptied[this_stage]);
@@ -337,30 +374,51 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens>::kThreads, 1)
       for (int i = 0; i < B::kSums; ++i) values[i] = unit_sums.partial[0][i / 2][i % 2];
       join_tree(visit, values, waiting);
     }
-    const int64_t rows = int64_t{item / blocks} * B::kWarps + warp;
-    if (blocks == 1 ||
-        meet_parts(sums + rows * blocks * B::kSums * 32, counts + rows, part, blocks, values)) {
-      write(item / blocks, values);
+
+    // Of the parts of the same rows each keeps some tokens and gives the others away.
+    float kept[B::kKept];
+    const int first = part * B::kKept;
+    if constexpr (Parts == 1) {
+#pragma unroll
+      for (int i = 0; i < B::kKept; ++i) kept[i] = values[i];
+    } else {
+      auto* const theirs = reinterpret_cast<float*>(shared + B::kExchange) +
+                           warp_here * (Parts * B::kSums * 32) + lane;
+      warps_sync<Parts * 32>(warp_here);  // what was there has been read
+#pragma unroll
+      for (int i = 0; i < B::kSums; ++i) theirs[(part * B::kSums + i) * 32] = values[i];
+      warps_sync<Parts * 32>(warp_here);
+#pragma unroll
+      for (int i = 0; i < B::kKept; ++i) {
+        kept[i] =
+            meet_in_tree(Parts, [&](int p) { return theirs[(p * B::kSums + first + i) * 32]; });
+      }
+    }
+    const int64_t place = int64_t{units.tile_of(item)} * B::kWarps + warp;
+    if (log2_blocks == 0 ||
+        meet_parts(sums + (place << log2_blocks) * (B::kKept * 32), counts + place,
+                   units.block_of(item), units.blocks(), kept)) {
+      write(units.tile_of(item), first, kept);
     }
   }
 #endif
 }
 
-template <class X, int Tokens>
-int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4Division& division,
-                    const Device& device, cudaStream_t stream) {
-  using B = Nf4Boxes<Tokens>;
+template <class X, int Tokens, int Parts>
+int launch_nf4_boxes(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4Division& division,
+                     const Device& device, cudaStream_t stream) {
+  using B = Nf4Boxes<Tokens, Parts>;
   CUtensorMap codes, scales = {};
   if (const int status = describe_boxes(args.weight, row_bytes<Nf4Rows>(args.ncols), args.nrows,
                                         B::kRows, false, codes)) {
     return status;
   }
-  auto* kernel = nf4_product_sm90<X, Tokens, void>;
+  auto* kernel = nf4_product_sm90<X, Tokens, Parts, void>;
   const int status = with_absmax(args, inputs, [&](auto absmax) {
     using Absmax = typename decltype(absmax)::type;
-    kernel = nf4_product_sm90<X, Tokens, Absmax>;
+    kernel = nf4_product_sm90<X, Tokens, Parts, Absmax>;
     if constexpr (std::is_void_v<Absmax>) return int(BCY_OK);
-    return describe_scales<Absmax>(args, inputs, B::kScaleBox, B::kRows, scales);
+    return describe_scales<Absmax>(args, inputs, B::kRows, scales);
   });
   if (status != BCY_OK) return status;
   if (const int status = allow_shared(kernel, device)) return status;
@@ -368,7 +426,7 @@ int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4D
   auto* const workspace = static_cast<uint8_t*>(args.workspace);
   auto* const sums = reinterpret_cast<float*>(workspace + division.sums);
   auto* const counts = reinterpret_cast<int*>(workspace + division.counts);
-  const int items = division.tiles * division.blocks;
+  const int items = division.tiles << division.log2_blocks;
   const int64_t groups = ceil_div(args.ncols, kUnit) * kUnitGroups * Tokens;  // of all tokens
   const int64_t ncounts = (division.bytes - division.counts) / int64_t(sizeof(int));
   for (int64_t first = 0; first < args.m; first += Tokens) {
@@ -381,11 +439,20 @@ int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4D
     if (const int status =
             launch(kernel, dim3(unsigned(std::min(items, device.processors))), dim3(B::kThreads),
                    stream, B::kRing + division.stages * B::kStage, true, some, inputs, codes,
-                   scales, sums, counts, division.blocks, items, division.stages)) {
+                   scales, sums, counts, division.log2_blocks, items, division.stages)) {
       return status;
     }
   }
   return BCY_OK;
+}
+
+template <class X>
+int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4Division& division,
+                    const Device& device, cudaStream_t stream) {
+  return with_nf4_boxes(nf4_tokens(args.m), division.parts, [&](auto boxes) {
+    using B = decltype(boxes);
+    return launch_nf4_boxes<X, B::kTokens, B::kParts>(args, inputs, division, device, stream);
+  });
 }
 
 }  // namespace bcy

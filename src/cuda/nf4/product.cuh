@@ -82,11 +82,7 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
     }
     const Nf4Division division = divide_nf4(args.weight, args.m, device);
     if (args.workspace != nullptr && division.bytes > 0) {
-      const int tokens = nf4_tokens(args.m);
-      auto* const launch_some = tokens == 8    ? launch_nf4_sm90<X, 8>
-                                : tokens == 16 ? launch_nf4_sm90<X, 16>
-                                               : launch_nf4_sm90<X, 32>;
-      return launch_some(rows, inputs, division, device, stream);
+      return launch_nf4_sm90<X>(rows, inputs, division, device, stream);
     }
     return with_absmax(rows, inputs, [&](auto absmax) {
       using Absmax = typename decltype(absmax)::type;

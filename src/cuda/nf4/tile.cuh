@@ -32,12 +32,17 @@ bool can_copy_scales(const ProductArgs& args, const Nf4Inputs& inputs) {
          reinterpret_cast<uintptr_t>(inputs.scales.absmax) % 16 == 0;
 }
 
-// Describes scales that can be copied to the copy engine, in boxes of `bytes` by `rows`.
+// Bytes of a row in a box of scales: the least that the copy engine copies, a unit's floats or the
+// codes of nested ones of four units.
+constexpr int kScaleBox = 16;
+static_assert(kRowScales<float> == kScaleBox);
+
+// Describes scales that can be copied to the copy engine, in boxes of so many rows.
 template <class Absmax>
-int describe_scales(const ProductArgs& args, const Nf4Inputs& inputs, int bytes, int rows,
+int describe_scales(const ProductArgs& args, const Nf4Inputs& inputs, int rows,
                     CUtensorMap& scales) {
   const int64_t bytes_of_row = args.ncols / kChunk * int64_t(sizeof(Absmax));
-  return describe_plain_boxes(inputs.scales.absmax, bytes_of_row, args.nrows, bytes, rows, true,
+  return describe_plain_boxes(inputs.scales.absmax, bytes_of_row, args.nrows, kScaleBox, rows, true,
                               scales);
 }
 
@@ -106,11 +111,11 @@ __device__ __forceinline__ int scale_in_ring(int warp) {
   return of_unit + threadIdx.x % 4 * int(sizeof(Absmax));
 }
 
-// Calls function(Type<Absmax>{}); of scales that cannot be copied Absmax is void.
 template <class T>
 struct Type {
   using type = T;
 };
+// Calls function(Type<Absmax>{}); of scales that cannot be copied Absmax is void.
 template <class Function>
 int with_absmax(const ProductArgs& args, const Nf4Inputs& inputs, Function&& function) {
   if (can_copy_scales<float>(args, inputs)) return function(Type<float>{});

@@ -106,4 +106,9 @@ inline void consumers_sync() {
   emulator::sync_named(1, Threads);
 }
 
+template <int Threads>
+inline void warps_sync(int barrier) {
+  emulator::sync_named(2 + barrier, Threads);
+}
+
 }  // namespace bcy
