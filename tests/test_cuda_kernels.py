@@ -98,7 +98,7 @@ def expect_same_bits_of_many(cpu, gpu, name, weights, m, nrows, output="float32"
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_weights_of_many_tokens(cpu, gpu, name, m):
     """Tiles of rows, several to a thread block, whose warpgroups divide K."""
-    nrows = 2 * 128 * _cuda.multiprocessors() + 5
+    nrows = 2 * 128 * _cuda.multiprocessors() - 5
     more = expect_same_bits_of_many(cpu, gpu, name, MANY, m, nrows, bias=m != 13)
     # As many are staged as are multiplied at a time.
     assert more or m == 13 or name in ("Q3_K", "Q5_0", "Q6_K")
@@ -106,7 +106,7 @@ def test_many_weights_of_many_tokens(cpu, gpu, name, m):
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q5_K", "Q8_K"])
 def test_few_columns_of_many_rows(cpu, gpu, name):
-    """A unit, whose half of a thread block has none for the other, or a few."""
+    """A unit, of which some warpgroups have none, or a few."""
     nrows = 1024 * _cuda.multiprocessors() - 3
     assert expect_same_bits_of_many(cpu, gpu, name, SOME, 20, nrows, "bfloat16")
 
@@ -122,10 +122,12 @@ def test_few_columns_of_many_rows(cpu, gpu, name):
         ("Q8_K", SOME, 40),
     ],
 )
-def test_blocks_that_divide_k(cpu, gpu, name, weights, m, share):
-    """Rows for a share of the multiprocessors: blocks divide K, and meet in the workspace."""
+def test_parts_that_divide_k(cpu, gpu, name, weights, m, share):
+    """Rows for a share of the multiprocessors: warpgroups divide K, of a thread block or of some
+    that meet in the workspace."""
     nrows = 128 * max(1, int(share * _cuda.multiprocessors())) - 7
-    assert expect_same_bits_of_many(cpu, gpu, name, weights, m, nrows, "float16")
+    more = expect_same_bits_of_many(cpu, gpu, name, weights, m, nrows, "float16")
+    assert more or (m == 13 and share > 1 / 4)  # no blocks that meet
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 16, 17])

@@ -45,6 +45,40 @@ __device__ __forceinline__ float meet_in_tree(int parts, SumOf sum_of) {
               sum_of(7));
 }
 
+// Where parts are of one thread block: warps of the same rows each keep a share of their sums and
+// give the others away. Warps: of the block, those of a part one after the other.
+template <int Warps, int Parts, int Sums>
+struct PartExchange {
+  static constexpr int kKept = Sums / Parts;
+  static_assert(Sums % Parts == 0);
+  static constexpr int kBytes = Parts == 1 ? 0 : Warps * Sums * 32 * int(sizeof(float));
+
+  // memory: kBytes.
+  static __device__ __forceinline__ void meet(uint8_t* memory, int warp,
+                                              const float (&values)[Sums], float (&kept)[kKept]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if constexpr (Parts == 1) {
+#pragma unroll
+      for (int i = 0; i < Sums; ++i) kept[i] = values[i];
+    } else {
+      constexpr int kPartWarps = Warps / Parts;
+      const int part = warp / kPartWarps, rows = warp % kPartWarps;
+      float* const sums =
+          reinterpret_cast<float*>(memory) + rows * (Parts * Sums * 32) + threadIdx.x % 32;
+      warps_sync<Parts * 32>(rows);  // what was there has been read
+#pragma unroll
+      for (int i = 0; i < Sums; ++i) sums[(part * Sums + i) * 32] = values[i];
+      warps_sync<Parts * 32>(rows);
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        kept[i] =
+            meet_in_tree(Parts, [&](int p) { return sums[(p * Sums + part * kKept + i) * 32]; });
+      }
+    }
+#endif
+  }
+};
+
 // The units of thread blocks that take items. An item is some of the parts of a tile of rows:
 // where 2^log2_blocks items divide a tile, item i is number i % 2^log2_blocks of tile i /
 // 2^log2_blocks, and Parts parts of K, which some warps of the block have each.

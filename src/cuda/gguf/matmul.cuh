@@ -393,9 +393,9 @@ int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) 
   constexpr int kSums = kStagedSums<Format>;
   Staging staging = {gives_turns<Format>};
   staging.spread = args.m > kTileTokens;
-  if (const GgufDivision division = divide_gguf<Format>(args, device); division.blocks > 0) {
-    return with_warpgroup_tokens<Format>(args.m, [&](auto tokens) {
-      using Record = WarpgroupRecord<decltype(tokens)::value, kSums>;
+  if (const GgufDivision division = divide_gguf<Format>(args, device); division.tiles > 0) {
+    return with_gguf_boxes<Format>(args.m, [&](auto boxes) {
+      using Record = typename decltype(boxes)::Record;
       staging.counts = division.counts_in(args.workspace);
       staging.ncounts = division.ncounts;
       return gguf_stage<Record>(args, staging, stream);
@@ -425,10 +425,9 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   }
   // After this call's own staging the product may start early: only activations come from there.
   const bool early = args.overlap != 0 || unstaged;
-  if (const GgufDivision division = divide_gguf<Format>(args, device); division.blocks > 0) {
-    return with_warpgroup_tokens<Format>(args.m, [&](auto tokens) {
-      constexpr int kTokens = decltype(tokens)::value;
-      return launch_gguf_sm90<Format, kTokens>(args, division, device, early, stream);
+  if (const GgufDivision division = divide_gguf<Format>(args, device); division.tiles > 0) {
+    return with_gguf_boxes<Format>(args.m, [&](auto boxes) {
+      return launch_gguf_sm90<Format, decltype(boxes)>(args, division, device, early, stream);
     });
   }
   const Staged staged = staged_of(args, gives_turns<Format>, fused);

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product of matmul.cuh for many tokens on Hopper: the same bits.
 //
-// A thread block takes 128 rows and some units of K. Each 64 rows belong to two of four warpgroups,
-// 16 to a warp; one takes every other unit, the other those between, and they meet at the end. A
-// fifth copies. The copy
-// engine brings a unit of the rows and of the activations, which staging has put into the order in
-// which tensor cores read them; those multiply one group while the warps unpack the next and add up
-// the one before.
+// A thread block takes 64 rows, 16 to a warp, whose units four warpgroups divide among them; where
+// units are large, 128 rows, each half of them by two. They meet at the end. A fifth warpgroup
+// copies. The copy engine brings a unit of the rows and of the activations, which staging has put
+// into the order in which tensor cores read them; those multiply one group while the warps unpack
+// the next and add up the one before.
 //
 // Where rows are few, several blocks divide K in the same way, and meet in the workspace.
 //
@@ -28,12 +27,16 @@ namespace bcy {
 // Tokens: 16 or 32. What a block holds in shared memory.
 template <class Format, int Tokens>
 struct GgufBoxes {
+  static constexpr int kTokens = Tokens;
   using Record = WarpgroupRecord<Tokens, kStagedSums<Format>>;
   static constexpr int kWarps = 16;
   static constexpr int kConsumers = kWarps * 32;  // threads
   static constexpr int kThreads = kConsumers + 128;  // a warpgroup more, of which one copies
-  static constexpr int kRows = 128;
-  static constexpr int kHalves = 2;  // that divide units
+  // Of K, which warpgroups divide: four leave most registers, but two stages for each hold no
+  // bytes.
+  static constexpr int kParts = kWholeBits<Format> >= 8 ? 2 : 4;
+  static constexpr int kPartWarps = kWarps / kParts;
+  static constexpr int kRows = kPartWarps * 16;
 
   // Rows follow each other an odd number of 16-byte pieces apart: then eight of them are read
   // without bank conflicts.
@@ -52,18 +55,22 @@ struct GgufBoxes {
   static constexpr int kMany = 112, kFew = 24;
   static_assert(kConsumers * kMany + 128 * kFew <= 65536 / kThreads / 8 * 8 * kThreads);
 
-  // Offsets: barriers, where warps of the same rows exchange sums, the ring.
-  static constexpr int kSums = Tokens / 2;  // of a lane, of which it keeps half
+  static constexpr int kMostBlocks = kPartials / kParts;  // that divide K as well
+
+  static constexpr int kSums = Tokens / 2;  // of a lane
+  using Exchange = PartExchange<kWarps, kParts, kSums>;
+
+  // Offsets: barriers, where sums are exchanged, the ring.
   static constexpr int kExchange = 1024;
-  static constexpr int kExchangeWarp = kSums / 2 * 32 * int(sizeof(float));
-  static constexpr int kRing = kExchange + kWarps * kExchangeWarp;
-  static_assert((2 * kMaxStages + 2 * kWarps) * sizeof(uint64_t) <= kExchange);
+  static constexpr int kRing = kExchange + Exchange::kBytes;
+  static constexpr int kMostStages = 16;
+  static_assert(2 * kMostStages * sizeof(uint64_t) <= kExchange);
 };
 
 // How a product is divided, and what it keeps in the workspace.
 struct GgufDivision {
-  int blocks;  // that divide K: 1, 2 or 4; 0 where the kernel is not to be had or others are faster
-  int tiles;
+  int log2_blocks;  // that divide K as well
+  int tiles;  // 0 where the kernel is not to be had or others are faster
   int stages;  // of the ring
   int ncounts;
   int64_t sums, counts;  // where they begin, behind the activations
@@ -74,34 +81,38 @@ struct GgufDivision {
   }
 };
 
-// From how many weights a multiprocessor on this kernel is the faster one, as measured. It gains
-// most where a group takes many instructions for each of many tokens, or unpacking takes few; what
-// it lacks is rows that keep all multiprocessors busy. divided: several blocks divide K.
+// Whether the kernel is ever the faster one, and whether it is, as measured. It gains most where a
+// group takes many instructions for each of many tokens, or unpacking takes few; what it lacks is
+// rows that keep all multiprocessors busy. share: of all weights a multiprocessor's; busy: percent
+// of the multiprocessors' time; divided: several blocks divide K.
 template <class Format>
-constexpr int64_t worth_it(bool more_than_16, bool divided) {
-  constexpr int64_t kNever = INT64_MAX;
-  constexpr int64_t kFew = 200000, kSome = 400000, kMany = 1000000, kMost = 2000000;
-  constexpr int kBits = kWholeBits<Format>;
-  constexpr bool kFloatMinima = kStagedSums<Format> == 1;
-  if (multiplies_halves<Format>) return kNever;
-  if (!more_than_16) {
-    if (kFloatMinima) return divided ? kMany : kSome;
-    return gives_turns<Format> ? kMany : kNever;
-  }
-  if (kFloatMinima || kBits >= 8) return kFew;
-  if (kStagedSums<Format> > 1 || gives_turns<Format>) return divided ? kMany : kSome;
-  return kBits == 4 ? kMost : kNever;
+constexpr bool ever_worth_it(bool more_than_16) {
+  if (multiplies_halves<Format>) return false;
+  if (kStagedSums<Format> == 1 || gives_turns<Format>) return true;
+  const int bits = kWholeBits<Format>;
+  return more_than_16 && (kStagedSums<Format> > 1 || bits == 4 || bits >= 8);
+}
+template <class Format>
+bool worth_it(bool more_than_16, int64_t share, int64_t busy, bool divided) {
+  constexpr int64_t kFew = 190000, kSome = 400000, kMany = 1000000;
+  constexpr int kBits = kWholeBits<Format>, kSums = kStagedSums<Format>;
+  if (!more_than_16) return share >= (kSums == 1 && !divided ? kSome : kMany);
+  if (kBits >= 8) return share >= (divided ? kSome : kFew);
+  if (kSums == 1 || (kSums > 1 && kBits >= 4)) return share >= kFew;
+  if (divided) return share >= kMany;
+  if (kSums > 1 || gives_turns<Format>) return share >= kFew && busy >= 70;
+  return share >= kSome && busy >= 85;
 }
 
-// Calls function(std::integral_constant<int, Tokens>{}) for as many tokens as are multiplied at a
-// time, if the kernel is ever worth it.
+// Calls function(GgufBoxes<...>{}) for as many tokens as are multiplied at a time, if the kernel is
+// ever worth it.
 template <class Format, class Function>
-int with_warpgroup_tokens(int64_t m, Function&& function) {
-  if constexpr (worth_it<Format>(false, false) < INT64_MAX) {
-    if (m <= 16) return function(std::integral_constant<int, 16>{});
+int with_gguf_boxes(int64_t m, Function&& function) {
+  if constexpr (ever_worth_it<Format>(false)) {
+    if (m <= 16) return function(GgufBoxes<Format, 16>{});
   }
-  if constexpr (worth_it<Format>(true, false) < INT64_MAX) {
-    return function(std::integral_constant<int, 32>{});
+  if constexpr (ever_worth_it<Format>(true)) {
+    if (m > 16) return function(GgufBoxes<Format, 32>{});
   }
   return BCY_ERROR_INVALID_ARGUMENT;
 }
@@ -114,28 +125,30 @@ GgufDivision divide_gguf(const ProductArgs& args, const Device& device) {
       !rows_on_boundaries<Format>(args) || staged_bytes<Format>(args.ncols, args.m) < 0) {
     return division;
   }
-  const bool many = args.m > 16;
-  const int tokens = many ? 32 : 16;
-  using Many = GgufBoxes<Format, 32>;
-  using Some = GgufBoxes<Format, 16>;
-  constexpr int kRows = Many::kRows;
-  const int ring = device.shared_per_block - (many ? Many::kRing : Some::kRing);
-  division.stages = std::min(ring / (many ? Many::kStage : Some::kStage), kMaxStages) / 2 * 2;
-  // A half unpacks its next unit before it leaves this one.
-  if (division.stages < 2 * Many::kHalves) return division;
-  const int64_t tiles = ceil_div(args.nrows, kRows), units = args.ncols / kUnit;
-  const int blocks = divide_k(tiles, units, 4, device.processors, 5, 40).blocks;
-  if (args.nrows * args.ncols / device.processors < worth_it<Format>(many, blocks > 1)) {
-    return division;
-  }
-  division.blocks = blocks;
-  division.tiles = int(tiles);
-  const int64_t record = many ? Many::kX : Some::kX;
-  division.sums = ceil_div(args.m, tokens) * units * record;
-  const int64_t warps = division.blocks == 1 ? 0 : tiles * Many::kWarps;
-  division.ncounts = int(warps);
-  division.counts = division.sums + warps * division.blocks * 8 * tokens * int64_t(sizeof(float));
-  division.bytes = division.counts + warps * int64_t(sizeof(int));
+  with_gguf_boxes<Format>(args.m, [&](auto boxes) {
+    using B = decltype(boxes);
+    const int64_t tiles = ceil_div(args.nrows, B::kRows), units = args.ncols / kUnit;
+    const int64_t rounds = ceil_div(2 * units, B::kParts);  // a half of a unit's time each
+    const DividedK divided = divide_k(tiles, rounds, B::kMostBlocks, device.processors, 5, 40);
+    const int64_t share = args.nrows * args.ncols / device.processors;
+    const int64_t busy = 1000 * tiles * rounds / (divided.takes * device.processors);
+    division.stages = std::min((device.shared_per_block - B::kRing) / B::kStage, B::kMostStages) /
+                      B::kParts * B::kParts;
+    // A part unpacks its next unit before it leaves this one.
+    if (division.stages < 2 * B::kParts ||
+        !worth_it<Format>(args.m > 16, share, busy, divided.blocks > 1)) {
+      return int(BCY_OK);
+    }
+    division.tiles = int(tiles);
+    division.log2_blocks = divided.blocks / 2;  // of 1, 2 and 4
+    division.sums = ceil_div(args.m, B::kTokens) * units * B::kX;
+    const int64_t warps = divided.blocks == 1 ? 0 : tiles * B::kWarps;
+    division.ncounts = int(warps);
+    division.counts =
+        division.sums + warps * divided.blocks * B::Exchange::kKept * 32 * int64_t(sizeof(float));
+    division.bytes = division.counts + warps * int64_t(sizeof(int));
+    return int(BCY_OK);
+  });
   return division;
 }
 
@@ -152,24 +165,18 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
   constexpr int kBlockGroups = Format::kElements / kGroup;
   BCY_DYNAMIC_SHARED(shared);
   auto* const filled = reinterpret_cast<uint64_t*>(shared);
-  uint64_t* const emptied = filled + kMaxStages;
-  uint64_t* const given = emptied + kMaxStages;
-  uint64_t* const taken = given + B::kWarps;
+  uint64_t* const emptied = filled + B::kMostStages;
   uint8_t* const ring = shared + B::kRing;
   // The same for all lanes, which the compiler then knows.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
   const int nrows = int(args.nrows), tokens = int(args.m);
-  const DividedUnits<B::kHalves> units = {int(args.ncols / kUnit), log2_blocks, items};
+  const DividedUnits<B::kParts> units = {int(args.ncols / kUnit), log2_blocks, items};
 
   if (threadIdx.x == B::kConsumers) {
     for (int i = 0; i < stages; ++i) {
       barrier_init(&filled[i], 1);
-      barrier_init(&emptied[i], B::kConsumers / B::kHalves);
-    }
-    for (int i = 0; i < B::kWarps; ++i) {
-      barrier_init(&given[i], 32);
-      barrier_init(&taken[i], 32);
+      barrier_init(&emptied[i], B::kConsumers / B::kParts);
     }
     barrier_init_fence();
   }
@@ -193,9 +200,9 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
   }
   take_registers<B::kMany>();
 
-  const int half = warp / 4 % B::kHalves;
-  const int partner = warp ^ 4;
-  const int row_here = warp / 8 * 64 + warp % 4 * 16 + lane / 4;  // in a tile, and 8 on
+  const int part = warp / B::kPartWarps;
+  const int warp_here = warp % B::kPartWarps;  // among those of a part
+  const int row_here = warp_here * 16 + lane / 4;  // in a tile, and 8 on
   const int t = lane % 4;
 
   // Where row i of the lane is in a stage that holds a unit.
@@ -263,8 +270,8 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
     }
   };
 
-  auto next = units.first(half);
-  PartStage<B::kHalves> stage = {half, 0};
+  auto next = units.first(part);
+  PartStage<B::kParts> stage = {part, 0};
   // Two groups of the next unit; if there is none, what is there is unpacked for nothing.
   const auto wait_for_next = [&] {
     if (units.exists(next)) barrier_wait(&filled[stage.index], stage.phase);
@@ -276,21 +283,20 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
   wait_for_next();
   unpack_next(0);
   unpack_next(1);
-  uint32_t exchanges = 0;
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     float waiting[units.kLevels][B::kSums];
     float values[B::kSums];  // [eight tokens][row, 8 on][token 2 t, 2 t + 1]
     for (int visit = 0; visit < units.visits(); ++visit) {
 #pragma unroll
       for (int i = 0; i < B::kSums; ++i) values[i] = 0.0f;
-      for (int unit = units.first_unit(item, visit, half); unit < units.units; unit += kPartials) {
+      for (int unit = units.first_unit(item, visit, part); unit < units.units; unit += kPartials) {
         const int this_stage = stage.index;
         const uint8_t* const stage_at = ring + this_stage * B::kStage;
         const uint8_t* const x = stage_at + B::kCodes;
         const uint32_t codes = describe_codes<Tokens>(shared_address(x));
         const Row rows[2] = {row_in(stage_at, unit, 0), row_in(stage_at, unit, 1)};
         stage.advance(stages);
-        units.advance(next, half);
+        units.advance(next, part);
         // What scales the groups of a block, in registers.
         [[maybe_unused]] uint32_t words[2][kUnitWords<Format>];
         if constexpr (kBlockGroups == kUnitGroups) {
@@ -366,48 +372,31 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
       join_tree(visit, values, waiting);
     }
 
-    // Each warp of a pair keeps half of the tokens and gives the other half away.
-    constexpr int kKept = B::kSums / 2;
-    float* const mine = reinterpret_cast<float*>(shared + B::kExchange + warp * B::kExchangeWarp);
-    float* const theirs =
-        reinterpret_cast<float*>(shared + B::kExchange + partner * B::kExchangeWarp);
-    barrier_wait(&taken[partner], exchanges & 1 ^ 1);
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      theirs[i * 32 + lane] = half == 0 ? values[kKept + i] : values[i];
-    }
-    barrier_arrive(&given[partner]);
-    barrier_wait(&given[warp], exchanges & 1);
-    float kept[kKept];
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      kept[i] = half == 0 ? add(values[i], mine[i * 32 + lane])
-                          : add(mine[i * 32 + lane], values[kKept + i]);
-    }
-    barrier_arrive(&taken[warp]);
-    ++exchanges;
-
+    float kept[B::Exchange::kKept];
+    B::Exchange::meet(shared + B::kExchange, warp, values, kept);
     const int tile = units.tile_of(item);
     const int64_t place = int64_t{tile} * B::kWarps + warp;
-    if (log2_blocks > 0 && !meet_parts(sums + (place << log2_blocks) * (kKept * 32), counts + place,
-                                       units.block_of(item), units.blocks(), kept)) {
+    if (log2_blocks > 0 &&
+        !meet_parts(sums + (place << log2_blocks) * (B::Exchange::kKept * 32), counts + place,
+                    units.block_of(item), units.blocks(), kept)) {
       continue;
     }
     with_element_type(args.y_type, [&](auto element) {
       using Y = decltype(element);
+      const auto* const bias = static_cast<const typename Y::Storage*>(args.bias);
+      // Two tokens of a row, then of the one 8 on, or of one of these alone.
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = tile * B::kRows + row_here + 8 * i;
+      for (int j = 0; j < B::Exchange::kKept; j += 2) {
+        const bool lower = B::Exchange::kKept % 4 == 0 ? j / 2 % 2 : part % 2;
+        const int row = tile * B::kRows + row_here + 8 * lower;
+        const int token = (part * B::Exchange::kKept + j) / 4 * 8 + t * 2;
         if (row >= nrows) continue;
-        const auto* const bias = static_cast<const typename Y::Storage*>(args.bias);
         const float added = bias == nullptr ? 0.0f : Y::load(bias + row);
-        auto* const y = static_cast<typename Y::Storage*>(args.y) + row;
+        auto* const y = static_cast<typename Y::Storage*>(args.y) + token * args.y_stride + row;
 #pragma unroll
-        for (int j = 0; j < kKept / 2; ++j) {
-          const int token = half * (Tokens / 2) + j / 2 * 8 + t * 2 + j % 2;
-          if (token >= tokens) continue;
-          const float value = kept[j / 2 * 4 + 2 * i + j % 2];
-          y[token * args.y_stride] = Y::round(bias == nullptr ? value : add(value, added));
+        for (int k = 0; k < 2; ++k) {
+          if (token + k >= tokens) continue;
+          y[k * args.y_stride] = Y::round(bias == nullptr ? kept[j + k] : add(kept[j + k], added));
         }
       }
     });
@@ -415,29 +404,27 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
 #endif
 }
 
-template <class Format, int Tokens>
+template <class Format, class B>
 int launch_gguf_sm90(const ProductArgs& args, const GgufDivision& division, const Device& device,
                      bool early, cudaStream_t stream) {
-  using B = GgufBoxes<Format, Tokens>;
   CUtensorMap matrix;
   if (const int status = describe_plain_boxes(args.weight, row_bytes<Format>(args.ncols),
                                               args.nrows, B::kPitch, B::kRows, true, matrix)) {
     return status;
   }
-  auto* const kernel = gguf_product_sm90<Format, Tokens>;
+  auto* const kernel = gguf_product_sm90<Format, B::kTokens>;
   if (const int status = allow_shared(kernel, device)) return status;
   auto* const workspace = static_cast<uint8_t*>(args.workspace);
-  const int items = division.tiles * division.blocks;
-  const int log2_blocks = division.blocks / 2;  // of 1, 2 and 4
+  const int items = division.tiles << division.log2_blocks;
   const int64_t pass_bytes = unit_count(args.ncols) * B::kX;
-  for (int64_t first = 0; first < args.m; first += Tokens) {
+  for (int64_t first = 0; first < args.m; first += B::kTokens) {
     if (const int status =
             launch(kernel, dim3(unsigned(std::min(items, device.processors))), dim3(B::kThreads),
                    stream, B::kRing + division.stages * B::kStage, early || first > 0,
-                   some_tokens(args, first, Tokens), matrix,
-                   static_cast<const uint8_t*>(workspace + first / Tokens * pass_bytes),
+                   some_tokens(args, first, B::kTokens), matrix,
+                   static_cast<const uint8_t*>(workspace + first / B::kTokens * pass_bytes),
                    reinterpret_cast<float*>(workspace + division.sums),
-                   division.counts_in(workspace), log2_blocks, items, division.stages)) {
+                   division.counts_in(workspace), division.log2_blocks, items, division.stages)) {
       return status;
     }
   }

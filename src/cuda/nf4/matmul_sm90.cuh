@@ -45,17 +45,16 @@ struct Nf4Boxes {
   static constexpr int kMostBlocks = Parts == 1 ? 1 : kPartials / Parts;  // that divide K as well
 
   static constexpr int kSums = Tokens / 4;  // of a lane
-  static constexpr int kKept = kSums / Parts;  // of those, once its parts have met
-  static_assert(kSums % Parts == 0);
+  using Exchange = PartExchange<kWarps, Parts, kSums>;
 
-  // Offsets: barriers, the code of nested scales, the table, where warps of the same rows exchange
-  // sums, the ring.
+  // Offsets: barriers, the code of nested scales, the table, where sums are exchanged, the ring.
   static constexpr int kCode = 1024;
   static constexpr int kTable = 2048;
   static constexpr int kExchange = kTable + kTableBytes;
-  static constexpr int kRing = kExchange + (Parts == 1 ? 0 : kConsumers * kSums * sizeof(float));
+  static constexpr int kRing = kExchange + Exchange::kBytes;
   static constexpr int kMostStages = 16;
-  static_assert(2 * kMostStages * sizeof(uint64_t) <= kCode && kRing % 1024 == 0);
+  static_assert(2 * kMostStages * sizeof(uint64_t) <= kCode);
+  static_assert(kRing % 1024 == 0);
 };
 
 // How a product is divided, and what it keeps in the workspace.
@@ -115,7 +114,7 @@ inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Dev
     division.sums = units * B::kX;
     const int64_t warps = divided.blocks == 1 ? 0 : tiles * B::kWarps;
     division.counts =
-        division.sums + warps * divided.blocks * B::kKept * 32 * int64_t(sizeof(float));
+        division.sums + warps * divided.blocks * B::Exchange::kKept * 32 * int64_t(sizeof(float));
     division.bytes = division.counts + warps * int64_t(sizeof(int));
   };
   for (const int parts : {1, 4}) with_nf4_boxes(nf4_tokens(m), parts, consider);
@@ -320,12 +319,12 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens, Parts>::kThreads, 1)
   };
 
   // Sum i of a lane is that of token 8 (i / 2) + 2 t + i % 2; it has those from `first` on.
-  const auto write = [&](int tile, int first, const float (&values)[B::kKept]) {
+  const auto write = [&](int tile, int first, const float (&values)[B::Exchange::kKept]) {
     const int row = tile * B::kRows + row_here;
     if (row >= int(args.nrows)) return;
     const float bias = args.bias == nullptr ? 0.0f : load_element(args.bias, row, args.y_type);
 #pragma unroll
-    for (int j = 0; j < B::kKept; ++j) {
+    for (int j = 0; j < B::Exchange::kKept; ++j) {
       const int i = first + j;
       const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
       if (token >= args.m) continue;
@@ -375,30 +374,13 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens, Parts>::kThreads, 1)
       join_tree(visit, values, waiting);
     }
 
-    // Of the parts of the same rows each keeps some tokens and gives the others away.
-    float kept[B::kKept];
-    const int first = part * B::kKept;
-    if constexpr (Parts == 1) {
-#pragma unroll
-      for (int i = 0; i < B::kKept; ++i) kept[i] = values[i];
-    } else {
-      auto* const theirs = reinterpret_cast<float*>(shared + B::kExchange) +
-                           warp_here * (Parts * B::kSums * 32) + lane;
-      warps_sync<Parts * 32>(warp_here);  // what was there has been read
-#pragma unroll
-      for (int i = 0; i < B::kSums; ++i) theirs[(part * B::kSums + i) * 32] = values[i];
-      warps_sync<Parts * 32>(warp_here);
-#pragma unroll
-      for (int i = 0; i < B::kKept; ++i) {
-        kept[i] =
-            meet_in_tree(Parts, [&](int p) { return theirs[(p * B::kSums + first + i) * 32]; });
-      }
-    }
+    float kept[B::Exchange::kKept];
+    B::Exchange::meet(shared + B::kExchange, warp, values, kept);
     const int64_t place = int64_t{units.tile_of(item)} * B::kWarps + warp;
     if (log2_blocks == 0 ||
-        meet_parts(sums + (place << log2_blocks) * (B::kKept * 32), counts + place,
+        meet_parts(sums + (place << log2_blocks) * (B::Exchange::kKept * 32), counts + place,
                    units.block_of(item), units.blocks(), kept)) {
-      write(units.tile_of(item), first, kept);
+      write(units.tile_of(item), part * B::Exchange::kKept, kept);
     }
   }
 #endif
