@@ -14,8 +14,8 @@ from baracuda_cy import _cuda
 
 NROWS = 19  # one whole tile of rows and a part of one
 MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
-# Tokens, rows and columns that are enough for the kernel for many tokens on Hopper: two tiles of
-# 128 rows to a thread block, or parts of one.
+# Tokens, rows and columns that are enough for the kernel for many tokens on Hopper: several tiles
+# to a thread block, or parts of one.
 MANY_TOKENS = [
     ("Q4_1", 12, 256 * _cuda.multiprocessors() - 5, 2048),
     ("Q2_K", 20, 256 * _cuda.multiprocessors() - 5, 2048),

@@ -67,9 +67,9 @@ def test_many_rows_of_many_tokens(cpu, gpu, name, ncols, m):
     expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
 
 
-# A multiprocessor has at least so many weights where Hopper's kernel for many tokens takes over: of
-# formats with minima or bytes and more than 16 tokens where no blocks divide K, and of all others
-# that it is for.
+# A multiprocessor has at least so many weights where Hopper's kernel for many tokens takes over, if
+# rows keep most of them busy: of formats with minima or bytes and more than 16 tokens, and of all
+# others that it is for.
 SOME, MANY = 400_000, 2_000_000
 
 
@@ -128,6 +128,13 @@ def test_parts_that_divide_k(cpu, gpu, name, weights, m, share):
     nrows = 128 * max(1, int(share * _cuda.multiprocessors())) - 7
     more = expect_same_bits_of_many(cpu, gpu, name, weights, m, nrows, "float16")
     assert more or (m == 13 and share > 1 / 4)  # no blocks that meet
+
+
+@pytest.mark.parametrize(("name", "m"), [("Q4_1", 13), ("Q5_K", 20), ("Q8_0", 40)])
+def test_blocks_that_meet_more_than_once(cpu, gpu, name, m):
+    """More tiles than multiprocessors, which blocks divide nonetheless."""
+    nrows = (144 if name == "Q8_0" else 80) * _cuda.multiprocessors() - 5
+    assert expect_same_bits_of_many(cpu, gpu, name, 1_100_000, m, nrows, "float16")
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 16, 17])

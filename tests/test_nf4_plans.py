@@ -747,22 +747,9 @@ def test_warpgroups_that_divide_k(tiles, m, activation):
         expect_bits_of_few_rows(Nf4Weight(n, k, nested=nested), activation, m)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("block_size", "nested", "part"), [(64, None, 0), (64, 256, 0), (64, 256, 64), (128, None, 0)]
-)
-@pytest.mark.parametrize(
-    ("share", "m"),
-    [(0, 20), (1 / 8, 20), (1 / 4, 12), (3 / 8, 9)],
-    ids=["by 8", "by 8 too", "by 4", "by 4 too"],
-)
-def test_parts_that_divide_k(share, m, block_size, nested, part):
-    """Rows for a share of the multiprocessors: warpgroups divide K, of a thread block or of two,
-    which meet in the workspace."""
+def expect_bits_without_workspace(n, k, block_size, nested, m):
+    """A product has the bits of one by the kernels that need no workspace, again and again."""
     backend = Backend("cuda")
-    n = 128 * max(1, int(share * _cuda.multiprocessors())) - 7
-    # Whole units, four for a box of nested scales, and not.
-    k = (max(MANY * _cuda.multiprocessors() // n, 12800) // 1024 + 1) * 1024 + part
     weight = Nf4Weight(n, k, block_size, nested=nested)
     x = random_activations(m, k, "float16")
     bias = bias_of(n, "float32")
@@ -773,6 +760,30 @@ def test_parts_that_divide_k(share, m, block_size, nested, part):
     for _ in range(3):
         got = weight.product(backend, x, "float32", bias, plan=plan)
         np.testing.assert_array_equal(bits(got), bits(backend.get(y)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("block_size", "nested", "part"), [(64, None, 0), (64, 256, 0), (64, 256, 64), (128, None, 0)]
+)
+@pytest.mark.parametrize(
+    ("share", "m"),
+    [(0, 20), (1 / 8, 20), (1 / 8, 12), (1 / 4, 12), (3 / 8, 9)],
+    ids=["two", "two of more rows", "two of few tokens", "one", "one, twice"],
+)
+def test_parts_that_divide_k(share, m, block_size, nested, part):
+    """Rows for a share of the multiprocessors: warpgroups divide K, of one thread block or of two,
+    which meet in the workspace."""
+    n = 128 * max(1, int(share * _cuda.multiprocessors())) - 7
+    # Whole units, four for a box of nested scales, and not.
+    k = (max(MANY * _cuda.multiprocessors() // n, 12800) // 1024 + 1) * 1024 + part
+    expect_bits_without_workspace(n, k, block_size, nested, m)
+
+
+@pytest.mark.gpu
+def test_blocks_that_meet_more_than_once():
+    """More tiles than multiprocessors, which two blocks divide nonetheless."""
+    expect_bits_without_workspace(40 * _cuda.multiprocessors() - 5, 26624, 64, 256, 20)
 
 
 # ---- bit_stable_across_hardware ------------------------------------------------------------------

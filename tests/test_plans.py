@@ -355,12 +355,13 @@ def test_no_columns_gives_zeros_and_bias(backend, path, name):
 
 
 @pytest.mark.parametrize("path", ["staged", "float"])
-@pytest.mark.parametrize(("nrows", "m"), [(0, 3), (5, 0), (0, 0)])
-def test_no_rows_and_no_tokens(backend, path, nrows, m):
+@pytest.mark.parametrize(("nrows", "m"), [(0, 3), (0, 20), (5, 0), (0, 0)])
+@pytest.mark.parametrize("ncols", [64, 512])
+def test_no_rows_and_no_tokens(backend, path, nrows, m, ncols):
     make = problems.staged_plan if path == "staged" else problems.float_plan
-    plan = make(backend.device, "Q8_0", nrows, 64, m)
-    weight = random_weight("Q8_0", nrows, 64)
-    assert backend.run(plan, weight, np.zeros((m, 64), np.float32)).shape == (m, nrows)
+    plan = make(backend.device, "Q8_0", nrows, ncols, m)
+    weight = random_weight("Q8_0", nrows, ncols)
+    assert backend.run(plan, weight, np.zeros((m, ncols), np.float32)).shape == (m, nrows)
 
 
 def test_no_elements_to_dequantize(backend):

@@ -6,6 +6,10 @@
 // tree in which the eight meet, so that one sum is left of each part.
 #pragma once
 
+#include <stdint.h>
+
+#include <algorithm>
+
 #include "baracuda/order.cuh"
 #include "cuda/common/async.cuh"
 #include "cuda/common/launch.cuh"
@@ -35,53 +39,41 @@ __device__ __forceinline__ void join_tree(int visit, float (&values)[Sums],
   }
 }
 
-// The sums of 1, 2, 4 or 8 parts meet: sum_of(p) is that of part p.
+// The sums of two or four parts meet: sum_of(p) is that of part p.
 template <class SumOf>
 __device__ __forceinline__ float meet_in_tree(int parts, SumOf sum_of) {
-  if (parts == 1) return sum_of(0);
   if (parts == 2) return add(sum_of(0), sum_of(1));
-  if (parts == 4) return add(add(sum_of(0), sum_of(2)), add(sum_of(1), sum_of(3)));
-  return meet(sum_of(0), sum_of(1), sum_of(2), sum_of(3), sum_of(4), sum_of(5), sum_of(6),
-              sum_of(7));
+  return add(add(sum_of(0), sum_of(2)), add(sum_of(1), sum_of(3)));
 }
 
-// Where parts are of one thread block: warps of the same rows each keep a share of their sums and
-// give the others away. Warps: of the block, those of a part one after the other.
-template <int Warps, int Parts, int Sums>
-struct PartExchange {
-  static constexpr int kKept = Sums / Parts;
-  static_assert(Sums % Parts == 0);
-  static constexpr int kBytes = Parts == 1 ? 0 : Warps * Sums * 32 * int(sizeof(float));
+// The warps of a thread block, of which four warpgroups multiply, and a fifth copies. Parts: of K,
+// which the four divide among them; warps of a part follow each other.
+template <int Parts>
+struct PartWarps {
+  static_assert(Parts == 1 || Parts == 2 || Parts == 4);
+  static constexpr int kParts = Parts;
+  static constexpr int kWarps = 16;
+  static constexpr int kPartWarps = kWarps / Parts;
+  static constexpr int kConsumers = kWarps * 32;  // threads
+  static constexpr int kThreads = kConsumers + 128;
 
-  // memory: kBytes.
-  static __device__ __forceinline__ void meet(uint8_t* memory, int warp,
-                                              const float (&values)[Sums], float (&kept)[kKept]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if constexpr (Parts == 1) {
-#pragma unroll
-      for (int i = 0; i < Sums; ++i) kept[i] = values[i];
-    } else {
-      constexpr int kPartWarps = Warps / Parts;
-      const int part = warp / kPartWarps, rows = warp % kPartWarps;
-      float* const sums =
-          reinterpret_cast<float*>(memory) + rows * (Parts * Sums * 32) + threadIdx.x % 32;
-      warps_sync<Parts * 32>(rows);  // what was there has been read
-#pragma unroll
-      for (int i = 0; i < Sums; ++i) sums[(part * Sums + i) * 32] = values[i];
-      warps_sync<Parts * 32>(rows);
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        kept[i] =
-            meet_in_tree(Parts, [&](int p) { return sums[(p * Sums + part * kKept + i) * 32]; });
-      }
-    }
-#endif
+  // Registers of threads that multiply, and of the others, out of those that all have at first.
+  static constexpr int kMany = 112, kFew = 24;
+  static_assert(kConsumers * kMany + 128 * kFew <= 65536 / kThreads / 8 * 8 * kThreads);
+
+  // Thread blocks that divide K as well. Where a block has one part, it had better have more.
+  static constexpr int kMostBlocks = Parts == 1 ? 1 : kPartials / Parts;
+
+  // Of the ring: as many for each part.
+  static constexpr int kMostStages = 16;
+  static int stages(int ring_bytes, int stage_bytes) {
+    return std::min(ring_bytes / stage_bytes, kMostStages) / Parts * Parts;
   }
 };
 
-// The units of thread blocks that take items. An item is some of the parts of a tile of rows:
-// where 2^log2_blocks items divide a tile, item i is number i % 2^log2_blocks of tile i /
-// 2^log2_blocks, and Parts parts of K, which some warps of the block have each.
+// The units of a tile of rows, which 2^log2_blocks thread blocks divide, each of which has Parts of
+// the parts: part p of block b is number b + p 2^log2_blocks of all. A block takes one item after
+// the other: item i is what block i % 2^log2_blocks has of tile i / 2^log2_blocks.
 template <int Parts>
 struct DividedUnits {
   static constexpr int kLevels = Parts == 1 ? 3 : Parts == 2 ? 2 : 1;  // of the tree in a part
@@ -143,7 +135,9 @@ struct PartStage {
 
 // What one thread does to bring all units of a block through rings of `stages` in all.
 // copy_weights(item, unit, stage), copy_activations(unit, stage): start copies that fill a stage;
-// emptied: by stages, what its part arrives at.
+// emptied: by stages, what its part arrives at. The rings are filled in one order, and parts meet
+// at the end of each item: with two stages a part none waits for what has yet to be filled behind
+// another's, as rows that several blocks divide, each with several items, have units for all.
 template <int Parts, class CopyWeights, class CopyActivations>
 __device__ __forceinline__ void bring_units(const DividedUnits<Parts>& units, int stages,
                                             uint64_t* emptied, CopyWeights copy_weights,
@@ -180,44 +174,116 @@ __device__ __forceinline__ void bring_units(const DividedUnits<Parts>& units, in
 #endif
 }
 
-// Where parts are of different thread blocks, they meet in the workspace, warp by warp. place: of
-// this warp's first part there, each of [Sums][32]; count: of those that have come, 0 before the
-// first and after the last. True for the last to come: then values are the sums of all.
-template <int Sums>
-__device__ __forceinline__ bool meet_parts(float* place, int* count, int part, int parts,
-                                           float (&values)[Sums]) {
-  const int lane = threadIdx.x % 32;
-  const auto of = [&](int p, int i) { return place + (p * Sums + i) * 32 + lane; };
-#pragma unroll
-  for (int i = 0; i < Sums; ++i) *of(part, i) = values[i];
-  __threadfence();
-  __syncwarp();
-  int before = 0;
-  if (lane == 0) before = atomicAdd(count, 1);
-  if (__shfl_sync(~0u, before, 0) != parts - 1) return false;
-  __threadfence();
-  if (lane == 0) *count = 0;
-#pragma unroll
-  for (int i = 0; i < Sums; ++i) {
-    values[i] = meet_in_tree(parts, [&](int p) { return __ldcg(of(p, i)); });
-  }
-  return true;
-}
+// Where blocks meet in the workspace: offsets, and bytes with what is before.
+struct Meetings {
+  int64_t sums, counts;
+  int64_t ncounts;  // zeros before the first and after the last
+  int64_t bytes;
 
-// Into how many thread blocks, up to `most`, it is best to divide K for tiles of rows, and what the
-// busiest multiprocessor then takes, in tenths of a unit's time. end, meeting: what an item takes
-// longer than its units, and longer still where it meets others.
-struct DividedK {
-  int blocks;
-  int64_t takes;
+  float* sums_in(void* workspace) const {
+    return reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + sums);
+  }
+  int* counts_in(void* workspace) const {
+    return reinterpret_cast<int*>(static_cast<uint8_t*>(workspace) + counts);
+  }
 };
-inline DividedK divide_k(int64_t tiles, int64_t units, int most, int processors, int end,
+
+// How the Sums sums of each lane meet those of the other parts. Warps of a block that have the same
+// rows each keep a share.
+template <int Parts, int Sums>
+struct PartSums {
+  using Warps = PartWarps<Parts>;
+  static constexpr int kKept = Sums / Parts;
+  static_assert(Sums % Parts == 0);
+
+  // Of shared memory.
+  static constexpr int kBytes = Parts == 1 ? 0 : Warps::kConsumers * Sums * int(sizeof(float));
+
+  // Of the workspace, from `begin` on.
+  static Meetings meetings(int64_t begin, int64_t tiles, int log2_blocks) {
+    Meetings all = {};
+    all.ncounts = log2_blocks == 0 ? 0 : tiles * Warps::kWarps;
+    all.sums = begin;
+    all.counts = begin + (all.ncounts << log2_blocks) * (kKept * 32 * int64_t(sizeof(float)));
+    all.bytes = all.counts + all.ncounts * int64_t(sizeof(int));
+    return all;
+  }
+
+  // Of an item's parts, then of its tile's blocks. False where blocks have yet to come; else kept
+  // are the sums of all.
+  static __device__ __forceinline__ bool meet(const DividedUnits<Parts>& units, int item, int warp,
+                                              uint8_t* memory, float* sums, int* counts,
+                                              const float (&values)[Sums], float (&kept)[kKept]) {
+    meet_in_block(memory, warp, values, kept);
+    if (units.log2_blocks == 0) return true;
+    const int64_t place = int64_t{units.tile_of(item)} * Warps::kWarps + warp;
+    return meet_in_workspace(sums + (place << units.log2_blocks) * (kKept * 32), counts + place,
+                             units.block_of(item), units.blocks(), kept);
+  }
+
+ private:
+  static __device__ __forceinline__ void meet_in_block(uint8_t* memory, int warp,
+                                                       const float (&values)[Sums],
+                                                       float (&kept)[kKept]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if constexpr (Parts == 1) {
+#pragma unroll
+      for (int i = 0; i < Sums; ++i) kept[i] = values[i];
+    } else {
+      const int part = warp / Warps::kPartWarps, rows = warp % Warps::kPartWarps;
+      float* const sums =
+          reinterpret_cast<float*>(memory) + rows * (Parts * Sums * 32) + threadIdx.x % 32;
+      warps_sync<Parts * 32>(rows);  // what was there has been read
+#pragma unroll
+      for (int i = 0; i < Sums; ++i) sums[(part * Sums + i) * 32] = values[i];
+      warps_sync<Parts * 32>(rows);
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        kept[i] =
+            meet_in_tree(Parts, [&](int p) { return sums[(p * Sums + part * kKept + i) * 32]; });
+      }
+    }
+#endif
+  }
+
+  // Warp by warp: all blocks' sums, and a count of those that have come.
+  static __device__ __forceinline__ bool meet_in_workspace(float* sums, int* count, int block,
+                                                           int blocks, float (&kept)[kKept]) {
+    const int lane = threadIdx.x % 32;
+    const auto of = [&](int b, int i) { return sums + (b * kKept + i) * 32 + lane; };
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) *of(block, i) = kept[i];
+    __threadfence();
+    __syncwarp();
+    int before = 0;
+    if (lane == 0) before = atomicAdd(count, 1);
+    if (__shfl_sync(~0u, before, 0) != blocks - 1) return false;
+    __threadfence();
+    if (lane == 0) *count = 0;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      kept[i] = meet_in_tree(blocks, [&](int b) { return __ldcg(of(b, i)); });
+    }
+    return true;
+  }
+};
+
+// Into how many thread blocks, up to `most`, it is best to divide K for tiles of rows. In tenths of
+// a round, what the parts of a block take for a unit of each, end and meeting: what an item takes
+// longer than its rounds, and longer still where it meets others.
+struct DividedK {
+  int log2_blocks;
+  int64_t takes;  // tenths of a round, of the busiest multiprocessor
+  int64_t busy;  // percent of all multiprocessors' time
+};
+inline DividedK divide_k(int64_t tiles, int64_t rounds, int most, int processors, int end,
                          int meeting) {
-  DividedK best = {1, INT64_MAX};
-  for (int blocks = 1; blocks <= most && blocks <= units; blocks *= 2) {  // each has one
-    const int64_t item = ceil_div(10 * units, blocks) + end + (blocks == 1 ? 0 : meeting);
-    const int64_t all = ceil_div(tiles * blocks, processors) * item;
-    if (all < best.takes) best = {blocks, all};
+  DividedK best = {0, INT64_MAX, 0};
+  for (int i = 0; 1 << i <= most && 1 << i <= rounds; ++i) {  // each has one
+    const int64_t item = ceil_div(10 * rounds, 1 << i) + end + (i == 0 ? 0 : meeting);
+    const int64_t takes = ceil_div(tiles << i, processors) * item;
+    if (takes >= best.takes) continue;
+    best = {i, takes, 1000 * tiles * rounds / std::max(takes * processors, int64_t{1})};
   }
   return best;
 }

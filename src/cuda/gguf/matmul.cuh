@@ -383,7 +383,7 @@ class StagedTile : public TileDefaults {
 template <class Format>
 int64_t GgufOperations<Format>::workspace_size(const ProductArgs& args, const Device& device) {
   const int64_t staged = staged_bytes<Format>(args.ncols, args.m);
-  return staged < 0 ? staged : std::max(staged, divide_gguf<Format>(args, device).bytes);
+  return staged < 0 ? staged : std::max(staged, divide_gguf<Format>(args, device).meetings.bytes);
 }
 
 template <class Format>
@@ -393,11 +393,11 @@ int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) 
   constexpr int kSums = kStagedSums<Format>;
   Staging staging = {gives_turns<Format>};
   staging.spread = args.m > kTileTokens;
-  if (const GgufDivision division = divide_gguf<Format>(args, device); division.tiles > 0) {
-    return with_gguf_boxes<Format>(args.m, [&](auto boxes) {
+  if (const GgufDivision division = divide_gguf<Format>(args, device); division.parts > 0) {
+    return with_gguf_boxes<Format>(args.m, division.parts, [&](auto boxes) {
       using Record = typename decltype(boxes)::Record;
-      staging.counts = division.counts_in(args.workspace);
-      staging.ncounts = division.ncounts;
+      staging.counts = division.meetings.counts_in(args.workspace);
+      staging.ncounts = int(division.meetings.ncounts);
       return gguf_stage<Record>(args, staging, stream);
     });
   }
@@ -425,8 +425,8 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   }
   // After this call's own staging the product may start early: only activations come from there.
   const bool early = args.overlap != 0 || unstaged;
-  if (const GgufDivision division = divide_gguf<Format>(args, device); division.tiles > 0) {
-    return with_gguf_boxes<Format>(args.m, [&](auto boxes) {
+  if (const GgufDivision division = divide_gguf<Format>(args, device); division.parts > 0) {
+    return with_gguf_boxes<Format>(args.m, division.parts, [&](auto boxes) {
       return launch_gguf_sm90<Format, decltype(boxes)>(args, division, device, early, stream);
     });
   }

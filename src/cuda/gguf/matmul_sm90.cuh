@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product of matmul.cuh for many tokens on Hopper: the same bits.
 //
-// A thread block takes 64 rows, 16 to a warp, whose units four warpgroups divide among them; where
-// units are large, 128 rows, each half of them by two. They meet at the end. A fifth warpgroup
-// copies. The copy engine brings a unit of the rows and of the activations, which staging has put
-// into the order in which tensor cores read them; those multiply one group while the warps unpack
-// the next and add up the one before.
+// A thread block takes 64 rows, 16 to a warp, whose units four warpgroups divide among them; or 128
+// rows, each half of them by two. They meet at the end. A fifth warpgroup copies. The copy engine
+// brings a unit of the rows and of the activations, which staging has put into the order in which
+// tensor cores read them; those multiply one group while the warps unpack the next and add up the
+// one before.
 //
 // Where rows are few, several blocks divide K in the same way, and meet in the workspace.
 //
@@ -24,19 +24,15 @@
 
 namespace bcy {
 
-// Tokens: 16 or 32. What a block holds in shared memory.
-template <class Format, int Tokens>
-struct GgufBoxes {
+// Tokens: 16 or 32. Parts: of K, which warpgroups of a block divide: 2 or 4. What it holds in
+// shared memory.
+template <class Format, int Tokens, int Parts>
+struct GgufBoxes : PartWarps<Parts> {
+  using Warps = PartWarps<Parts>;
+  using Sums = PartSums<Parts, Tokens / 2>;
   static constexpr int kTokens = Tokens;
   using Record = WarpgroupRecord<Tokens, kStagedSums<Format>>;
-  static constexpr int kWarps = 16;
-  static constexpr int kConsumers = kWarps * 32;  // threads
-  static constexpr int kThreads = kConsumers + 128;  // a warpgroup more, of which one copies
-  // Of K, which warpgroups divide: four leave most registers, but two stages for each hold no
-  // bytes.
-  static constexpr int kParts = kWholeBits<Format> >= 8 ? 2 : 4;
-  static constexpr int kPartWarps = kWarps / kParts;
-  static constexpr int kRows = kPartWarps * 16;
+  static constexpr int kRows = Warps::kPartWarps * 16;
 
   // Rows follow each other an odd number of 16-byte pieces apart: then eight of them are read
   // without bank conflicts.
@@ -51,40 +47,24 @@ struct GgufBoxes {
   static constexpr int kStage = kCodes + kX;
   static_assert(kStage % 128 == 0);
 
-  // Registers of threads that multiply, and of the others, out of those that all have at first.
-  static constexpr int kMany = 112, kFew = 24;
-  static_assert(kConsumers * kMany + 128 * kFew <= 65536 / kThreads / 8 * 8 * kThreads);
-
-  static constexpr int kMostBlocks = kPartials / kParts;  // that divide K as well
-
-  static constexpr int kSums = Tokens / 2;  // of a lane
-  using Exchange = PartExchange<kWarps, kParts, kSums>;
-
-  // Offsets: barriers, where sums are exchanged, the ring.
-  static constexpr int kExchange = 1024;
-  static constexpr int kRing = kExchange + Exchange::kBytes;
-  static constexpr int kMostStages = 16;
-  static_assert(2 * kMostStages * sizeof(uint64_t) <= kExchange);
+  // Offsets: barriers, where sums meet, the ring.
+  static constexpr int kMeeting = 1024;
+  static constexpr int kRing = kMeeting + Sums::kBytes;
+  static_assert(2 * Warps::kMostStages * sizeof(uint64_t) <= kMeeting);
 };
 
 // How a product is divided, and what it keeps in the workspace.
 struct GgufDivision {
+  int parts;  // of a block; 0 where the kernel is not to be had or others are faster
   int log2_blocks;  // that divide K as well
-  int tiles;  // 0 where the kernel is not to be had or others are faster
+  int tiles;
   int stages;  // of the ring
-  int ncounts;
-  int64_t sums, counts;  // where they begin, behind the activations
-  int64_t bytes;
-
-  int* counts_in(void* workspace) const {
-    return reinterpret_cast<int*>(static_cast<uint8_t*>(workspace) + counts);
-  }
+  Meetings meetings;  // behind the activations
 };
 
 // Whether the kernel is ever the faster one, and whether it is, as measured. It gains most where a
 // group takes many instructions for each of many tokens, or unpacking takes few; what it lacks is
-// rows that keep all multiprocessors busy. share: of all weights a multiprocessor's; busy: percent
-// of the multiprocessors' time; divided: several blocks divide K.
+// rows that keep all multiprocessors busy. share: of all weights a multiprocessor's.
 template <class Format>
 constexpr bool ever_worth_it(bool more_than_16) {
   if (multiplies_halves<Format>) return false;
@@ -93,75 +73,92 @@ constexpr bool ever_worth_it(bool more_than_16) {
   return more_than_16 && (kStagedSums<Format> > 1 || bits == 4 || bits >= 8);
 }
 template <class Format>
-bool worth_it(bool more_than_16, int64_t share, int64_t busy, bool divided) {
+bool worth_it(bool more_than_16, int64_t share, const DividedK& divided) {
   constexpr int64_t kFew = 190000, kSome = 400000, kMany = 1000000;
   constexpr int kBits = kWholeBits<Format>, kSums = kStagedSums<Format>;
-  if (!more_than_16) return share >= (kSums == 1 && !divided ? kSome : kMany);
-  if (kBits >= 8) return share >= (divided ? kSome : kFew);
+  const bool alone = divided.log2_blocks == 0;  // a block has all of K
+  if (!more_than_16) return share >= (kSums == 1 && alone ? kSome : kMany);
+  if (kBits >= 8) return share >= (alone ? kFew : kSome);
   if (kSums == 1 || (kSums > 1 && kBits >= 4)) return share >= kFew;
-  if (divided) return share >= kMany;
-  if (kSums > 1 || gives_turns<Format>) return share >= kFew && busy >= 70;
-  return share >= kSome && busy >= 85;
+  if (!alone) return share >= kMany;
+  if (kSums > 1 || gives_turns<Format>) return share >= kFew && divided.busy >= 70;
+  return share >= kSome && divided.busy >= 85;
 }
 
-// Calls function(GgufBoxes<...>{}) for as many tokens as are multiplied at a time, if the kernel is
-// ever worth it.
+// Into how many parts warpgroups of a block may divide K. Two leave tiles fewer ends, four more
+// registers, which integer minima need; two stages of bytes for each of four have no room.
+template <class Format, int Tokens, int Parts>
+constexpr bool kDivides =
+    ever_worth_it<Format>(Tokens > 16) &&
+    (kWholeBits<Format> >= 8                                                ? Parts == 2
+     : Tokens == 16 || (kStagedSums<Format> > 1 && kWholeBits<Format> >= 4) ? Parts == 4
+                                                                            : true);
+
+// Calls function(GgufBoxes<...>{}) for as many tokens and parts as a product has at a time, if it
+// may have them.
 template <class Format, class Function>
-int with_gguf_boxes(int64_t m, Function&& function) {
-  if constexpr (ever_worth_it<Format>(false)) {
-    if (m <= 16) return function(GgufBoxes<Format, 16>{});
-  }
-  if constexpr (ever_worth_it<Format>(true)) {
-    if (m > 16) return function(GgufBoxes<Format, 32>{});
-  }
-  return BCY_ERROR_INVALID_ARGUMENT;
+int with_gguf_boxes(int64_t m, int parts, Function&& function) {
+  int status = BCY_ERROR_INVALID_ARGUMENT;
+  const auto try_boxes = [&](auto tokens, auto some) {
+    constexpr int kTokens = decltype(tokens)::value, kParts = decltype(some)::value;
+    if constexpr (kDivides<Format, kTokens, kParts>) {
+      if (kTokens == (m > 16 ? 32 : 16) && kParts == parts) {
+        status = function(GgufBoxes<Format, kTokens, kParts>{});
+      }
+    }
+  };
+  using std::integral_constant;
+  try_boxes(integral_constant<int, 16>{}, integral_constant<int, 4>{});
+  try_boxes(integral_constant<int, 32>{}, integral_constant<int, 2>{});
+  try_boxes(integral_constant<int, 32>{}, integral_constant<int, 4>{});
+  return status;
 }
 
 template <class Format>
 GgufDivision divide_gguf(const ProductArgs& args, const Device& device) {
   GgufDivision division = {};
-  if (device.arch < 900 || device.own_arch != 900 || args.m <= 8 || args.ncols == 0 ||
-      args.ncols % kUnit != 0 || args.ncols > kMaxColumns || args.nrows > INT32_MAX / 2 ||
-      !rows_on_boundaries<Format>(args) || staged_bytes<Format>(args.ncols, args.m) < 0) {
+  if (device.arch < 900 || device.own_arch != 900 || args.m <= 8 || args.nrows == 0 ||
+      args.ncols == 0 || args.ncols % kUnit != 0 || args.ncols > kMaxColumns ||
+      args.nrows > INT32_MAX / 2 || !rows_on_boundaries<Format>(args) ||
+      staged_bytes<Format>(args.ncols, args.m) < 0) {
     return division;
   }
-  with_gguf_boxes<Format>(args.m, [&](auto boxes) {
+  const int64_t units = args.ncols / kUnit;
+  const int64_t share = args.nrows * args.ncols / device.processors;
+  int64_t least = INT64_MAX;
+  const auto consider = [&](auto boxes) {
     using B = decltype(boxes);
-    const int64_t tiles = ceil_div(args.nrows, B::kRows), units = args.ncols / kUnit;
+    const int64_t tiles = ceil_div(args.nrows, B::kRows);
     const int64_t rounds = ceil_div(2 * units, B::kParts);  // a half of a unit's time each
     const DividedK divided = divide_k(tiles, rounds, B::kMostBlocks, device.processors, 5, 40);
-    const int64_t share = args.nrows * args.ncols / device.processors;
-    const int64_t busy = 1000 * tiles * rounds / (divided.takes * device.processors);
-    division.stages = std::min((device.shared_per_block - B::kRing) / B::kStage, B::kMostStages) /
-                      B::kParts * B::kParts;
+    const int stages = B::stages(device.shared_per_block - B::kRing, B::kStage);
+    // Fewer rows begin earlier.
+    const int64_t takes = divided.takes + (B::kParts == 2 ? 20 : 0);
     // A part unpacks its next unit before it leaves this one.
-    if (division.stages < 2 * B::kParts ||
-        !worth_it<Format>(args.m > 16, share, busy, divided.blocks > 1)) {
+    if (stages < 2 * B::kParts || takes >= least ||
+        !worth_it<Format>(args.m > 16, share, divided)) {
       return int(BCY_OK);
     }
-    division.tiles = int(tiles);
-    division.log2_blocks = divided.blocks / 2;  // of 1, 2 and 4
-    division.sums = ceil_div(args.m, B::kTokens) * units * B::kX;
-    const int64_t warps = divided.blocks == 1 ? 0 : tiles * B::kWarps;
-    division.ncounts = int(warps);
-    division.counts =
-        division.sums + warps * divided.blocks * B::Exchange::kKept * 32 * int64_t(sizeof(float));
-    division.bytes = division.counts + warps * int64_t(sizeof(int));
+    least = takes;
+    division = {B::kParts, divided.log2_blocks, int(tiles), stages,
+                B::Sums::meetings(ceil_div(args.m, B::kTokens) * units * B::kX, tiles,
+                                  divided.log2_blocks)};
     return int(BCY_OK);
-  });
+  };
+  for (const int parts : {4, 2}) with_gguf_boxes<Format>(args.m, parts, consider);
   return division;
 }
 
 // sums, counts: used where several blocks divide K.
-template <class Format, int Tokens>
-__global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
+template <class Format, int Tokens, int Parts>
+__global__ void __launch_bounds__(GgufBoxes<Format, Tokens, Parts>::kThreads, 1)
     gguf_product_sm90(const __grid_constant__ ProductArgs args,
                       const __grid_constant__ CUtensorMap matrix, const uint8_t* records,
                       float* sums, int* counts, int log2_blocks, int items, int stages) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  using B = GgufBoxes<Format, Tokens>;
+  using B = GgufBoxes<Format, Tokens, Parts>;
   using Record = typename B::Record;
-  constexpr int kSums = Record::kSums;
+  constexpr int kSums = Record::kSums, kLaneSums = Tokens / 2;
   constexpr int kBlockGroups = Format::kElements / kGroup;
   BCY_DYNAMIC_SHARED(shared);
   auto* const filled = reinterpret_cast<uint64_t*>(shared);
@@ -171,12 +168,12 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
   const int nrows = int(args.nrows), tokens = int(args.m);
-  const DividedUnits<B::kParts> units = {int(args.ncols / kUnit), log2_blocks, items};
+  const DividedUnits<Parts> units = {int(args.ncols / kUnit), log2_blocks, items};
 
   if (threadIdx.x == B::kConsumers) {
     for (int i = 0; i < stages; ++i) {
       barrier_init(&filled[i], 1);
-      barrier_init(&emptied[i], B::kConsumers / B::kParts);
+      barrier_init(&emptied[i], B::kConsumers / Parts);
     }
     barrier_init_fence();
   }
@@ -254,7 +251,7 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
     }
   };
 
-  const auto add_integers = [&](float (&values)[B::kSums], const int (&integers)[kTiles][4],
+  const auto add_integers = [&](float (&values)[kLaneSums], const int (&integers)[kTiles][4],
                                 float upper, float lower, const Pairs& x_scales) {
     const float scales[2] = {upper, lower};
     const float zeros[2] = {zero_or_nan(upper), zero_or_nan(lower)};
@@ -271,7 +268,7 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
   };
 
   auto next = units.first(part);
-  PartStage<B::kParts> stage = {part, 0};
+  PartStage<Parts> stage = {part, 0};
   // Two groups of the next unit; if there is none, what is there is unpacked for nothing.
   const auto wait_for_next = [&] {
     if (units.exists(next)) barrier_wait(&filled[stage.index], stage.phase);
@@ -284,11 +281,11 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
   unpack_next(0);
   unpack_next(1);
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    float waiting[units.kLevels][B::kSums];
-    float values[B::kSums];  // [eight tokens][row, 8 on][token 2 t, 2 t + 1]
+    float waiting[units.kLevels][kLaneSums];
+    float values[kLaneSums];  // [eight tokens][row, 8 on][token 2 t, 2 t + 1]
     for (int visit = 0; visit < units.visits(); ++visit) {
 #pragma unroll
-      for (int i = 0; i < B::kSums; ++i) values[i] = 0.0f;
+      for (int i = 0; i < kLaneSums; ++i) values[i] = 0.0f;
       for (int unit = units.first_unit(item, visit, part); unit < units.units; unit += kPartials) {
         const int this_stage = stage.index;
         const uint8_t* const stage_at = ring + this_stage * B::kStage;
@@ -372,24 +369,20 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens>::kThreads, 1)
       join_tree(visit, values, waiting);
     }
 
-    float kept[B::Exchange::kKept];
-    B::Exchange::meet(shared + B::kExchange, warp, values, kept);
-    const int tile = units.tile_of(item);
-    const int64_t place = int64_t{tile} * B::kWarps + warp;
-    if (log2_blocks > 0 &&
-        !meet_parts(sums + (place << log2_blocks) * (B::Exchange::kKept * 32), counts + place,
-                    units.block_of(item), units.blocks(), kept)) {
+    float kept[B::Sums::kKept];
+    if (!B::Sums::meet(units, item, warp, shared + B::kMeeting, sums, counts, values, kept)) {
       continue;
     }
+    const int tile = units.tile_of(item);
     with_element_type(args.y_type, [&](auto element) {
       using Y = decltype(element);
       const auto* const bias = static_cast<const typename Y::Storage*>(args.bias);
       // Two tokens of a row, then of the one 8 on, or of one of these alone.
 #pragma unroll
-      for (int j = 0; j < B::Exchange::kKept; j += 2) {
-        const bool lower = B::Exchange::kKept % 4 == 0 ? j / 2 % 2 : part % 2;
+      for (int j = 0; j < B::Sums::kKept; j += 2) {
+        const bool lower = B::Sums::kKept % 4 == 0 ? j / 2 % 2 : part % 2;
         const int row = tile * B::kRows + row_here + 8 * lower;
-        const int token = (part * B::Exchange::kKept + j) / 4 * 8 + t * 2;
+        const int token = (part * B::Sums::kKept + j) / 4 * 8 + t * 2;
         if (row >= nrows) continue;
         const float added = bias == nullptr ? 0.0f : Y::load(bias + row);
         auto* const y = static_cast<typename Y::Storage*>(args.y) + token * args.y_stride + row;
@@ -412,19 +405,18 @@ int launch_gguf_sm90(const ProductArgs& args, const GgufDivision& division, cons
                                               args.nrows, B::kPitch, B::kRows, true, matrix)) {
     return status;
   }
-  auto* const kernel = gguf_product_sm90<Format, B::kTokens>;
+  auto* const kernel = gguf_product_sm90<Format, B::kTokens, B::kParts>;
   if (const int status = allow_shared(kernel, device)) return status;
-  auto* const workspace = static_cast<uint8_t*>(args.workspace);
+  const auto* const records = static_cast<const uint8_t*>(args.workspace);
   const int items = division.tiles << division.log2_blocks;
   const int64_t pass_bytes = unit_count(args.ncols) * B::kX;
   for (int64_t first = 0; first < args.m; first += B::kTokens) {
-    if (const int status =
-            launch(kernel, dim3(unsigned(std::min(items, device.processors))), dim3(B::kThreads),
-                   stream, B::kRing + division.stages * B::kStage, early || first > 0,
-                   some_tokens(args, first, B::kTokens), matrix,
-                   static_cast<const uint8_t*>(workspace + first / B::kTokens * pass_bytes),
-                   reinterpret_cast<float*>(workspace + division.sums),
-                   division.counts_in(workspace), division.log2_blocks, items, division.stages)) {
+    if (const int status = launch(
+            kernel, dim3(unsigned(std::min(items, device.processors))), dim3(B::kThreads), stream,
+            B::kRing + division.stages * B::kStage, early || first > 0,
+            some_tokens(args, first, B::kTokens), matrix, records + first / B::kTokens * pass_bytes,
+            division.meetings.sums_in(args.workspace), division.meetings.counts_in(args.workspace),
+            division.log2_blocks, items, division.stages)) {
       return status;
     }
   }

@@ -62,7 +62,7 @@ int bcy_cuda_nf4_workspace_size(const bcy_nf4_matmul_args* args, int64_t* size) 
     if (const int status = look_at_device(args->device, device)) return status;
     if (streams_rows(*args, device)) {
       *size = uses_tensor_cores(*args, device)
-                  ? divide_nf4(args->weight, args->m, device).bytes
+                  ? divide_nf4(args->weight, args->m, device).meetings.bytes
                   : nf4_tables_workspace(args->weight, args->m, device);
     }
     return int(BCY_OK);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product of matmul.cuh for many rows and more than four tokens on Hopper: the same bits.
 //
-// A thread block takes 128 rows and some units of K, one after the other. Each of its four
-// warpgroups has 32 rows, 8 to a warp, whose high and low parts are the 16 of an instruction. The
-// copy engine brings the codes of a unit, its scales where they can be boxed, and the activations,
-// which a kernel before has put into the workspace in the order in which tensor cores read them.
+// A thread block takes 128 rows and all of K, 32 rows to each of four warpgroups, 8 to a warp,
+// whose high and low parts are the 16 of an instruction. The copy engine brings the codes of a
+// unit, its scales where they can be boxed, and the activations, which a kernel before has put into
+// the workspace in the order in which tensor cores read them.
 //
 // Where rows are few, a block takes 32 of them, and its warpgroups divide K. Where they are fewer
-// still, two blocks divide it, and meet in the workspace.
+// still, two blocks divide it as well, and meet in the workspace.
 #pragma once
 
 #include <algorithm>
@@ -22,13 +22,11 @@ namespace bcy {
 // Tokens: 8, 16 or 32. Parts: of K, which warpgroups of a block divide. What it holds in shared
 // memory.
 template <int Tokens, int Parts>
-struct Nf4Boxes {
-  static constexpr int kTokens = Tokens, kParts = Parts;
-  static constexpr int kWarps = 16;
-  static constexpr int kConsumers = kWarps * 32;  // threads
-  static constexpr int kThreads = kConsumers + 128;  // a warpgroup more, of which one copies
-  static constexpr int kPartWarps = kWarps / Parts;
-  static constexpr int kRows = kPartWarps * 8;
+struct Nf4Boxes : PartWarps<Parts> {
+  using Warps = PartWarps<Parts>;
+  using Sums = PartSums<Parts, Tokens / 4>;
+  static constexpr int kTokens = Tokens;
+  static constexpr int kRows = Warps::kPartWarps * 8;
 
   // Bytes of a stage of the ring, a unit: codes, activations, scales.
   static constexpr int kCodes = kRows * kBoxBytes;
@@ -38,22 +36,12 @@ struct Nf4Boxes {
   static constexpr int kStage = (kCodes + kX + kScales + 1023) / 1024 * 1024;
   static_assert(kWarpgroupElements == kChunk);
 
-  // Registers of threads that multiply, and of the others, out of those that all have at first.
-  static constexpr int kMany = 112, kFew = 24;
-  static_assert(kConsumers * kMany + 128 * kFew <= 65536 / kThreads / 8 * 8 * kThreads);
-
-  static constexpr int kMostBlocks = Parts == 1 ? 1 : kPartials / Parts;  // that divide K as well
-
-  static constexpr int kSums = Tokens / 4;  // of a lane
-  using Exchange = PartExchange<kWarps, Parts, kSums>;
-
-  // Offsets: barriers, the code of nested scales, the table, where sums are exchanged, the ring.
+  // Offsets: barriers, the code of nested scales, the table, where sums meet, the ring.
   static constexpr int kCode = 1024;
   static constexpr int kTable = 2048;
-  static constexpr int kExchange = kTable + kTableBytes;
-  static constexpr int kRing = kExchange + Exchange::kBytes;
-  static constexpr int kMostStages = 16;
-  static_assert(2 * kMostStages * sizeof(uint64_t) <= kCode);
+  static constexpr int kMeeting = kTable + kTableBytes;
+  static constexpr int kRing = kMeeting + Sums::kBytes;
+  static_assert(2 * Warps::kMostStages * sizeof(uint64_t) <= kCode);
   static_assert(kRing % 1024 == 0);
 };
 
@@ -63,14 +51,14 @@ struct Nf4Division {
   int log2_blocks;  // that divide K as well
   int tiles;
   int stages;  // of the ring
-  int64_t sums, counts;  // where they begin, behind the activations
-  int64_t bytes;
+  Meetings meetings;  // behind the activations
 };
 
 // Tokens at a time.
 inline int nf4_tokens(int64_t m) { return m > 16 ? 32 : m > 8 ? 16 : 8; }
 
-// Calls function(Nf4Boxes<...>{}) for as many tokens and parts as a product has at a time.
+// Calls function(Nf4Boxes<...>{}) for as many tokens and parts as a product has at a time; eight
+// tokens have one part.
 template <class Function>
 auto with_nf4_boxes(int tokens, int parts, Function&& function) {
   if (tokens == 8) return function(Nf4Boxes<8, 1>{});
@@ -78,13 +66,14 @@ auto with_nf4_boxes(int tokens, int parts, Function&& function) {
   return parts == 1 ? function(Nf4Boxes<32, 1>{}) : function(Nf4Boxes<32, 4>{});
 }
 
-// bytes is 0 where the kernel is not to be had, as on GPUs after Hopper, or others are faster:
-// those need less to begin with, fewer rows to keep all multiprocessors busy, and gain less from
-// more tokens.
+// meetings.bytes is 0 where the kernel is not to be had, as on GPUs after Hopper, or others are
+// faster: those need less to begin with, fewer rows to keep all multiprocessors busy, and gain less
+// from more tokens.
 inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Device& device) {
   Nf4Division division = {};
   if (device.arch < 900 || device.own_arch != 900 || weight.block_size < kChunk ||
-      weight.ncols > kMaxColumns || weight.nrows > INT32_MAX / 2 || m <= 4) {
+      weight.ncols > kMaxColumns || weight.nrows > INT32_MAX / 2 || m <= 4 || weight.nrows == 0 ||
+      weight.ncols == 0) {
     return division;
   }
   const int64_t units = ceil_div(weight.ncols, kUnit);
@@ -94,28 +83,19 @@ inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Dev
     using B = decltype(boxes);
     const int64_t tiles = ceil_div(weight.nrows, B::kRows), rounds = ceil_div(units, B::kParts);
     const DividedK divided = divide_k(tiles, rounds, B::kMostBlocks, device.processors, 3, 37);
-    const int64_t busy = 1000 * tiles * rounds / (divided.takes * device.processors);  // percent
     bool worth_it = false;
     if (B::kTokens == 8) {
       worth_it = share >= 400000 && tiles >= 4 * device.processors;
     } else if (B::kTokens == 16) {
-      worth_it = (share >= 400000 || B::kParts > 1) && busy >= 60;
+      worth_it = (share >= 400000 || B::kParts > 1) && divided.busy >= 60;
     } else {
-      worth_it = share >= 200000 || (B::kParts > 1 && busy >= 50);
+      worth_it = share >= 200000 || (B::kParts > 1 && divided.busy >= 50);
     }
-    const int stages = std::min((device.shared_per_block - B::kRing) / B::kStage, B::kMostStages) /
-                       B::kParts * B::kParts;
+    const int stages = B::stages(device.shared_per_block - B::kRing, B::kStage);
     if (!worth_it || stages < 2 * B::kParts || divided.takes >= least) return;
     least = divided.takes;
-    division.parts = B::kParts;
-    division.log2_blocks = log2_of(divided.blocks);
-    division.tiles = int(tiles);
-    division.stages = stages;
-    division.sums = units * B::kX;
-    const int64_t warps = divided.blocks == 1 ? 0 : tiles * B::kWarps;
-    division.counts =
-        division.sums + warps * divided.blocks * B::Exchange::kKept * 32 * int64_t(sizeof(float));
-    division.bytes = division.counts + warps * int64_t(sizeof(int));
+    division = {B::kParts, divided.log2_blocks, int(tiles), stages,
+                B::Sums::meetings(units * B::kX, tiles, divided.log2_blocks)};
   };
   for (const int parts : {1, 4}) with_nf4_boxes(nf4_tokens(m), parts, consider);
   return division;
@@ -243,7 +223,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens, Parts>::kThreads, 1)
                      int log2_blocks, int items, int stages) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using B = Nf4Boxes<Tokens, Parts>;
-  constexpr int kTiles = Tokens / 8;
+  constexpr int kTiles = Tokens / 8, kSums = Tokens / 4;  // of a lane
   constexpr bool kBoxed = !std::is_void_v<Absmax>;
   BCY_DYNAMIC_SHARED(shared);
   auto* const filled = reinterpret_cast<uint64_t*>(shared);
@@ -304,27 +284,27 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens, Parts>::kThreads, 1)
   const Table table(shared + B::kTable);
   const uint32_t ring_at = shared_address(ring);
   const uint32_t codes_at = row_here * kBoxBytes + lane / 4 * 16 + lane % 4 * 4;
-  // A chunk's codes as the parts of this warp's rows.
-  const auto decode = [&](uint32_t stage_at, int chunk, uint32_t (&parts)[4][4]) {
+  // A chunk's codes as operands: the high and low parts of this warp's rows.
+  const auto decode = [&](uint32_t stage_at, int chunk, uint32_t (&operands)[4][4]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t word = load_shared_word((stage_at + codes_at) ^ uint32_t(chunk * 32 + i * 16));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const uint2 entry = table(word, j);
-        parts[2 * i + j / 2][j % 2 * 2] = entry.x;
-        parts[2 * i + j / 2][j % 2 * 2 + 1] = entry.y;
+        operands[2 * i + j / 2][j % 2 * 2] = entry.x;
+        operands[2 * i + j / 2][j % 2 * 2 + 1] = entry.y;
       }
     }
   };
 
   // Sum i of a lane is that of token 8 (i / 2) + 2 t + i % 2; it has those from `first` on.
-  const auto write = [&](int tile, int first, const float (&values)[B::Exchange::kKept]) {
+  const auto write = [&](int tile, int first, const float (&values)[B::Sums::kKept]) {
     const int row = tile * B::kRows + row_here;
     if (row >= int(args.nrows)) return;
     const float bias = args.bias == nullptr ? 0.0f : load_element(args.bias, row, args.y_type);
 #pragma unroll
-    for (int j = 0; j < B::Exchange::kKept; ++j) {
+    for (int j = 0; j < B::Sums::kKept; ++j) {
       const int i = first + j;
       const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
       if (token >= args.m) continue;
@@ -333,15 +313,15 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens, Parts>::kThreads, 1)
     }
   };
   Nf4Sums<X, 1, kTiles, kChunk> unit_sums;
-  uint32_t parts[2][4][4];
+  uint32_t operands[2][4][4];
   PartStage<Parts> stage = {part, 0};
   if (units.exists(next)) {
     barrier_wait(&filled[stage.index], stage.phase);
-    decode(ring_at + stage.index * B::kStage, 0, parts[0]);
+    decode(ring_at + stage.index * B::kStage, 0, operands[0]);
   }
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    float waiting[units.kLevels][B::kSums];
-    float values[B::kSums];
+    float waiting[units.kLevels][kSums];
+    float values[kSums];
     for (int visit = 0; visit < units.visits(); ++visit) {
       unit_sums.clear();
       for (int unit = units.first_unit(item, visit, part); unit < units.units; unit += kPartials) {
@@ -353,14 +333,14 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens, Parts>::kThreads, 1)
 #pragma unroll
         for (int chunk = 0; chunk < kUnitChunks; ++chunk) {
           float products[kTiles][4];
-          warpgroup_multiply<X, Tokens>(products, parts[chunk % 2],
+          warpgroup_multiply<X, Tokens>(products, operands[chunk % 2],
                                         stage_at + B::kCodes + chunk * kWarpgroupX<Tokens>);
           if (chunk + 1 < kUnitChunks) {
-            decode(stage_at, chunk + 1, parts[(chunk + 1) % 2]);
+            decode(stage_at, chunk + 1, operands[(chunk + 1) % 2]);
           } else if (units.exists(next)) {
             stage.advance(stages);
             barrier_wait(&filled[stage.index], stage.phase);
-            decode(ring_at + stage.index * B::kStage, 0, parts[0]);
+            decode(ring_at + stage.index * B::kStage, 0, operands[0]);
           }
           const float scale = scales(chunk);
           warpgroup_wait<Tokens>(products);
@@ -370,17 +350,13 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens, Parts>::kThreads, 1)
         if (lane == 0) barrier_arrive(&emptied[this_stage]);
       }
 #pragma unroll
-      for (int i = 0; i < B::kSums; ++i) values[i] = unit_sums.partial[0][i / 2][i % 2];
+      for (int i = 0; i < kSums; ++i) values[i] = unit_sums.partial[0][i / 2][i % 2];
       join_tree(visit, values, waiting);
     }
 
-    float kept[B::Exchange::kKept];
-    B::Exchange::meet(shared + B::kExchange, warp, values, kept);
-    const int64_t place = int64_t{units.tile_of(item)} * B::kWarps + warp;
-    if (log2_blocks == 0 ||
-        meet_parts(sums + (place << log2_blocks) * (B::Exchange::kKept * 32), counts + place,
-                   units.block_of(item), units.blocks(), kept)) {
-      write(units.tile_of(item), part * B::Exchange::kKept, kept);
+    float kept[B::Sums::kKept];
+    if (B::Sums::meet(units, item, warp, shared + B::kMeeting, sums, counts, values, kept)) {
+      write(units.tile_of(item), part * B::Sums::kKept, kept);
     }
   }
 #endif
@@ -405,12 +381,11 @@ int launch_nf4_boxes(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4
   if (status != BCY_OK) return status;
   if (const int status = allow_shared(kernel, device)) return status;
 
-  auto* const workspace = static_cast<uint8_t*>(args.workspace);
-  auto* const sums = reinterpret_cast<float*>(workspace + division.sums);
-  auto* const counts = reinterpret_cast<int*>(workspace + division.counts);
+  float* const sums = division.meetings.sums_in(args.workspace);
+  int* const counts = division.meetings.counts_in(args.workspace);
   const int items = division.tiles << division.log2_blocks;
   const int64_t groups = ceil_div(args.ncols, kUnit) * kUnitGroups * Tokens;  // of all tokens
-  const int64_t ncounts = (division.bytes - division.counts) / int64_t(sizeof(int));
+  const int64_t ncounts = division.meetings.ncounts;
   for (int64_t first = 0; first < args.m; first += Tokens) {
     const ProductArgs some = some_tokens(args, first, Tokens);
     if (const int status = launch(

@@ -81,7 +81,7 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
       return streamed(static_cast<Nf4AnyTile<X, kChunk>*>(nullptr), inputs);
     }
     const Nf4Division division = divide_nf4(args.weight, args.m, device);
-    if (args.workspace != nullptr && division.bytes > 0) {
+    if (args.workspace != nullptr && division.meetings.bytes > 0) {
       return launch_nf4_sm90<X>(rows, inputs, division, device, stream);
     }
     return with_absmax(rows, inputs, [&](auto absmax) {
