@@ -104,9 +104,11 @@ def test_many_weights_of_many_tokens(cpu, gpu, name, m):
     assert more or m == 13 or name in ("Q3_K", "Q5_0", "Q6_K")
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q5_K", "Q8_K"])
+@pytest.mark.parametrize(
+    "name", ["Q4_1", "Q5_1", "Q2_K", "Q5_K", "Q8_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+)
 def test_few_columns_of_many_rows(cpu, gpu, name):
-    """A unit, of which some warpgroups have none, or a few."""
+    """A few units, of which some warpgroups have none; all but Q5_K divide them by two."""
     nrows = 1024 * _cuda.multiprocessors() - 3
     assert expect_same_bits_of_many(cpu, gpu, name, SOME, 20, nrows, "bfloat16")
 

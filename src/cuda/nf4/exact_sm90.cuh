@@ -289,7 +289,6 @@ int launch_nf4_tables(const ProductArgs& args, const Nf4Inputs& inputs, const De
   }
   const bool boxed = can_copy_scales<float>(args, inputs);
   if (boxed) {
-    const int bytes = kRowScales<float>;
     if (const int status = describe_scales<float>(args, inputs, T::kRows, scales)) {
       return status;
     }

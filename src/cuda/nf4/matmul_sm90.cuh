@@ -375,8 +375,11 @@ int launch_nf4_boxes(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4
   const int status = with_absmax(args, inputs, [&](auto absmax) {
     using Absmax = typename decltype(absmax)::type;
     kernel = nf4_product_sm90<X, Tokens, Parts, Absmax>;
-    if constexpr (std::is_void_v<Absmax>) return int(BCY_OK);
-    return describe_scales<Absmax>(args, inputs, B::kRows, scales);
+    if constexpr (std::is_void_v<Absmax>) {
+      return int(BCY_OK);
+    } else {
+      return describe_scales<Absmax>(args, inputs, B::kRows, scales);
+    }
   });
   if (status != BCY_OK) return status;
   if (const int status = allow_shared(kernel, device)) return status;
