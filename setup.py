@@ -9,6 +9,8 @@ Environment
     CUDA_HOME, CUDA_PATH  a toolkit to prefer over nvcc on PATH and over the wheels from PyPI
     CXX                   the C++ compiler, g++ unless said
     MAX_JOBS              compilers at once, one per CPU unless said
+
+A value that is none of these ends the build with a message.
 """
 
 import fcntl
@@ -42,6 +44,7 @@ TOOLKIT_WHEELS = [
     for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
 ]
 OLDEST_TOOLKIT = (12, 8)  # the first with sm_120 and --compress-mode
+OLDEST_ARCH = 75  # the kernels multiply by its integer tensor cores
 RELEASE_ARCHS = "75;80;86;89;90;100;120;120-virtual"
 # Where no GPU is seen: compiled in minutes on two cores; the PTX serves later GPUs.
 DEFAULT_ARCHS = "80;90;90-virtual"
@@ -92,15 +95,25 @@ ISA_FLAGS = {  # by the end of the file's name; the caller asks the CPU before i
     "_avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
 }
 
-CUDA = os.environ.get("BARACUDA_CUDA", "1").strip().lower()
+CUDA = os.environ.get("BARACUDA_CUDA", "").strip().lower() or "1"
 EMULATED = CUDA == "emulated"
-WITH_CUDA = not EMULATED and CUDA not in ("0", "off", "no", "false")
+WITH_CUDA = CUDA in ("1", "on", "yes", "true")
+if not (EMULATED or WITH_CUDA or CUDA in ("0", "off", "no", "false")):
+    sys.exit(
+        "BARACUDA_CUDA: expected 1 (the default), 0 for the CPU backend alone, or emulated; "
+        f"got {os.environ['BARACUDA_CUDA']!r}"
+    )
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 X86_64 = platform.machine() in ("x86_64", "AMD64")
 
 
 def jobs() -> int:
-    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    asked = os.environ.get("MAX_JOBS", "").strip()
+    if not asked:
+        return len(os.sched_getaffinity(0))
+    if not re.fullmatch("[0-9]+", asked) or int(asked) == 0:
+        sys.exit(f"MAX_JOBS: expected how many compilers may run at once, 1 or more; got {asked!r}")
+    return int(asked)
 
 
 def output_of(*command) -> str | None:
@@ -194,28 +207,47 @@ def gpu_archs() -> list[str]:
     )
 
 
+def archs_of_gpus(known: set[int]) -> list[str]:
+    """What serves the GPUs of this machine, with a line for each that nvcc has no code for."""
+    archs = []
+    for gpu in map(int, gpu_archs()):
+        older = [arch for arch in known if arch <= gpu]
+        name = f"GPU of compute capability {gpu // 10}.{gpu % 10}"
+        if gpu < OLDEST_ARCH:
+            print(f"{name}: left out, since the kernels need 7.5 or later", flush=True)
+        elif gpu in known or not known:
+            archs.append(f"{gpu}")
+        elif older:
+            archs.append(f"{max(older)}-virtual")
+            print(f"{name}: nvcc does not know it, so that it gets PTX of {max(older)}", flush=True)
+        else:
+            print(f"{name}: left out, since nvcc does not know it", flush=True)
+    return archs
+
+
 def cuda_archs(nvcc: str) -> list[str]:
     """BARACUDA_CUDA_ARCHS as a list such as ["80", "90", "90-virtual"]."""
+    listed = re.findall(r"compute_(\d+)\b", output_of(nvcc, "--list-gpu-arch") or "")
+    known = {int(number) for number in listed if int(number) >= OLDEST_ARCH}
     asked = os.environ.get("BARACUDA_CUDA_ARCHS", "").strip()
     if not asked:
-        asked = ";".join(gpu_archs()) or DEFAULT_ARCHS
+        asked = ";".join(archs_of_gpus(known)) or DEFAULT_ARCHS
     elif asked == "native":
-        asked = ";".join(gpu_archs())
+        asked = ";".join(archs_of_gpus(known))
         if not asked:
             sys.exit(
-                "BARACUDA_CUDA_ARCHS=native: nvidia-smi shows no GPU here; "
+                "BARACUDA_CUDA_ARCHS=native: nvidia-smi shows no GPU here that can be built for; "
                 "name the architectures, as in 80;90"
             )
     elif asked == "release":
         asked = RELEASE_ARCHS
     archs = list(dict.fromkeys(re.split(r"[;,\s]+", asked.strip("; ,"))))
-    known = set(re.findall(r"compute_(\w+)", output_of(nvcc, "--list-gpu-arch") or ""))
     for arch in archs:
-        number = re.fullmatch(r"(\d+[af]?)(-virtual)?", arch)
-        if not number or (known and number[1].rstrip("af") not in known):
+        number = re.fullmatch(r"(\d+)[af]?(-virtual)?", arch)
+        if not number or (known and int(number[1]) not in known):
             sys.exit(
                 f"BARACUDA_CUDA_ARCHS: expected compute capabilities that {nvcc} knows "
-                f"({' '.join(sorted(known, key=int))}), each real (90) or PTX (90-virtual), "
+                f"({' '.join(map(str, sorted(known)))}), each real (90) or PTX (90-virtual), "
                 f"or 'native' or 'release'; got {arch!r} in {asked!r}"
             )
     return archs

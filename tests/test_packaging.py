@@ -156,7 +156,8 @@ def test_needs_no_cuda_and_no_openmp_library(name):
 @pytest.fixture
 def build(monkeypatch):
     """The names of setup.py, with none of the caller's toolkits in sight."""
-    for variable in ("CUDA_HOME", "CUDA_PATH", "BARACUDA_CUDA_ARCHS"):
+    ours = ("BARACUDA_CUDA", "BARACUDA_CUDA_ARCHS", "MAX_JOBS")
+    for variable in ("CUDA_HOME", "CUDA_PATH", *ours):
         monkeypatch.delenv(variable, raising=False)
     return runpy.run_path(str(ROOT / "setup.py"))
 
@@ -258,15 +259,78 @@ def test_native_without_a_gpu_is_refused(build, tmp_path, monkeypatch):
         build["cuda_archs"](str(nvcc))
 
 
-def test_native_is_every_gpu_of_the_machine(build, tmp_path, monkeypatch):
-    nvcc = fake_toolkit(tmp_path)
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nprintf '9.0\\n8.0\\n9.0\\n'\n")
+def fake_gpus(folder, monkeypatch, *capabilities):
+    """A machine with these GPUs, as nvidia-smi lists them."""
+    smi = folder / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nprintf '%s\\n' {' '.join(capabilities)}\n")
     smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{smi.parent}:/usr/bin:/bin")
-    for asked in ("native", ""):  # what a machine has is also its default
-        monkeypatch.setenv("BARACUDA_CUDA_ARCHS", asked)
-        assert build["cuda_archs"](str(nvcc)) == ["80", "90"]
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize("asked", ["native", ""])  # what a machine has is also its default
+@pytest.mark.parametrize(
+    ("gpus", "archs", "said"),
+    [
+        (["9.0", "8.0", "9.0"], ["80", "90"], ""),
+        (["6.1", "9.0"], ["90"], "compute capability 6.1: left out, since the kernels need 7.5"),
+        (["7.5", "8.0"], ["80"], "compute capability 7.5: left out, since nvcc does not know it"),
+        (["8.0", "12.1"], ["80", "90-virtual"], "12.1: nvcc does not know it, so that it gets PTX"),
+        (["8.6"], ["80-virtual"], "8.6: nvcc does not know it, so that it gets PTX of 80"),
+    ],
+)
+def test_gpus_of_the_machine(build, tmp_path, monkeypatch, capsys, asked, gpus, archs, said):
+    nvcc = fake_toolkit(tmp_path)
+    fake_gpus(nvcc.parent, monkeypatch, *gpus)
+    monkeypatch.setenv("BARACUDA_CUDA_ARCHS", asked)
+    assert build["cuda_archs"](str(nvcc)) == archs
+    assert said in capsys.readouterr().out
+
+
+def test_gpu_that_is_too_old(build, tmp_path, monkeypatch, capsys):
+    nvcc = fake_toolkit(tmp_path)
+    fake_gpus(nvcc.parent, monkeypatch, "6.1")
+    assert build["cuda_archs"](str(nvcc)) == ["80", "90", "90-virtual"]
+    assert "6.1: left out" in capsys.readouterr().out
+    monkeypatch.setenv("BARACUDA_CUDA_ARCHS", "native")
+    with pytest.raises(SystemExit, match="shows no GPU here that can be built for"):
+        build["cuda_archs"](str(nvcc))
+
+
+@pytest.mark.parametrize(
+    ("asked", "with_cuda", "emulated"),
+    [
+        ("", True, False),
+        ("1", True, False),
+        ("On", True, False),
+        ("0", False, False),
+        (" off ", False, False),
+        ("emulated", False, True),
+    ],
+)
+def test_which_backends_are_built(monkeypatch, asked, with_cuda, emulated):
+    monkeypatch.setenv("BARACUDA_CUDA", asked)
+    names = runpy.run_path(str(ROOT / "setup.py"))
+    assert (names["WITH_CUDA"], names["EMULATED"]) == (with_cuda, emulated)
+
+
+@pytest.mark.parametrize("asked", ["2", "cpu", "emulate", "12.8"])
+def test_unknown_backend_ends_the_build(monkeypatch, asked):
+    monkeypatch.setenv("BARACUDA_CUDA", asked)
+    with pytest.raises(SystemExit, match=f"BARACUDA_CUDA: expected 1 .* got '{asked}'"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_jobs(build, monkeypatch):
+    assert build["jobs"]() == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("MAX_JOBS", " 3 ")
+    assert build["jobs"]() == 3
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "many", "1.5"])
+def test_unknown_jobs_end_the_build(build, monkeypatch, asked):
+    monkeypatch.setenv("MAX_JOBS", asked)
+    with pytest.raises(SystemExit, match=f"MAX_JOBS: expected how many .* got '{asked}'"):
+        build["jobs"]()
 
 
 def test_gencode_of_real_and_virtual(build):
@@ -318,12 +382,14 @@ def test_sources_name_their_licence():
 
 
 def test_actions_are_pinned_by_commit():
+    if not (ROOT / ".github").is_dir():
+        pytest.skip("a source distribution has no workflows")
     used = [
         (path.name, line.strip())
         for path in tree(".yml")
         if path.parent.name == "workflows"
         for line in path.read_text().splitlines()
-        if "uses:" in line
+        if "uses:" in line and "uses: ./" not in line  # a workflow of this commit
     ]
     assert used
     for where in used:
