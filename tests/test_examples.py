@@ -14,7 +14,10 @@ import baracuda_cy as bcy
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-PAGES = ("README.md", "docs/index.md", "docs/nf4.md", "docs/formats.md", "docs/numerics.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("index", "recipes", "nf4", "formats", "numerics")),
+)
 CODE = re.compile(r"(<!-- not run -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
@@ -43,8 +46,9 @@ def minilm():
 
 @pytest.mark.parametrize(("page", "code"), list(page_examples()))
 def test_code_of_a_page_runs(page, code, tmp_path, monkeypatch):
-    if "import torch" in code:
-        pytest.importorskip("torch")
+    for framework in ("torch", "jax"):
+        if f"import {framework}" in code:
+            pytest.importorskip(framework)
     monkeypatch.chdir(tmp_path)  # where files go
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
 
@@ -82,6 +86,21 @@ def test_table_of_4_bit_formats_is_the_package_s(page):
             w = bcy.quantize(np.ones((256, size), np.float32), name, block_size=size, nested=nested)
             table = w.nested.code.nbytes if nested else 0
             assert round(8 * (w.nbytes - table) / (256 * size), 3) == float(bits)
+
+
+def test_errors_of_the_formats():
+    dense = np.random.default_rng(0).standard_normal((256, 4096), np.float32)
+    names = [*bcy.GgufBlockFormat.__members__, *bcy.Codebook.__members__]
+    nested = {f"{name}, nested absmax": name for name in bcy.Codebook.__members__}
+    rows = dict(table_rows("docs/recipes.md", {*names, *nested}))
+    assert set(rows) == {*names, *nested}
+    assert list(rows) == sorted(rows, key=lambda name: float(rows[name][0]))
+    for name, (bits, error, *_) in rows.items():
+        w = bcy.quantize(dense, nested.get(name, name), nested=name in nested)
+        table = w.nested.code.nbytes if name in nested else 0
+        assert round(8 * (w.nbytes - table) / dense.size, 3) == round(float(bits), 3)
+        found = np.linalg.norm(w.dequantize() - dense) / np.linalg.norm(dense)
+        assert float(f"{found:.3g}") == float(error), name
 
 
 def test_codebook_table_is_the_package_s():
