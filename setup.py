@@ -10,7 +10,8 @@ Environment
     CXX                   the C++ compiler, g++ unless said
     MAX_JOBS              compilers at once, one per CPU unless said
 
-A value that is none of these ends the build with a message.
+Any other value of the first three and of MAX_JOBS ends the build with a message; a toolkit that is
+not complete is passed over with one.
 """
 
 import fcntl

@@ -169,10 +169,10 @@ def quantize(
 
     NF4 and FP4 have the bytes and the absmax that bitsandbytes has on the CPU, on every device.
 
-    Scales and minima of GGUF are float16 in every format but Q8_K and MXFP4. Blocks of values so
-    large that one of them would exceed 65504 (none does below that) come back as infinity or NaN
-    from the formats that have ggml's bytes, as they do from ggml's, and cut off from the others;
-    scale such weights down first.
+    Scales and minima of GGUF formats are float16, except in Q8_K and MXFP4. Where one of them would
+    exceed 65504, which takes a value beyond that, the block becomes infinities or NaN in the
+    formats with ggml's bytes, as with ggml, and is clipped in the others; scale such weights down
+    first. Smaller values never cause this.
 
     Parameters
     ----------

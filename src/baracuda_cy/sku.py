@@ -69,7 +69,7 @@ class Nf4Layout(Named):
 
 
 class MathPrecision(Named):
-    """The precision at which is multiplied; F32 with float activations of GGUF: 24-bit integers."""
+    """Precision of the multiplications; F32 is 24-bit integers with float activations of GGUF."""
 
     F16 = 0
     BF16 = 1
@@ -243,7 +243,7 @@ class PrecisionGuarantee(_Value):
     Parameters
     ----------
     math_precision : MathPrecision
-        At which precision is multiplied.
+        Precision of the multiplications.
     accumulator : ElementKind
         What products are added up in across a row.
     deterministic : bool
