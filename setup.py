@@ -10,8 +10,8 @@ Environment
     CXX                   the C++ compiler, g++ unless said
     MAX_JOBS              compilers at once, one per CPU unless said
 
-Any other value of the first three and of MAX_JOBS ends the build with a message; a toolkit that is
-not complete is passed over with one.
+Any other value of BARACUDA_CUDA, BARACUDA_CUDA_ARCHS or MAX_JOBS ends the build with a message; a
+toolkit that is not complete is passed over with one.
 """
 
 import fcntl
