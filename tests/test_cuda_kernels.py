@@ -184,6 +184,50 @@ def test_weights_at_any_address(cpu, gpu, make, name):
             np.testing.assert_array_equal(bits(gpu.run(plan, memory, x)), expected)
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 16, 32])
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_rows_at_any_address(cpu, gpu, name, m):
+    """Of all tiles there are rings for rows off 16-byte boundaries."""
+    block_format = bcy.GgufBlockFormat(name)
+    ncols = 2048 + 256 + block_format.block_size
+    for nrows in (16 * _cuda.multiprocessors() + 3, 48 * _cuda.multiprocessors() + 5):
+        weight = random_weight(name, nrows, ncols)
+        x = random_activations(m, ncols, "float16")
+        memory = np.concatenate([np.full(block_format.alignment, 0xFF, np.uint8), weight])
+        for make in (problems.staged_plan, problems.float_plan)[: 2 if m <= 2 else 1]:
+            arguments = name, nrows, ncols, m, "float16"
+            plan = make("cuda", *arguments, w_start_byte_offset=block_format.alignment)
+            expected = bits(cpu.run(make("cpu", *arguments), weight, x))
+            np.testing.assert_array_equal(bits(gpu.run(plan, memory, x)), expected)
+
+
+def has_same_bits(name, nrows, ncols, m):
+    expect_same_bits(Backend("cpu"), Backend("cuda"), problems.staged_plan, name, nrows, ncols, m)
+    return True
+
+
+@pytest.mark.skipif(not problems.EMULATED, reason="a real GPU has the shared memory that it has")
+@pytest.mark.parametrize(
+    ("name", "nrows", "ncols", "m"),
+    [
+        ("Q8_0", 200, 512, 32),
+        ("Q8_K", 200, 512, 16),
+        ("Q8_0", 1600, 256, 8),
+        ("Q8_0", 35, 28672, 1),
+        ("Q8_0", 140, 14336, 2),
+        ("Q4_0", 140, 28672, 2),
+        ("Q6_K", 35, 53248, 1),
+    ],
+)
+def test_less_shared_memory(name, nrows, ncols, m):
+    """Some GPUs have 99 KB for a thread block: tiles and rings that do not fit are not chosen."""
+    assert problems.in_another_process(
+        "test_cuda_kernels",
+        f"t.has_same_bits({name!r}, {nrows}, {ncols}, {m})",
+        EMULATED_SHARED_MEMORY="100",
+    )
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-36, 3e-36, 1e-33, 1e30])
 @pytest.mark.parametrize("name", FORMATS)
 def test_extreme_activations(cpu, gpu, name, scale):

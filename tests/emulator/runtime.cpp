@@ -4,6 +4,7 @@
 // not be touched, and holds 0xff until it is written.
 #include <cuda.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -26,7 +27,15 @@ namespace {
 
 constexpr int kArch = __CUDA_ARCH__;
 constexpr int kProcessors = 8;  // few: a block takes many tiles
-constexpr int kSharedPerProcessor = kArch >= 900 ? 228 << 10 : kArch >= 800 ? 164 << 10 : 64 << 10;
+// Some of an architecture have less, as many KB as EMULATED_SHARED_MEMORY says.
+const int kSharedPerProcessor = [] {
+  const char* const kilobytes = getenv("EMULATED_SHARED_MEMORY");
+  return (kilobytes != nullptr ? atoi(kilobytes)
+          : kArch >= 900       ? 228
+          : kArch >= 800       ? 164
+                               : 64)
+         << 10;
+}();
 constexpr int kReserved = kArch >= 800 ? 1 << 10 : 0;
 constexpr int kLeast = 0, kGreatest = -5;  // priorities of streams
 constexpr size_t kTotalMemory = size_t{8} << 30;

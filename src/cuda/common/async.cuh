@@ -111,6 +111,16 @@ __device__ __forceinline__ void warps_sync(int barrier) {
 // Every lane calls copy_row for its row (or not), then the warp calls copies_issued once with what
 // each lane copied. Addresses and sizes are multiples of 16 bytes.
 
+// What lanes of this warp stored to shared memory comes before what they do next: arrivals at
+// barriers, and copies over the same bytes.
+__device__ __forceinline__ void order_stores_of_warp() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  __threadfence_block();
+  __syncwarp();
+}
+
 constexpr int kCopyArrivals =
 #if __CUDA_ARCH__ >= 900
     1;

@@ -15,8 +15,8 @@ constexpr int kDevices = 64;  // beyond, each call looks anew
 int look(int device, Device& found) {
   // A newer device may run code that was compiled for an older one: kernels are chosen by the code.
   cudaFuncAttributes attributes;
-  cudaError_t status = cudaFuncGetAttributes(&attributes, bcy_cuda_probe_kernel());
-  if (status != cudaSuccess) return status;
+  int status = take_error(cudaFuncGetAttributes(&attributes, bcy_cuda_probe_kernel()));
+  if (status != BCY_OK) return status;
   found.arch = attributes.ptxVersion * 10;
   found.own_arch = attributes.binaryVersion * 10;
   const struct {
@@ -29,10 +29,10 @@ int look(int device, Device& found) {
       {cudaDevAttrReservedSharedMemoryPerBlock, &found.shared_reserved},
   };
   for (const auto& item : wanted) {
-    status = cudaDeviceGetAttribute(item.value, item.attribute, device);
-    if (status != cudaSuccess) return status;
+    status = take_error(cudaDeviceGetAttribute(item.value, item.attribute, device));
+    if (status != BCY_OK) return status;
   }
-  return cudaSuccess;
+  return BCY_OK;
 }
 
 }  // namespace

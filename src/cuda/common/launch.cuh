@@ -32,17 +32,24 @@ inline ProductArgs some_tokens(const ProductArgs& args, int64_t first, int64_t c
   return some;
 }
 
+// A failed call leaves its code in the runtime's last-error slot, where the next library to look
+// would take it for its own.
+inline int take_error(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
 // Makes a device current and puts the caller's back.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    status_ = cudaGetDevice(&previous_);
-    if (status_ != cudaSuccess || previous_ == device) return;
-    status_ = cudaSetDevice(device);
-    changed_ = status_ == cudaSuccess;
+    status_ = take_error(cudaGetDevice(&previous_));
+    if (status_ != BCY_OK || previous_ == device) return;
+    status_ = take_error(cudaSetDevice(device));
+    changed_ = status_ == BCY_OK;
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
+    if (changed_) take_error(cudaSetDevice(previous_));
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -50,16 +57,15 @@ class DeviceGuard {
 
  private:
   int previous_ = 0;
-  cudaError_t status_ = cudaSuccess;
+  int status_ = BCY_OK;
   bool changed_ = false;
 };
 
-// Launches and reports this launch's own error. A failure is taken out of the runtime's last-error
-// slot, so that the next library to look there does not take it for its own. early: the kernel may
-// start before the one ahead of it is done (programmatic dependent launch), and waits for it
-// itself. beside: its blocks, which take little shared memory, share multiprocessors with those of
-// kernels that take most of it. Left to itself, a multiprocessor that is empty when it gets one of
-// the former keeps most of that memory as L1 cache until it is empty again.
+// Launches and reports this launch's own error. early: the kernel may start before the one ahead of
+// it is done (programmatic dependent launch), and waits for it itself. beside: its blocks, which
+// take little shared memory, share multiprocessors with those of kernels that take most of it. Left
+// to itself, a multiprocessor that is empty when it gets one of the former keeps most of that
+// memory as L1 cache until it is empty again.
 template <class... Parameters, class... Arguments>
 int launch_beside(bool beside, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                   cudaStream_t stream, size_t shared_bytes, bool early, Arguments... arguments) {
@@ -80,9 +86,7 @@ int launch_beside(bool beside, void (*kernel)(Parameters...), dim3 grid, dim3 bl
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (status != cudaSuccess) cudaGetLastError();
-  return status;
+  return take_error(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 template <class... Parameters, class... Arguments>
@@ -99,6 +103,9 @@ struct Device {
   int shared_per_processor;  // bytes of shared memory
   int shared_per_block;
   int shared_reserved;       // of each block
+
+  // Whether kernels wait for the one ahead themselves: older code would not.
+  bool waits() const { return arch >= 900; }
 };
 
 // Whether tiles of 32 rows leave half of the multiprocessors without one.
@@ -109,12 +116,22 @@ inline bool has_few_rows(const ProductArgs& args, const Device& device) {
 // Looks a device up once in the process; it is current.
 int look_at_device(int device, Device& found);
 
+// Calls function(Device) while that device is current.
+template <class Function>
+int on_device(int ordinal, Function&& function) {
+  const DeviceGuard guard(ordinal);
+  if (guard.status() != BCY_OK) return guard.status();
+  Device device;
+  if (const int status = look_at_device(ordinal, device)) return status;
+  return function(device);
+}
+
 // A block may ask for more than 48 KB of shared memory only after its kernel was allowed to. It is
 // allowed all there is: threads that launch it with other sizes do not take each other's away.
 template <class... Parameters>
 int allow_shared(void (*kernel)(Parameters...), const Device& device) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              device.shared_per_block);
+  return take_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         device.shared_per_block));
 }
 
 // Calls function(F32{}), function(F16{}) or function(BF16{}).

@@ -20,12 +20,12 @@
 //                                         are any
 //   clear(following)                      sums to zero; following: first row of the tile after it
 //   add_unit(rows, round, groups, next, read)
-//                                         unit first_unit + 8 round. rows: as Bytes, the unit in
-//                                         rows r, r + 8, r + 16, ..., r = lane / 4; groups: how
-//                                         many exist; next: round that comes next; read(): called
-//                                         when no byte of the unit is needed any more
+//                                         unit first_unit + 8 round. rows: what the ring's Lane
+//                                         gives; groups: how many exist; next: round that comes
+//                                         next; read(): called when no byte of the unit is needed
+//                                         any more
 //   store(partials)                       this warp's sums, [token][row]
-// and, where it differs from TileDefaults, kStartsNextAtOnce, kActivationsStay, kReadsMost and
+// and, where it differs from TileDefaults, a constant of these and
 //   prefetch(args, inputs, first_row, round)
 //                                         by the warp that fetches a round's weights: asks for what
 //                                         else of them comes from memory
@@ -270,12 +270,6 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
 
 // ---- launch -----------------------------------------------------------------------------------------------------
 
-template <class Format>
-bool rows_on_boundaries(const ProductArgs& args) {
-  return row_bytes<Format>(args.ncols) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(args.weight) % 16 == 0;
-}
-
 // How a launch is divided. A ring that holds more than it takes to keep the memory busy gains
 // nothing. Where two blocks fit a multiprocessor they are of one launch, or, when kernels may
 // overlap and there are few tiles, of this one and the next, which then fetches its weights ahead.
@@ -359,8 +353,8 @@ int launch_streamed(const ProductArgs& args, const typename Tile::Inputs& inputs
   if (const int status = allow_shared(kernel, device)) return status;
   const bool next_at_once = Tile::kStartsNextAtOnce && geometry.tiles > unsigned(device.processors);
   return launch(kernel, dim3(geometry.blocks), dim3(kConsumers + 32), stream, geometry.shared_bytes,
-                early, args, inputs, source, geometry.tiles, geometry.passes, geometry.stages,
-                geometry.ahead, next_at_once);
+                early && device.waits(), args, inputs, source, geometry.tiles, geometry.passes,
+                geometry.stages, geometry.ahead, next_at_once);
 }
 
 template <class Tile>

@@ -7,14 +7,14 @@
 //   describe(args, inputs, source)   by the launcher
 //   fetch(args, source, first_row, round, to, filled)   by one warp: starts the copies of a round
 //   Lane(args, first_row)   a consumer's place; rows(stage) gives the first byte of this warp's
-//   unit
-//                           in rows r, r + 8, r + 16, ... of the stage, r = lane / 4, as Bytes
+//                           unit in rows r, r + 8, r + 16, ... of the stage, r = lane / 4, as Bytes
 //
 // BoxRing has the copy engine arrange boxes of 128 bytes by the tile's rows so that eight rows are
 // read without bank conflicts; it copies fastest. RowRing copies row by row, to rows that are
-// padded for the same end; it takes rows at any address. Two more give each lane a row of its own:
-// LaneBoxRing, boxes as those of BoxRing, and LaneRowRing, which copies whole rows, for units that
-// begin at odd places. nf4/tile.cuh has one that copies scales beside rows.
+// padded for the same end; it takes rows at any address. Three more give each lane a row of its
+// own: LaneBoxRing, boxes as those of BoxRing; LaneRowRing, which copies whole rows, for units that
+// begin at odd places; and LaneAnyRing for rows at any address. nf4/scales.cuh has one that copies
+// scales beside rows.
 #pragma once
 
 #include <cuda.h>
@@ -36,6 +36,12 @@ constexpr int kRoundBytes = kPartials * kUnitBytes<Format>;
 template <class Format>
 BCY_INLINE int64_t row_bytes(int64_t ncols) {
   return ncols / Format::kElements * Format::kBytes;
+}
+
+template <class Format>
+bool rows_on_boundaries(const ProductArgs& args) {
+  return row_bytes<Format>(args.ncols) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(args.weight) % 16 == 0;
 }
 
 template <class Format>
@@ -70,6 +76,15 @@ constexpr int kPlainElement = 8;
 constexpr int kMostPlainBoxBytes = 256 * kPlainElement;
 int describe_plain_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int bytes,
                          int rows, bool neighbours, CUtensorMap& map);
+
+// Whether the copy engine can bring a weight: as single rows, as boxes. Places are 32 bits.
+inline bool has_copies(const ProductArgs& args, const Device& device) {
+  return device.arch >= 900 && args.ncols > 0 && args.nrows <= INT32_MAX;
+}
+template <class Format>
+bool has_boxes(const ProductArgs& args, const Device& device) {
+  return has_copies(args, device) && rows_on_boundaries<Format>(args);
+}
 
 // ---- boxes ------------------------------------------------------------------------------------------------------
 
@@ -172,6 +187,60 @@ struct BoxRing {
 
 // ---- rows -------------------------------------------------------------------------------------------------------
 
+// Bytes from the 16-byte boundary before a row to the row.
+template <class Format>
+__device__ __forceinline__ int off_boundary(const ProductArgs& args, int64_t row) {
+  const auto first = reinterpret_cast<uintptr_t>(args.weight);
+  return int((first + row * row_bytes<Format>(args.ncols)) % 16);
+}
+
+// The copy of consecutive bytes.
+struct RowCopy {
+  const uint8_t* from;
+  uint8_t* to;
+  uint32_t bytes;
+
+  // To 16-byte boundaries, but not past the matrix: what would lie there is copied byte by byte.
+  __device__ __forceinline__ void widen(const uint8_t* first, const uint8_t* last) {
+    const uint32_t ahead = uint32_t(reinterpret_cast<uintptr_t>(from) % 16);
+    from -= ahead;
+    bytes = (ahead + bytes + 15) / 16 * 16;
+    if (from + bytes > last) {
+      bytes -= 16;
+      const uint8_t* p = from + bytes > first ? from + bytes : first;
+      for (; p < last; ++p) to[p - from] = *p;
+    }
+    if (bytes > 0 && from < first) {
+      for (int i = int(first - from); i < 16; ++i) to[i] = from[i];
+      from += 16;
+      to += 16;
+      bytes -= 16;
+    }
+  }
+};
+
+// By a whole warp: starts the copy of a round of each lane's row to `to`, or, of a row off 16-byte
+// boundaries, to as many bytes behind it as the row is off. Rows past the end are left out; what
+// their lanes compute is not stored.
+template <class Format, bool Aligned>
+__device__ __forceinline__ void fetch_rows(const ProductArgs& args, int64_t row, bool copies,
+                                           int round, uint8_t* to, uint64_t* filled) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const int64_t bytes_of_row = row_bytes<Format>(args.ncols);
+  const uint8_t* const first = static_cast<const uint8_t*>(args.weight);
+  const bool exists = copies && row < args.nrows;
+  RowCopy copy = {first + row * bytes_of_row + int64_t{round} * kRoundBytes<Format>, to,
+                  exists ? round_length<Format>(args.ncols, round) : 0};
+  if (!Aligned) {
+    if (exists) copy.widen(first, first + args.nrows * bytes_of_row);
+    order_stores_of_warp();
+  }
+  expect_copies(filled, copy.bytes);
+  if (copy.bytes > 0) copy_row(copy.to, copy.from, copy.bytes, filled);
+  copies_issued(filled);
+#endif
+}
+
 // Aligned: rows start on 16-byte boundaries. Room: bytes behind a round of each row, for what else
 // is copied of it.
 template <class Format, int Rows, bool Aligned, int Room = 0>
@@ -190,24 +259,12 @@ struct RowRing {
     return BCY_OK;
   }
 
-  // Rows past the end are left out; what their lanes compute is not stored.
   static __device__ __forceinline__ void fetch(const ProductArgs& args, const Source&,
                                                int64_t first_row, int round, uint8_t* to,
                                                uint64_t* filled) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     const int lane = threadIdx.x % 32;
-    const int64_t bytes_of_row = row_bytes<Format>(args.ncols);
-    const uint8_t* const first = static_cast<const uint8_t*>(args.weight);
-    const uint8_t* const last = first + args.nrows * bytes_of_row;
-    const bool exists = lane < Rows && first_row + lane < args.nrows;
-    const uint8_t* const row =
-        first + (first_row + lane) * bytes_of_row + int64_t{round} * kRoundBytes<Format>;
-    Piece piece = {row, to + lane * kPitch, exists ? round_length<Format>(args.ncols, round) : 0};
-    if (!Aligned && exists) piece.widen(first, last);
-    expect_copies(filled, piece.bytes);
-    if (piece.bytes > 0) copy_row(piece.to, piece.from, piece.bytes, filled);
-    copies_issued(filled);
-#endif
+    fetch_rows<Format, Aligned>(args, first_row + lane, lane < Rows, round, to + lane * kPitch,
+                                filled);
   }
 
   struct Lane {
@@ -215,10 +272,8 @@ struct RowRing {
     __device__ __forceinline__ Lane(const ProductArgs& args, int64_t first_row) {
 #pragma unroll
       for (int i = 0; i < Rows / 8; ++i) {
-        const uint8_t* const row =
-            static_cast<const uint8_t*>(args.weight) +
-            (first_row + threadIdx.x % 32 / 4 + 8 * i) * row_bytes<Format>(args.ncols);
-        ahead[i] = Aligned ? 0 : int(reinterpret_cast<uintptr_t>(row) % 16);
+        const int64_t row = first_row + threadIdx.x % 32 / 4 + 8 * i;
+        ahead[i] = Aligned ? 0 : off_boundary<Format>(args, row);
       }
     }
     using Row = Bytes<Aligned ? kUnitAlignment<Format> : Format::kAlignment>;
@@ -229,31 +284,6 @@ struct RowRing {
 #pragma unroll
       for (int i = 0; i < Rows / 8; ++i) result.row[i] = Row(first + 8 * i * kPitch + ahead[i]);
       return result;
-    }
-  };
-
- private:
-  struct Piece {
-    const uint8_t* from;
-    uint8_t* to;
-    uint32_t bytes;
-
-    // To 16-byte boundaries, but not past the matrix: what would lie there is copied byte by byte.
-    __device__ __forceinline__ void widen(const uint8_t* first, const uint8_t* last) {
-      const uint32_t ahead = uint32_t(reinterpret_cast<uintptr_t>(from) % 16);
-      from -= ahead;
-      bytes = (ahead + bytes + 15) / 16 * 16;
-      if (from + bytes > last) {
-        bytes -= 16;
-        const uint8_t* p = from + bytes > first ? from + bytes : first;
-        for (; p < last; ++p) to[p - from] = *p;
-      }
-      if (bytes > 0 && from < first) {
-        for (int i = int(first - from); i < 16; ++i) to[i] = from[i];
-        from += 16;
-        to += 16;
-        bytes -= 16;
-      }
     }
   };
 };
@@ -330,6 +360,39 @@ struct LaneRowRing {
 template <class Format>
 using LaneRing =
     std::conditional_t<kUnitBytes<Format> % 8 == 0, LaneBoxRing<Format>, LaneRowRing<Format>>;
+
+// Rows off 16-byte boundaries, which are read word by word. Four lanes share 16 bytes of banks:
+// their rows begin at different words of these, most often.
+template <class Format>
+struct LaneAnyRing {
+  struct Source {};
+  static constexpr int kOldestArch = 900;
+  static constexpr int kPitch = (kRoundBytes<Format> + 16 + 127) / 128 * 128;
+  static constexpr int kStageBytes = kLaneRows * kPitch + 128;
+  static __device__ __forceinline__ int place(int row) { return row * kPitch + row / 4 * 16; }
+
+  template <class Inputs>
+  static int describe(const ProductArgs&, const Inputs&, Source&) {
+    return BCY_OK;
+  }
+
+  static __device__ __forceinline__ void fetch(const ProductArgs& args, const Source&,
+                                               int64_t first_row, int round, uint8_t* to,
+                                               uint64_t* filled) {
+    const int lane = threadIdx.x % 32;
+    fetch_rows<Format, false>(args, first_row + lane, true, round, to + place(lane), filled);
+  }
+
+  struct Lane {
+    int at;
+    __device__ __forceinline__ Lane(const ProductArgs& args, int64_t first_row) {
+      const int warp = threadIdx.x / 32, row = threadIdx.x % 32;
+      at = place(row) + warp * kUnitBytes<Format> + off_boundary<Format>(args, first_row + row);
+    }
+    using Row = Bytes<Format::kAlignment>;
+    __device__ __forceinline__ Row rows(const uint8_t* stage) const { return Row(stage + at); }
+  };
+};
 
 // What a lane reads past the last row of a stage stays inside the next stage, or inside what
 // follows the ring.

@@ -7,6 +7,8 @@
 // which groups are added is the same, so the bits are too.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/product.cuh"
 #include "operands.cuh"
 #include "staged.cuh"
@@ -17,17 +19,6 @@ namespace bcy {
 // Of all tokens, which lie in shared memory, each in records of its own.
 constexpr int64_t kMostStagedInLanes = 64 << 10;
 
-// Whether a product takes lanes. Then its activations are staged in records of single tokens. Where
-// rows are few, several tokens take less time on tensor cores, with 16 rows a thread block.
-template <class Format>
-bool takes_lanes(const ProductArgs& args, const Device& device) {
-  return device.arch >= LaneRing<Format>::kOldestArch && args.m <= kLaneTokens<Format> &&
-         args.ncols > 0 && rows_on_boundaries<Format>(args) &&
-         (args.m == 1 || !has_few_rows(args, device)) &&
-         args.nrows <= INT32_MAX &&  // places in boxes
-         args.m * staged_bytes<Format>(args.ncols, 1) <= kMostStagedInLanes;
-}
-
 // Calls function(std::integral_constant<int, m>{}).
 template <int Most, class Function>
 int with_lane_tokens(int64_t m, Function&& function) {
@@ -37,7 +28,14 @@ int with_lane_tokens(int64_t m, Function&& function) {
   return function(std::integral_constant<int, Most>{});
 }
 
-// 32 rows by a few tokens, for a LaneRing.
+// Calls function(ring).
+template <class Format, class Function>
+int with_lane_ring(const ProductArgs& args, Function&& function) {
+  return rows_on_boundaries<Format>(args) ? function(static_cast<LaneRing<Format>*>(nullptr))
+                                          : function(static_cast<LaneAnyRing<Format>*>(nullptr));
+}
+
+// 32 rows by a few tokens, for a ring that gives each lane a row.
 template <class F, int Tokens>
 class LaneTile : public TileDefaults {
  public:
@@ -263,6 +261,27 @@ class LaneTile : public TileDefaults {
   float partial_[Tokens];
 };
 
+// Whether a product takes lanes. Then its activations are staged in records of single tokens. Where
+// rows are few, several tokens take less time on tensor cores, with 16 rows a thread block.
+template <class Format>
+bool takes_lanes(const ProductArgs& args, const Device& device) {
+  if constexpr (kLaneTokens<Format> == 0) {
+    return false;
+  } else {
+    const int64_t staged = staged_bytes<Format>(args.ncols, 1);
+    if (!has_copies(args, device) || args.m > kLaneTokens<Format> ||
+        (args.m > 1 && has_few_rows(args, device)) || staged > kMostStagedInLanes / args.m) {
+      return false;
+    }
+    return with_lane_tokens<kLaneTokens<Format>>(args.m, [&](auto tokens) {
+      using Tile = LaneTile<Format, decltype(tokens)::value>;
+      return with_lane_ring<Format>(args, [&](auto* ring) {
+        return int(holds<Tile>(ring, 1, Tile::activation_bytes(args.ncols), device));
+      });
+    });
+  }
+}
+
 // How a product in lanes is divided, after a staging kernel of its own.
 template <class Format>
 int lane_geometry(const ProductArgs& args, const Device& device, Geometry& geometry) {
@@ -271,8 +290,11 @@ int lane_geometry(const ProductArgs& args, const Device& device, Geometry& geome
   } else {
     return with_lane_tokens<kLaneTokens<Format>>(args.m, [&](auto tokens) {
       using Tile = LaneTile<Format, decltype(tokens)::value>;
-      return geometry_of<Tile, LaneRing<Format>>(
-          args, device, int(Tile::activation_bytes(args.ncols)), false, geometry);
+      return with_lane_ring<Format>(args, [&](auto* ring) {
+        using Ring = std::remove_pointer_t<decltype(ring)>;
+        return geometry_of<Tile, Ring>(args, device, int(Tile::activation_bytes(args.ncols)), false,
+                                       geometry);
+      });
     });
   }
 }

@@ -387,11 +387,10 @@ int64_t GgufOperations<Format>::workspace_size(const ProductArgs& args, const De
 }
 
 template <class Format>
-int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) {
-  Device device;
-  if (const int status = look_at_device(args.device, device)) return status;
+int GgufOperations<Format>::stage(const ProductArgs& args, const Device& device,
+                                  cudaStream_t stream) {
   constexpr int kSums = kStagedSums<Format>;
-  Staging staging = {gives_turns<Format>};
+  Staging staging = {gives_turns<Format>, args.overlap != 0 && device.waits()};
   staging.spread = args.m > kTileTokens;
   if (const GgufDivision division = divide_gguf<Format>(args, device); division.parts > 0) {
     return with_gguf_boxes<Format>(args.m, division.parts, [&](auto boxes) {
@@ -414,14 +413,13 @@ int GgufOperations<Format>::stage(const ProductArgs& args, cudaStream_t stream) 
 }
 
 template <class Format>
-int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream) {
-  Device device;
-  if (const int status = look_at_device(args.device, device)) return status;
+int GgufOperations<Format>::matmul(const ProductArgs& args, const Device& device,
+                                   cudaStream_t stream) {
   const bool fused = args.workspace == nullptr && args.ncols > 0;
   const bool unstaged = !fused && args.x != nullptr && args.ncols > 0;
   if (fused && !stages_inside<Format>(args, device)) return BCY_ERROR_INVALID_ARGUMENT;
   if (unstaged) {
-    if (const int status = stage(args, stream)) return status;
+    if (const int status = stage(args, device, stream)) return status;
   }
   // After this call's own staging the product may start early: only activations come from there.
   const bool early = args.overlap != 0 || unstaged;
@@ -463,45 +461,54 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
     return args.m == 1 ? launch_direct(narrow(one), args, staged, stream)
                        : launch_direct(narrow(eight), args, staged, stream);
   }
-  if (!rows_on_boundaries<Format>(args)) {
-    RowRing<Format, 16, false>* const any_rows = nullptr;
-    return args.m == 1 ? streamed(narrow(one), any_rows) : streamed(narrow(eight), any_rows);
-  }
   if constexpr (constexpr int kMost = kLaneTokens<Format>; kMost > 0) {
     if (takes_lanes<Format>(args, device)) {
-      LaneRing<Format>* const units = nullptr;
       return with_lane_tokens<kMost>(args.m, [&](auto tokens) {
         using Tile = LaneTile<Format, decltype(tokens)::value>;
-        return run(static_cast<Tile*>(nullptr), units, Tile::activation_bytes(args.ncols));
+        return with_lane_ring<Format>(args, [&](auto* ring) {
+          return run(static_cast<Tile*>(nullptr), ring, Tile::activation_bytes(args.ncols));
+        });
       });
     }
   }
-  constexpr auto rows_for = [](auto* tile) {
-    return static_cast<RowRing<Format, std::remove_pointer_t<decltype(tile)>::kRows, true>*>(
-        nullptr);
+  const bool on_boundaries = rows_on_boundaries<Format>(args);
+  // Calls function(ring) with the ring of rows for a tile.
+  const auto with_rows = [&](auto* tile, auto function) {
+    constexpr int kRows = std::remove_pointer_t<decltype(tile)>::kRows;
+    return on_boundaries ? function(static_cast<RowRing<Format, kRows, true>*>(nullptr))
+                         : function(static_cast<RowRing<Format, kRows, false>*>(nullptr));
+  };
+  const auto by_rows = [&](auto* tile) {
+    return with_rows(tile, [&](auto* rows) { return streamed(tile, rows); });
   };
   BoxRing<Format, 32>* const boxes = nullptr;
-  const auto by_rows = [&](auto* tile) { return streamed(tile, rows_for(tile)); };
+  // Whether there is room for two stages of a tile's rows, of which those of any rows take most.
+  const auto fits = [&](auto* tile, int64_t extra) {
+    using Tile = std::remove_pointer_t<decltype(tile)>;
+    return holds<Tile>(static_cast<RowRing<Format, Tile::kRows, false>*>(nullptr), 2, extra,
+                       device);
+  };
   const bool few_rows = has_few_rows(args, device);
   if (args.m > 16) {
     // One tile of rows for 32 tokens: their activations are more than the L1 cache holds, and more
     // than the weights.
     if constexpr (kLarge) {
       using Tile = StagedTile<Format, 32, 1, 1, false, true>;
-      auto* const rows = rows_for(static_cast<Tile*>(nullptr));
+      Tile* const tile = nullptr;
       const int64_t extra = Tile::staying_bytes(args);
       const int64_t passes = ceil_div(args.m, Tile::kTokens);
       // Few tiles do not make up for the copy, nor for the processors that are left over where each
       // pass has as many.
       const int64_t left_over = device.processors % passes;
       const bool stay = device.arch >= 900 && extra >= 0 && 8 * left_over <= device.processors &&
-                        ceil_div(args.nrows, Tile::kRows) * passes >= 3 * device.processors &&
-                        holds<Tile>(rows, 2, extra, device);
-      if (stay) return run(static_cast<Tile*>(nullptr), rows, extra);
+                        ceil_div(args.nrows, Tile::kRows) * passes >= 3 * device.processors;
+      if (stay && fits(tile, extra)) {
+        return with_rows(tile, [&](auto* rows) { return run(tile, rows, extra); });
+      }
     }
     // With float minima a few registers spill, which costs less.
     if constexpr (!kLarge || kStagedSums<Format> == 1) {
-      if (!few_rows) return by_rows(wide(thirty_two, two));
+      if (!few_rows && fits(wide(thirty_two, two), 0)) return by_rows(wide(thirty_two, two));
     }
     return by_rows(wide(thirty_two, one));
   }
@@ -509,17 +516,17 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, cudaStream_t stream)
   // five and six bits gain from longest: they take the most instructions for their bytes.
   constexpr int kBits = kWholeBits<Format>;
   const int fewest = args.m <= 8 && (kBits == 5 || kBits == 6) ? 12 : 3;
-  const bool boxed = device.arch >= 900 && args.nrows >= fewest * 32 * int64_t{device.processors} &&
-                     args.nrows <= INT32_MAX &&  // places in boxes are 32 bits
-                     args.ncols > 0;             // nothing cannot be described
+  const bool boxed =
+      args.nrows >= fewest * 32 * int64_t{device.processors} && has_boxes<Format>(args, device);
   if (args.m > 8) {
-    if (few_rows) return by_rows(wide(sixteen, one));
+    if (few_rows || !fits(wide(sixteen, two), 0)) return by_rows(wide(sixteen, one));
     // 32 rows of scales of halves leave no registers for the places in boxes.
     if constexpr (multiplies_halves<Format>) return by_rows(wide(sixteen, two));
     return boxed ? streamed(wide(sixteen, two), boxes) : by_rows(wide(sixteen, two));
   }
-  if (args.m > 1) return boxed ? streamed(wide(eight, two), boxes) : by_rows(narrow(eight));
-  return by_rows(narrow(one));
+  if (args.m == 1) return by_rows(narrow(one));
+  if (boxed && fits(wide(eight, two), 0)) return streamed(wide(eight, two), boxes);
+  return by_rows(narrow(eight));
 }
 
 }  // namespace bcy

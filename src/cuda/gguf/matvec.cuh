@@ -385,9 +385,8 @@ class FloatLaneTile : public TileDefaults {
 };
 
 template <class Format>
-int GgufOperations<Format>::matvec(const ProductArgs& args, cudaStream_t stream) {
-  Device device;
-  if (const int status = look_at_device(args.device, device)) return status;
+int GgufOperations<Format>::matvec(const ProductArgs& args, const Device& device,
+                                   cudaStream_t stream) {
   const bool at_once = loads_at_once(args, 4);
   // extra: bytes of activations in shared memory.
   const auto streamed = [&](auto* tile, auto* ring, int64_t extra) {
@@ -401,20 +400,22 @@ int GgufOperations<Format>::matvec(const ProductArgs& args, cudaStream_t stream)
     using X = decltype(x);
     FloatTile<Format, X, false>* const any_tokens = nullptr;
     if (device.arch < 800) return launch_direct(any_tokens, args, FloatInputs{}, stream);
-    if (!rows_on_boundaries<Format>(args) || !at_once) {
-      return streamed(any_tokens, static_cast<RowRing<Format, 32, false>*>(nullptr), 0);
-    }
     constexpr int kMostInLanes = 2;  // tokens
-    LaneRing<Format>* const units = nullptr;
-    if (device.arch >= LaneRing<Format>::kOldestArch && args.m <= kMostInLanes && args.ncols > 0 &&
-        args.nrows <= INT32_MAX) {  // places in boxes
+    if (args.m <= kMostInLanes && has_copies(args, device) && at_once) {
       const int64_t extra = args.m * FloatLaneTile<Format, 1>::activation_bytes(args.ncols);
-      if (holds<FloatLaneTile<Format, kMostInLanes>>(units, 2, extra, device)) {
+      // The ring of any rows is the larger.
+      if (holds<FloatLaneTile<Format, kMostInLanes>>(static_cast<LaneAnyRing<Format>*>(nullptr), 2,
+                                                     extra, device)) {
         return with_lane_tokens<kMostInLanes>(args.m, [&](auto tokens) {
           constexpr int kTokens = decltype(tokens)::value;
-          return streamed(static_cast<FloatLaneTile<Format, kTokens>*>(nullptr), units, extra);
+          return with_lane_ring<Format>(args, [&](auto* ring) {
+            return streamed(static_cast<FloatLaneTile<Format, kTokens>*>(nullptr), ring, extra);
+          });
         });
       }
+    }
+    if (!rows_on_boundaries<Format>(args) || !at_once) {
+      return streamed(any_tokens, static_cast<RowRing<Format, 32, false>*>(nullptr), 0);
     }
     return streamed(static_cast<FloatTile<Format, X, true>*>(nullptr),
                     static_cast<RowRing<Format, 32, true>*>(nullptr), 0);

@@ -13,16 +13,17 @@ namespace bcy {
 template <class Format>
 struct GgufOperations {
   static int dequantize(const bcy_gguf_dequantize_args& args, cudaStream_t stream);
-  static int matvec(const bcy_gguf_matmul_args& args, cudaStream_t stream);
+  static int matvec(const bcy_gguf_matmul_args& args, const Device& device, cudaStream_t stream);
   static int64_t workspace_size(const bcy_gguf_matmul_args& args, const Device& device);
-  static int stage(const bcy_gguf_matmul_args& args, cudaStream_t stream);
-  static int matmul(const bcy_gguf_matmul_args& args, cudaStream_t stream);
+  static int stage(const bcy_gguf_matmul_args& args, const Device& device, cudaStream_t stream);
+  static int matmul(const bcy_gguf_matmul_args& args, const Device& device, cudaStream_t stream);
 };
 
 // Staging depends on the format only through the records that its product takes and on whether it
 // gives codes by turns.
 struct Staging {
   bool turns;
+  bool early;  // as of a launch
   int* counts = nullptr;  // that it sets to zero, too
   int ncounts = 0;
   // Of the product that follows:

@@ -51,7 +51,7 @@ int gguf_stage(const ProductArgs& args, const Staging& staging, cudaStream_t str
   if (tokens > kMaxGridX / blocks_of_token) return BCY_ERROR_TOO_LARGE;
   return launch_beside(staging.beside, stage_kernel<Record>,
                        dim3(unsigned(tokens * blocks_of_token)), dim3(kWarps * 32), stream,
-                       staging.spread ? kSpread : 0, args.overlap != 0, args, staged,
+                       staging.spread ? kSpread : 0, staging.early, args, staged,
                        unsigned(blocks_of_token), staging.counts, staging.ncounts, staging.late);
 }
 
@@ -64,7 +64,8 @@ int gguf_stage(const ProductArgs& args, const Staging& staging, cudaStream_t str
   BCY_STAGE(Record, Tokens, 16)
 BCY_STAGE_SUMS(StagedRecord, 1)
 BCY_STAGE_SUMS(StagedRecord, kTileTokens)
-BCY_STAGE_SUMS(WarpgroupRecord, 16)
+BCY_STAGE(WarpgroupRecord, 16, 0)
+BCY_STAGE(WarpgroupRecord, 16, 1)
 BCY_STAGE_SUMS(WarpgroupRecord, 32)
 #undef BCY_STAGE_SUMS
 #undef BCY_STAGE

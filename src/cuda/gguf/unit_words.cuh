@@ -59,15 +59,16 @@ __device__ __forceinline__ void load_unit_words(const Row& row,
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = row.template load<uint32_t>(4 * i);
   } else {
-    static_assert(kUnitBytes<Format> % 4 == 2);
-    const uint32_t odd = uint32_t(reinterpret_cast<uintptr_t>(row.base)) & 2;
-    const uint32_t select = odd ? 0x5432 : 0x3210;
-    const auto* const pairs = reinterpret_cast<const uint32_t*>(row.base - odd);
-    uint32_t word = pairs[0];
+    const uint32_t ahead = uint32_t(reinterpret_cast<uintptr_t>(row.base)) & 3;
+    const uint32_t select = 0x3210 + 0x1111 * ahead;
+    const auto* const in_stage = reinterpret_cast<const uint32_t*>(row.base - ahead);
+    // Of boundaries of two bytes, a unit of an odd number of pairs ends in the last word's first
+    // half, wherever it begins.
+    constexpr bool kPairs = Row::kAlignment == 2 && kUnitBytes<Format> % 4 == 2;
+    uint32_t word = in_stage[0];
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      // A unit of an odd number of pairs ends in the last word's first half, wherever it begins.
-      const uint32_t next = i + 1 < kWords ? pairs[i + 1] : 0;
+      const uint32_t next = kPairs && i + 1 == kWords ? 0 : in_stage[i + 1];
       words[i] = __byte_perm(word, next, select);
       word = next;
     }

@@ -40,6 +40,8 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   emulator::barrier_wait(shared_address(barrier), parity);
 }
 
+inline void order_stores_of_warp() { __syncwarp(); }
+
 constexpr int kCopyArrivals = __CUDA_ARCH__ >= 900 ? 1 : 32;
 
 inline void copies_issued(uint64_t* barrier) {
