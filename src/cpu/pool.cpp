@@ -14,11 +14,10 @@
 #include <thread>
 
 #include "baracuda/api.h"
+#include "baracuda/float_environment.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
-#else
-#include <cfenv>
 #endif
 
 namespace bcy::cpu {
@@ -26,29 +25,6 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr auto kSpin = std::chrono::microseconds(50);
-
-// Round to nearest, subnormals kept, exceptions masked; restores what was there.
-class FloatEnvironment {
- public:
-#ifdef __x86_64__
-  FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~FloatEnvironment() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  FloatEnvironment() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~FloatEnvironment() { std::fesetenv(&saved_); }
-
- private:
-  std::fenv_t saved_;
-#endif
-  FloatEnvironment(const FloatEnvironment&) = delete;
-  FloatEnvironment& operator=(const FloatEnvironment&) = delete;
-};
 
 void relax() {
 #ifdef __x86_64__

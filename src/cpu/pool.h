@@ -8,7 +8,7 @@
 
 namespace bcy::cpu {
 
-// BARACUDA_THREADS, else the CPUs that this process may run on; read once per process.
+// BARACUDA_THREADS, else the CPUs that the first thread to ask may run on.
 int default_threads();
 
 // Calls work(context, begin, end) for pieces of [0, count) on at most `threads` threads (<= 0:

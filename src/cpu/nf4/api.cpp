@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "baracuda/block_codes.h"
+#include "baracuda/float_environment.h"
 #include "cpu/elements.h"
 #include "cpu/isa.h"
 #include "cpu/nf4/kernels.h"
@@ -115,6 +116,7 @@ int bcy_cpu_nf4_quantize(const bcy_nf4_quantize_args* args, int threads) {
 
 int bcy_cpu_nf4_nest(const bcy_nf4_nest_args* args, int threads) {
   if (args->count < 0 || args->nested_block <= 0) return BCY_ERROR_INVALID_ARGUMENT;
+  const bcy::FloatEnvironment environment;
   float middles[255];
   for (int i = 0; i < 255; ++i) {
     middles[i] = bcy::mul(bcy::add(args->nested_code[i], args->nested_code[i + 1]), 0.5f);

@@ -7,16 +7,15 @@
 // jagged one, full of local minima, because any small change moves some elements to another level.
 // So:
 //
-// 1. Estimate for every group by itself a real-valued scale and offset: guess some, choose levels,
-// solve the least
-//    squares problem that has these levels (its solution is closed), keep the best.
-// 2. Take some d and dmin that suit the largest estimates, rounded as they will be stored. Under
-// each of them, try for
-//    every group the integers around its estimates, and measure the error that a reader of the
-//    block will have. Trying the neighbours is worth more than rounding finely: their errors
-//    scatter by 10 to 20 per cent.
-// 3. With all levels and integers of the best so far, solve for d and dmin together, and repeat 2
-// with the solution.
+//   1. Estimate for every group by itself a real-valued scale and offset: guess some, choose
+//      levels, solve the least squares problem that has these levels (its solution is closed), keep
+//      the best.
+//   2. Take some d and dmin that suit the largest estimates, rounded as they will be stored. Under
+//      each of them, try for every group the integers around its estimates, and measure the error
+//      that a reader of the block will have. Trying the neighbours is worth more than rounding
+//      finely: their errors scatter by 10 to 20 per cent.
+//   3. With all levels and integers of the best so far, solve for d and dmin together, and repeat 2
+//      with the solution.
 //
 // Nothing is kept that does not make the error smaller, all roundings included.
 #pragma once

@@ -4,8 +4,11 @@
 //
 // A warp holds the operands as PTX defines them for mma.m16n8k32: with r = lane / 4 and t = lane %
 // 4, word t of a half is its elements 4t .. 4t + 3.
-//   a[0], a[1]  row r, row r + 8, first half of the group (16 elements);  a[2], a[3]  the same,
-//   second half b[0], b[1]  token r, first and second half c[0], c[1]  row r, tokens 2t and 2t + 1;
+//
+//   a[0], a[1]  row r, row r + 8, first half of the group (16 elements)
+//   a[2], a[3]  the same, second half
+//   b[0], b[1]  token r, first and second half
+//   c[0], c[1]  row r, tokens 2t and 2t + 1
 //   c[2], c[3]  row r + 8
 #pragma once
 

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kDequantizeThreads)
 template <class Format>
 int GgufOperations<Format>::dequantize(const bcy_gguf_dequantize_args& args, cudaStream_t stream) {
   const int64_t row_units = ceil_div(args.ncols, kUnit);
-  // Units are counted in 32 bits: enough for a terabyte of halves.
+  // Units are counted in 32 bits: enough for 10^12 values.
   if (args.nrows > (UINT32_MAX - kBlockUnits) / row_units) return BCY_ERROR_TOO_LARGE;
   const int64_t blocks = ceil_div(args.nrows * row_units, kBlockUnits);
   const bool aligned =

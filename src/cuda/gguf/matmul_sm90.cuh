@@ -34,10 +34,10 @@ struct GgufBoxes : PartWarps<Parts> {
   using Record = WarpgroupRecord<Tokens, kStagedSums<Format>>;
   static constexpr int kRows = Warps::kPartWarps * 16;
 
-  // Rows follow each other an odd number of 16-byte pieces apart: then eight of them are read
-  // without bank conflicts.
   // The copy engine begins at multiples of 16 bytes, units at those of kAlignment.
   static constexpr int kAlignment = greatest_power_of_two_in(kUnitBytes<Format>, 16);
+  // Rows follow each other an odd number of 16-byte pieces apart: then eight of them are read
+  // without bank conflicts.
   static constexpr int kPitch = ((kUnitBytes<Format> + 16 - kAlignment + 15) / 16 | 1) * 16;
   static_assert(kPitch <= kMostPlainBoxBytes);
 
@@ -79,20 +79,19 @@ bool worth_it(bool more_than_16, int64_t share, const DividedK& divided) {
   const bool alone = divided.log2_blocks == 0;  // a block has all of K
   if (!more_than_16) return share >= (kSums == 1 && alone ? kSome : kMany);
   if (kBits >= 8) return share >= (alone ? kFew : kSome);
-  if (kSums == 1 || (kSums > 1 && kBits >= 4)) return share >= kFew;
+  if (kSums == 1 || kSums == 8) return share >= kFew;
   if (!alone) return share >= kMany;
   if (kSums > 1 || gives_turns<Format>) return share >= kFew && divided.busy >= 70;
   return share >= kSome && divided.busy >= 85;
 }
 
 // Into how many parts warpgroups of a block may divide K. Two leave tiles fewer ends, four more
-// registers, which integer minima need; two stages of bytes for each of four have no room.
+// registers, which eight integer minima need; two stages of bytes for each of four have no room.
 template <class Format, int Tokens, int Parts>
 constexpr bool kDivides =
-    ever_worth_it<Format>(Tokens > 16) &&
-    (kWholeBits<Format> >= 8                                                ? Parts == 2
-     : Tokens == 16 || (kStagedSums<Format> > 1 && kWholeBits<Format> >= 4) ? Parts == 4
-                                                                            : true);
+    ever_worth_it<Format>(Tokens > 16) && (kWholeBits<Format> >= 8                    ? Parts == 2
+                                           : Tokens == 16 || kStagedSums<Format> == 8 ? Parts == 4
+                                                                                      : true);
 
 // Calls function(GgufBoxes<...>{}) for as many tokens and parts as a product has at a time, if it
 // may have them.

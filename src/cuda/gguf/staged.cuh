@@ -4,8 +4,7 @@
 // where the product takes lanes.
 //
 //   codes   [4 pairs of groups][token][4 lanes][2 groups][2 halves][4]: of the four lanes that hold
-//   a
-//           token, lane t has words t and t + 4 of both groups in 16 bytes
+//           a token, lane t has words t and t + 4 of both groups in 16 bytes
 //   scales  [4 pairs of groups][pair of tokens][2 groups][2 tokens], or [4][2 groups] for a single
 //           token: d_a
 //   sums    of formats with float minima, as scales: d_a * (sum of u)
@@ -161,7 +160,7 @@ bool stages_inside(const ProductArgs& args, const Device& device) {
 }
 
 struct Staged {
-  uint8_t* records;  // [tiles of tokens][units]
+  uint8_t* records;  // [tiles of tokens][units]; in lanes a tile is a token
   int64_t units;
   bool vectors;  // four activations from a multiple of four on can be loaded at once
   bool turns;  // of formats that give them: codes of both halves by turns
@@ -175,13 +174,17 @@ inline Staged staged_of(const ProductArgs& args, bool turns, bool fused) {
 
 // ---- staging, by a warp -----------------------------------------------------------------------------------------
 
+// An element of the group over its scale, to the nearest integer, ties to even: in the low bits,
+// where adding 1.5 * 2^23 leaves it. No clip: no magnitude exceeds the largest, which fits.
+__device__ __forceinline__ uint32_t rounded(float x, GroupScale scale) {
+  return as_bits(add(mul(x, scale.inverse), 12582912.0f));
+}
+
 // Four codes, those of a group without an inverse 0.
 __device__ __forceinline__ uint32_t pack_codes(const float* x, GroupScale scale) {
-  // No clip: no magnitude exceeds the largest, whose code rounds to 127. Adding 1.5 * 2^23 rounds
-  // to the nearest integer, ties to even, and leaves it in the low bits.
   uint32_t bits[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bits[i] = as_bits(add(mul(x[i], scale.inverse), 12582912.0f));
+  for (int i = 0; i < 4; ++i) bits[i] = rounded(x[i], scale);
   const uint32_t low = __byte_perm(bits[0], bits[1], 0x0040);
   const uint32_t high = __byte_perm(bits[2], bits[3], 0x0040);
   return scale.inverse == 0.0f ? 0 : __byte_perm(low, high, 0x5410);
@@ -269,7 +272,7 @@ __device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged
     const int place = kSums == 16 ? 2 * g + i : kSums * i + g;
     const float sum = i == 0 ? sums[0] : kSums == 16 ? sums[1] : 0.0f;
     // As sum_to_integer gives it, but where the scale is NaN.
-    const uint32_t integer = as_bits(add(mul(sum, unit_scale.inverse), 12582912.0f));
+    const uint32_t integer = rounded(sum, unit_scale);
     *Record::sum_part(record, in_tile, place, part) =
         uint8_t(part == 0 ? integer >> kLowSumBits : integer & ((1u << kLowSumBits) - 1));
   }

@@ -33,12 +33,6 @@ bool is_valid(const bcy_nf4_weight& weight) {
   }
 }
 
-template <class Function>
-int on_device(int device, Function&& function) {
-  const DeviceGuard guard(device);
-  return guard.status() != cudaSuccess ? guard.status() : function();
-}
-
 }  // namespace
 }  // namespace bcy
 
@@ -46,9 +40,7 @@ using namespace bcy;
 
 int bcy_cuda_nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args, int32_t* answer) {
   *answer = 0;
-  return on_device(args->device, [&] {
-    Device device;
-    if (const int status = look_at_device(args->device, device)) return status;
+  return on_device(args->device, [&](const Device& device) {
     *answer = uses_tensor_cores(*args, device);
     return int(BCY_OK);
   });
@@ -57,9 +49,7 @@ int bcy_cuda_nf4_uses_tensor_cores(const bcy_nf4_matmul_args* args, int32_t* ans
 int bcy_cuda_nf4_workspace_size(const bcy_nf4_matmul_args* args, int64_t* size) {
   *size = 0;
   if (args->m == 0 || args->weight.nrows == 0) return BCY_OK;
-  return on_device(args->device, [&] {
-    Device device;
-    if (const int status = look_at_device(args->device, device)) return status;
+  return on_device(args->device, [&](const Device& device) {
     if (streams_rows(*args, device)) {
       *size = uses_tensor_cores(*args, device)
                   ? divide_nf4(args->weight, args->m, device).meetings.bytes
@@ -72,9 +62,9 @@ int bcy_cuda_nf4_workspace_size(const bcy_nf4_matmul_args* args, int64_t* size) 
 int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args* args, void* stream) {
   if (!is_valid(args->weight)) return BCY_ERROR_INVALID_ARGUMENT;
   if (args->m == 0 || args->weight.nrows == 0) return BCY_OK;
-  return on_device(args->device, [&] {
+  return on_device(args->device, [&](const Device& device) {
     return with_element(args->x_type, [&](auto x) {
-      return nf4_matmul<decltype(x)>(*args, static_cast<cudaStream_t>(stream));
+      return nf4_matmul<decltype(x)>(*args, device, static_cast<cudaStream_t>(stream));
     });
   });
 }
@@ -82,8 +72,9 @@ int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args* args, void* stream) {
 int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream) {
   if (!is_valid(args->weight)) return BCY_ERROR_INVALID_ARGUMENT;
   if (args->weight.nrows == 0 || args->weight.ncols == 0) return BCY_OK;
-  return on_device(args->device,
-                   [&] { return nf4_dequantize(*args, static_cast<cudaStream_t>(stream)); });
+  return on_device(args->device, [&](const Device&) {
+    return nf4_dequantize(*args, static_cast<cudaStream_t>(stream));
+  });
 }
 
 int bcy_cuda_nf4_quantize(const bcy_nf4_quantize_args* args, void* stream) {
@@ -92,13 +83,15 @@ int bcy_cuda_nf4_quantize(const bcy_nf4_quantize_args* args, void* stream) {
     return BCY_ERROR_INVALID_ARGUMENT;
   }
   if (args->count == 0) return BCY_OK;
-  return on_device(args->device,
-                   [&] { return nf4_quantize(*args, static_cast<cudaStream_t>(stream)); });
+  return on_device(args->device, [&](const Device&) {
+    return nf4_quantize(*args, static_cast<cudaStream_t>(stream));
+  });
 }
 
 int bcy_cuda_nf4_nest(const bcy_nf4_nest_args* args, void* stream) {
   if (args->count < 0 || !is_power_of_two(args->nested_block)) return BCY_ERROR_INVALID_ARGUMENT;
   if (args->count == 0) return BCY_OK;
-  return on_device(args->device,
-                   [&] { return nf4_nest(*args, static_cast<cudaStream_t>(stream)); });
+  return on_device(args->device, [&](const Device&) {
+    return nf4_nest(*args, static_cast<cudaStream_t>(stream));
+  });
 }

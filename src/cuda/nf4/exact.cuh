@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/common/activations.cuh"
-#include "tile.cuh"
+#include "scales.cuh"
 
 namespace bcy {
 

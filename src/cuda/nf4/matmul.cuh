@@ -9,7 +9,7 @@
 #pragma once
 
 #include "cuda/common/mma.cuh"
-#include "tile.cuh"
+#include "scales.cuh"
 
 namespace bcy {
 

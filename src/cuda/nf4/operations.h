@@ -12,7 +12,7 @@ bool streams_rows(const bcy_nf4_matmul_args& args, const Device& device);
 bool uses_tensor_cores(const bcy_nf4_matmul_args& args, const Device& device);
 
 template <class X>
-int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream);
+int nf4_matmul(const bcy_nf4_matmul_args& args, const Device& device, cudaStream_t stream);
 
 // The sums of units in args.workspace, [token][unit][row], to y.
 int nf4_add_units(const ProductArgs& args, cudaStream_t stream);

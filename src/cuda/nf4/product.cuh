@@ -2,6 +2,7 @@
 // The products of 4-bit weights with one type of activations: which kernel takes a problem.
 #pragma once
 
+#include "baracuda/float_environment.h"
 #include "exact_sm90.cuh"
 #include "matmul_sm90.cuh"
 #include "operations.h"
@@ -28,9 +29,8 @@ inline ProductArgs as_rows(const bcy_nf4_matmul_args& args) {
 }
 
 template <class X>
-int nf4_matmul(const bcy_nf4_matmul_args& args, cudaStream_t stream) {
-  Device device;
-  if (const int status = look_at_device(args.device, device)) return status;
+int nf4_matmul(const bcy_nf4_matmul_args& args, const Device& device, cudaStream_t stream) {
+  const FloatEnvironment environment;  // codes are split here
   const Codebook& codebook = *codebook_of(args.weight.codebook);
   const Scales scales(args.weight);
   if (!streams_rows(args, device)) {

@@ -18,7 +18,7 @@ BCY_INLINE constexpr bool is_power_of_two(int n) { return n > 0 && (n & (n - 1))
 
 inline int log2_of(int power_of_two) {
   int n = 0;
-  while (1 << n < power_of_two) ++n;
+  while (int64_t{1} << n < power_of_two) ++n;
   return n;
 }
 

@@ -113,7 +113,7 @@ typedef struct bcy_nf4_weight {
   const void* absmax;  // float32; uint8 where nested_absmax is not NULL
   const float*
       nested_absmax;  // absmax[i] = nested_code[absmax[i]] * nested_absmax[i / nested_block]
-                      //             + nested_offset, each step rounded to float32; or NULL
+  //             + nested_offset, each step rounded to float32; or NULL
   const float* nested_code;  // 256 values
   int64_t nrows;
   int64_t ncols;
@@ -190,9 +190,10 @@ int bcy_cpu_nf4_dequantize(const bcy_nf4_dequantize_args* args, int threads);
 int bcy_cpu_nf4_quantize(const bcy_nf4_quantize_args* args, int threads);
 int bcy_cpu_nf4_nest(const bcy_nf4_nest_args* args, int threads);
 
-int bcy_cpu_default_threads(void);  // BARACUDA_THREADS, else the CPUs this process may run on
-const char* bcy_cpu_isa(
-    void);  // "avx512_vnni", "avx2" or "baseline": what the products run on here
+// BARACUDA_THREADS, else the CPUs that the first thread to ask may run on.
+int bcy_cpu_default_threads(void);
+// "avx512_vnni", "avx2" or "baseline": what the products run on here.
+const char* bcy_cpu_isa(void);
 
 #ifdef __cplusplus
 }
