@@ -180,6 +180,67 @@ def test_real_quantizer_round_trip(tmp_path):
     np.testing.assert_array_equal(bcy.dequantize(w), bcy.dequantize(packed))
 
 
+# ---- models in several files ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def split(tmp_path):
+    """The first of three files with a tensor each."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "test", split_max_tensors=1)
+    writer.add_name("a model")
+    for i in range(3):
+        writer.add_tensor(f"blk.{i}.weight", np.full(4, i, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "m-00001-of-00003.gguf"
+
+
+def test_all_files_of_a_model_are_read(split):
+    model = bcy.open_gguf(split)
+    assert list(model) == ["blk.0.weight", "blk.1.weight", "blk.2.weight"]
+    assert (model.path, model.metadata["general.name"]) == (str(split), "a model")
+    assert set(model.types.values()) == {"F32"}
+    for i in range(3):
+        np.testing.assert_array_equal(model[f"blk.{i}.weight"], np.full(4, i))
+
+
+def test_a_file_that_is_not_the_first(split):
+    second = split.with_name("m-00002-of-00003.gguf")
+    with pytest.raises(FileFormatError, match=r"m-00002-of.*'split\.no': expected 0, .* got 1;"):
+        bcy.open_gguf(second)
+    renamed = split.rename(split.with_name("model.gguf"))
+    with pytest.raises(FileFormatError, match=r"ends in -00001-of-00003\.gguf, got 0; .* rename"):
+        bcy.open_gguf(renamed)
+
+
+def test_a_file_that_is_missing(split):
+    third = split.with_name("m-00003-of-00003.gguf")
+    third.unlink()
+    with pytest.raises(FileFormatError, match=rf"file 3 of 3: expected {third}, got none; the mod"):
+        bcy.open_gguf(split)
+
+
+def test_files_that_do_not_belong_together(split):
+    second, third = (split.with_name(f"m-0000{i}-of-00003.gguf") for i in (2, 3))
+    third.write_bytes(second.read_bytes())
+    with pytest.raises(FileFormatError, match=r"m-00003-of-.*'split\.no': expected 2, got 1;"):
+        bcy.open_gguf(split)
+    third.write_bytes(make())
+    with pytest.raises(FileFormatError, match=r"m-00003-of-.*'split\.count': expected 3, got None"):
+        bcy.open_gguf(split)
+    third.write_bytes(make([tensor("blk.0.weight")], split_of(2, 3)))
+    with pytest.raises(FileFormatError, match=r"m-00003-of-.*'blk\.0\.weight': expected one t"):
+        bcy.open_gguf(split)
+
+
+def test_a_model_that_was_merged_again(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(make([tensor()], split_of(0, 0)))
+    assert list(bcy.open_gguf(path)) == ["w"]
+
+
 @pytest.mark.gpu
 def test_to_the_gpu(path):
     w = bcy.open_gguf(path)["Q4_K.weight"].to("cuda")
@@ -207,6 +268,13 @@ def make(tensors=(), pairs=(), data=b"\0" * 64, version=3, magic=b"GGUF", counts
     counts = counts or (len(tensors), len(pairs))
     head = magic + struct.pack("<IQQ", version, *counts) + b"".join(pairs) + b"".join(tensors)
     return head + b"\0" * (-len(head) % 32) + data
+
+
+def split_of(number, count):
+    return [
+        text("split.no") + struct.pack("<IH", 2, number),
+        text("split.count") + struct.pack("<IH", 2, count),
+    ]
 
 
 def broken(tmp_path, content, match):
@@ -327,6 +395,10 @@ def test_corrupt_bytes_never_crash(path, tmp_path, seed):
         (
             make(pairs=[text("GGUF.version") + struct.pack("<IB", 0, 7)]),
             "metadata 'GGUF.version': expected one",
+        ),
+        (
+            make(pairs=[text("split.count") + struct.pack("<If", 6, 3)]),
+            r"metadata 'split\.count': expected a number of files, got 3\.0",
         ),
         (make(pairs=[text(b"\xff") + struct.pack("<IB", 0, 7)]), "expected a name in UTF-8"),
         (make([tensor(shape=(32, 0, 1 << 62))]), "tensor 'w': expected a shape whose bytes an"),

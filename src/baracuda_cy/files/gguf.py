@@ -27,7 +27,7 @@ class GgufFile(Mapping[str, Any]):
     Attributes
     ----------
     path : str
-        The file.
+        The file, the first one of a model in several.
     metadata : Mapping
         Its key-value pairs.
     types : Mapping
@@ -37,16 +37,16 @@ class GgufFile(Mapping[str, Any]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         try:
-            from baracuda_cy.files.gguf_header import Header
+            from baracuda_cy.files.gguf_header import read
         except ImportError as error:
             raise Unsupported(
                 "open_gguf: expected the gguf package, got no such module; install it, as in "
                 "pip install baracuda-cy[gguf]"
             ) from error
-        header = Header(self.path)
-        self._entries: dict[str, Entry] | None = header.entries
-        self.metadata = MappingProxyType(header.metadata)
-        self.types = MappingProxyType({name: it.type_name for name, it in header.entries.items()})
+        metadata, entries = read(self.path)
+        self._entries: dict[str, Entry] | None = entries
+        self.metadata = MappingProxyType(metadata)
+        self.types = MappingProxyType({name: it.type_name for name, it in entries.items()})
 
     def __getitem__(self, name: str) -> Any:
         if self._entries is None:
@@ -113,7 +113,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     Parameters
     ----------
     path : str or path-like
-        The file.
+        The file. Of a model in several, such as ``model-00001-of-00003.gguf``, the first one; the
+        others lie beside it.
 
     Returns
     -------
@@ -123,7 +124,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     Raises
     ------
     FileFormatError
-        The file is no GGUF file, is truncated or is corrupt; the message names the tensor.
+        The file is no GGUF file, is truncated or is corrupt, the message names the tensor; or it is
+        not the first one of a model in several, or another of those is missing.
     OSError
         The file cannot be read.
     InvalidProblem

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -142,6 +143,38 @@ class Header(GGUFReader):  # type: ignore[misc]
             nbytes = math.prod(shape) // elements * size
             data = self._get(int(start_offs) + offset, np.uint8, nbytes)
             self.entries[field.name] = Entry(name, shape, data)
+
+
+def read(path: str) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Read a file, or the first of a model in several with those beside it, as llama.cpp does."""
+    first = Header(path)
+    count = first.metadata.get("split.count", 0)
+    if type(count) is not int:
+        first.reading = "metadata 'split.count'"
+        raise first.error("a number of files", repr(count)[:100])
+    if count < 2:  # gguf-split leaves 0 where it merges
+        return first.metadata, first.entries
+    first.reading = "metadata 'split.no'"
+    number, tail = first.metadata.get("split.no"), "-{:05}-of-{:05}.gguf".format
+    if number != 0 or not path.endswith(tail(1, count)):
+        expected = f"0, and a name that ends in {tail(1, count)}"
+        raise first.error(expected, number, f"open the first of the {count} files, and rename none")
+    entries = dict(first.entries)
+    for number in range(1, count):
+        beside = path.removesuffix(tail(1, count)) + tail(number + 1, count)
+        if not os.path.isfile(beside):
+            first.reading = f"file {number + 1} of {count}"
+            raise first.error(beside, "none", "the model is incomplete, fetch it again")
+        more = Header(beside)
+        for key, wanted in (("split.count", count), ("split.no", number)):
+            if more.metadata.get(key) != wanted:
+                more.reading = f"metadata {key!r}"
+                raise more.error(str(wanted), repr(more.metadata.get(key))[:100])
+        for name in more.entries.keys() & entries.keys():
+            more.reading = f"tensor {name!r}"
+            raise more.error("one tensor of this name in all files", "two")
+        entries |= more.entries
+    return first.metadata, entries
 
 
 def _value(parts: Iterator[Any], kind: int) -> Any:
