@@ -403,6 +403,13 @@ def test_corrupt_bytes_never_crash(path, tmp_path, seed):
         (make(pairs=[text(b"\xff") + struct.pack("<IB", 0, 7)]), "expected a name in UTF-8"),
         (make([tensor(shape=(32, 0, 1 << 62))]), "tensor 'w': expected a shape whose bytes an"),
         (make([tensor(shape=(1 << 63, 0), type_id=0)]), "tensor 'w': expected a shape whose bytes"),
+        (make([tensor(shape=(2**63 + 32, 0))]), "tensor 'w': expected a shape whose bytes"),
+        (make([tensor(shape=(2**61, 0))]), "tensor 'w': expected a shape whose bytes .*float32"),
+        (make([tensor(), tensor("v", (32,))]), "tensor 'w': expected an offset from 18, where 'v'"),
+        (
+            make([tensor("v"), tensor("w", offset=32)], data=bytes(128)),
+            "tensor 'w': expected an offset from 36, where 'v' ends, got 32",
+        ),
     ],
     ids=lambda case: "file" if isinstance(case, bytes) else case[:40],
 )
@@ -438,10 +445,12 @@ def test_without_the_gguf_package(monkeypatch, path):
 
 def test_empty_tensor(tmp_path):
     path = tmp_path / "empty.gguf"
-    path.write_bytes(make([tensor(shape=(32, 0)), tensor("v", shape=(0,), type_id=0)], data=b""))
+    widest = tensor("u", shape=(2**61 - 32, 0))
+    path.write_bytes(make([tensor(shape=(32, 0)), tensor("v", (0,), type_id=0), widest], data=b""))
     model = bcy.open_gguf(path)
     assert (model["w"].shape, model["w"].nbytes) == ((0, 32), 0)
     assert model["v"].shape == (0,)
+    assert model["u"].dequantize().shape == (0, 2**61 - 32)
 
 
 @pytest.mark.parametrize("path", [None, 3, b"model.gguf"])

@@ -127,6 +127,7 @@ class Header(GGUFReader):  # type: ignore[misc]
         return super()._build_tensor_info(offs, count)
 
     def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        places = []
         for field in fields:
             self.reading = f"tensor {field.name!r}"
             dims, type_id, offset = field.parts[3], int(field.parts[4][0]), int(field.parts[5][0])
@@ -138,11 +139,21 @@ class Header(GGUFReader):  # type: ignore[misc]
                 raise self.error(f"rows of a multiple of {elements} elements ({name})", shape)
             if offset % int(self.alignment):
                 raise self.error(f"an offset that is a multiple of {self.alignment}", offset)
-            if math.prod(length or 1 for length in shape) // elements * max(size, 1) >= 2**63:
-                raise self.error("a shape whose bytes an int64 counts", shape)
+            # Of no elements, too: NumPy refuses an array whose other dimensions are too large.
+            count = math.prod(length or 1 for length in shape)
+            if max(count // elements * size, count * 4) >= 2**63:
+                raise self.error("a shape whose bytes an int64 counts, as float32 too", shape)
             nbytes = math.prod(shape) // elements * size
             data = self._get(int(start_offs) + offset, np.uint8, nbytes)
             self.entries[field.name] = Entry(name, shape, data)
+            if nbytes:
+                places.append((offset, offset + nbytes, field.name))
+        reached, before = 0, ""
+        for begin, end, name in sorted(places):
+            if begin < reached:
+                self.reading = f"tensor {name!r}"
+                raise self.error(f"an offset from {reached}, where {before!r} ends", begin)
+            reached, before = end, name
 
 
 def read(path: str) -> tuple[dict[str, Any], dict[str, Entry]]:
