@@ -368,6 +368,18 @@ def test_corrupt_bytes_never_crash(path, tmp_path, seed):
             "metadata 'k': expected a metadata type, got 99",
         ),
         (
+            make(pairs=[text("k") + struct.pack("<IIQ", 9, 99, 0)]),
+            "metadata 'k': expected a metadata type, got 99",
+        ),
+        (
+            make(pairs=[text("k") + struct.pack("<IIQ", 9, 8, 2) + text("a") + b"\xff" * 8]),
+            f"metadata 'k': expected {2**64 - 1} bytes at byte .* truncated",
+        ),
+        (
+            make(pairs=[text("k") + struct.pack("<IIQ", 9, 8, 2) + text("a" * 9)])[:70],
+            "metadata 'k': expected .* at byte 74, got a file that ends at byte 70",
+        ),
+        (
             make(pairs=[text("k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 2000]),
             "metadata 'k': expected a metadata type, got 9",
         ),

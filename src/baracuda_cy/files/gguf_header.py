@@ -64,14 +64,16 @@ class Header(GGUFReader):  # type: ignore[misc]
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         item, count = np.dtype(dtype).newbyteorder("<"), int(count)
-        nbytes, size = item.itemsize * count, self.data.size
-        if nbytes > size - offset:
+        self._check_end(offset, item.itemsize * count)
+        return np.frombuffer(self.data, item, count, offset)
+
+    def _check_end(self, offset: int, nbytes: int) -> None:
+        if nbytes > self.data.size - offset:
             raise self.error(
                 f"{nbytes} bytes at byte {offset}",
-                f"a file that ends at byte {size}",
+                f"a file that ends at byte {self.data.size}",
                 "it is truncated or corrupt, fetch it again",
             )
-        return np.frombuffer(self.data, item, count, offset)
 
     def _get_str(self, offset: int) -> Any:
         """Read the name at the start of a metadata pair or of a tensor's entry."""
@@ -97,15 +99,31 @@ class Header(GGUFReader):  # type: ignore[misc]
         if kind != _ARRAY or self.depth == _DEEPEST_ARRAY:
             raise self.error("a metadata type", kind)
         item, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-        start, count = orig_offs + 12, int(length[0])
-        if scalar := _SCALARS.get(int(item[0])):  # one part; GGUFReader makes one of every number
+        start, count, kind_of_item = orig_offs + 12, int(length[0]), int(item[0])
+        # Numbers and strings are one part each; GGUFReader makes one or two of every single one.
+        if scalar := _SCALARS.get(kind_of_item):
             numbers = self._get(start, scalar, count)
             return 12 + numbers.nbytes, [item, length, numbers], [2], [_ARRAY]
-        self._get(start, np.uint64, count)  # a string takes 8 bytes at least, an array 12
+        self._check_end(start, 8 * count)  # a string takes 8 bytes at least, an array 12
+        if kind_of_item == _STRING:
+            end, texts = self._texts(start, count)
+            return end - orig_offs, [item, length, texts], [2], [_ARRAY]
+        if kind_of_item != _ARRAY:
+            raise self.error("a metadata type", kind_of_item)
         self.depth += 1
         parts = super()._get_field_parts(orig_offs, kind)
         self.depth -= 1
         return parts
+
+    def _texts(self, start: int, count: int) -> tuple[int, list[str]]:
+        """Return where an array of strings ends, and the strings."""
+        data, texts = memoryview(self.data), []
+        for _ in range(count):
+            begin = start + 8
+            start = begin + int.from_bytes(data[start:begin], "little")
+            self._check_end(begin, start - begin)
+            texts.append(_text(data[begin:start]))
+        return start, texts
 
     def _build_fields(self, offs: int, count: int) -> Any:
         own = set(self.fields)  # version and counts, which GGUFReader puts among the pairs
@@ -189,14 +207,19 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Entry]]:
 
 
 def _value(parts: Iterator[Any], kind: int) -> Any:
-    # ReaderField.contents flattens arrays of arrays, and raises for text that is no UTF-8, as a
-    # vocabulary may hold.
+    # ReaderField.contents flattens arrays of arrays.
     if kind == _STRING:
         next(parts)
-        return next(parts).tobytes().decode(errors="replace")
+        return _text(next(parts))
     if kind != _ARRAY:
         return next(parts).tolist()[0]
     item, count = int(next(parts)[0]), next(parts)[0]
+    if item == _STRING:
+        return next(parts)
     if item in _SCALARS:
         return next(parts).tolist()
     return [_value(parts, item) for _ in range(count)]
+
+
+def _text(raw: Any) -> str:
+    return str(raw, "utf-8", "replace")  # a vocabulary may hold text that is no UTF-8
