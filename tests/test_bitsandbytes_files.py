@@ -1071,6 +1071,40 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
 
 
+def test_permissions_of_a_file_are_kept(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"")
+    for mode in (0o400, 0o640, 0o666):
+        path.chmod(mode)
+        bcy.save_bitsandbytes(path, {"x": np.arange(3)})
+        assert path.stat().st_mode & 0o777 == mode
+        assert path.stat().st_size > 0
+
+
+def test_a_symbolic_link_stays(tmp_path):
+    link, folder = tmp_path / "link", tmp_path / "folder"
+    folder.mkdir()
+    link.symlink_to("folder/model")
+    for size in (3, 4):  # what it leads to is made, then replaced
+        bcy.save_bitsandbytes(link, {"x": np.arange(size)})
+        assert link.is_symlink()
+        assert bcy.open_bitsandbytes(folder / "model")["x"].size == size
+    assert os.listdir(folder) == ["model"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(FileExistsError, match=f"{path}: expected .* got a pipe or device;"):
+            bcy.save_bitsandbytes(path, {"x": np.arange(3)})
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path}: expected .* got a folder; ch"):
+        bcy.save_bitsandbytes(tmp_path, {"x": np.arange(3)})
+    assert pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
 def test_nothing_to_save(tmp_path):
     bcy.save_bitsandbytes(tmp_path / "x", {})
     assert dict(bcy.open_bitsandbytes(tmp_path / "x")) == {}

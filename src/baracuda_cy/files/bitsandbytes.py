@@ -155,8 +155,9 @@ def save_bitsandbytes(
     """Write a safetensors file that bitsandbytes and transformers load to the same values.
 
     The file is written beside `path` and renamed when it is complete, so that `path` may be the
-    file that the tensors are mapped from. What transformers wants besides, ``config.json`` with its
-    ``quantization_config``, is left to the caller.
+    file that the tensors are mapped from. It keeps the permissions of a file that was there; a
+    symbolic link stays, and the file that it leads to is replaced. What transformers wants besides,
+    ``config.json`` with its ``quantization_config``, is left to the caller.
 
     Parameters
     ----------
@@ -182,7 +183,7 @@ def save_bitsandbytes(
         safetensors has no name for or that is not contiguous, or a weight that the bitsandbytes
         layout cannot express.
     OSError
-        The file cannot be written; `path` is as it was.
+        The file cannot be written, or `path` is a folder, a pipe or a device; it is as it was.
 
     Examples
     --------

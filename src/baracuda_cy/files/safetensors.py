@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -346,9 +347,17 @@ def write(path: str, tensors: Mapping[str, Output], metadata: Mapping[str, str])
 
 
 def _replace(path: str, parts: Iterable[Callable[[], Any]]) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):
+        folder = IsADirectoryError, "folder"
+        kind, given = folder if os.path.isdir(path) else (FileExistsError, "pipe or device")
+        raise kind(f"{path}: expected a file or none yet, got a {given}; choose another name")
+    if os.path.islink(path):  # it stays, and what it leads to is replaced
+        path = os.path.realpath(path)
     temporary = os.path.join(os.path.dirname(path), f".baracuda-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(path, temporary)  # before there is anything to read
             for part in parts:
                 file.write(part())
             file.flush()
