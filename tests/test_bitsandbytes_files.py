@@ -1147,6 +1147,34 @@ def test_what_cannot_be_saved(put, tmp_path, tensors, match):
     assert not (tmp_path / "out").exists()
 
 
+def test_arrays_of_torch_that_no_file_has_are_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.eye(3).to_sparse(), torch.ones(3, device="meta"), torch.ones((1,) * 9)):
+        with pytest.raises(InvalidProblem, match=r"^layer\.bias: "):
+            bcy.save_bitsandbytes(tmp_path / "out", {"layer.bias": tensor})
+    assert os.listdir(tmp_path) == []
+
+
+# What would be refused when it is read is not written.
+def test_array_of_too_many_dimensions(tmp_path, monkeypatch):
+    monkeypatch.setattr("baracuda_cy.files.safetensors._MOST_DIMENSIONS", 9)
+    bcy.save_bitsandbytes(tmp_path / "out", {"x": np.zeros((1,) * 9)})
+    assert bcy.open_bitsandbytes(tmp_path / "out")["x"].ndim == 9
+    with pytest.raises(InvalidProblem, match="^x: expected at most 9 dimensions, got 10; reshape"):
+        bcy.save_bitsandbytes(tmp_path / "out", {"x": np.zeros((1,) * 10)})
+
+
+def test_header_that_is_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("baracuda_cy.files.safetensors._LONGEST_HEADER", 1000)
+    array, path = np.arange(3), tmp_path / "out"
+    bcy.save_bitsandbytes(path, {"x": array}, {"about": "a" * 800})
+    assert "x" in bcy.open_bitsandbytes(path)
+    before = path.read_bytes()
+    with pytest.raises(InvalidProblem, match=r"^tensors: .* a header of 1000 bytes, got 1\d+; w"):
+        bcy.save_bitsandbytes(path, {"x": array}, {"about": "a" * 1000})
+    assert path.read_bytes() == before
+
+
 def test_what_is_no_array(tmp_path):
     with pytest.raises(NotAnArray):
         bcy.save_bitsandbytes(tmp_path / "out", {"x": object()})

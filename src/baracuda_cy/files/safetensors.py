@@ -60,7 +60,7 @@ DTYPE_OF_NUMPY = {dtype: name for name, dtype in _DTYPES.items()}
 INCOMPLETE = "the checkpoint is incomplete, fetch it again"
 _INDEX = ".safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors package
-_MOST_DIMENSIONS = 32  # NumPy's
+_MOST_DIMENSIONS = 32  # of NumPy before 2
 
 
 class Entry(NamedTuple):
@@ -303,6 +303,11 @@ def output_of(name: str, array: Any) -> Output:
             f"{name}: expected one of {', '.join(DTYPE_OF_NUMPY)}, got {dtype}; convert the array"
         )
     if isinstance(array, np.ndarray):
+        if array.ndim > _MOST_DIMENSIONS:
+            raise InvalidProblem(
+                f"{name}: expected at most {_MOST_DIMENSIONS} dimensions, got {array.ndim}; "
+                "reshape the array"
+            )
         return Output(DTYPE_OF_NUMPY[dtype], array.shape, partial(_bytes_of, array))
     return Output(DTYPE_OF_NUMPY[dtype], seen["shape"], partial(fetch, array))
 
@@ -320,6 +325,8 @@ def _inspect(name: str, array: Any) -> Any:
             f"{name}: expected an Nf4Tensor or an array, got {type(array).__name__}; "
             "pass one of them"
         ) from None
+    except InvalidProblem as error:
+        raise InvalidProblem(f"{name}: {error}") from error
     expected = 1
     for size, stride in zip(reversed(seen["shape"]), reversed(seen["strides"]), strict=True):
         if size > 1 and stride != expected and 0 not in seen["shape"]:
@@ -342,6 +349,11 @@ def write(path: str, tensors: Mapping[str, Output], metadata: Mapping[str, str])
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _LONGEST_HEADER:
+        raise InvalidProblem(
+            f"tensors: expected names and metadata that fit a header of {_LONGEST_HEADER} bytes, "
+            f"got {len(text)}; write several files"
+        )
     head = len(text).to_bytes(8, "little") + text
     _replace(path, [lambda: head, *(tensors[name].data for name in order)])
 
