@@ -465,6 +465,12 @@ def test_empty_tensor(tmp_path):
     assert model["u"].dequantize().shape == (0, 2**61 - 32)
 
 
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_what_no_file_is_called(path):
+    with pytest.raises(InvalidProblem, match="path: expected a name that a file can have, got '"):
+        bcy.open_gguf(path)
+
+
 @pytest.mark.parametrize("path", [None, 3, b"model.gguf"])
 def test_what_is_no_path(path):
     with pytest.raises(InvalidProblem, match="path: expected a str or a path-like"):

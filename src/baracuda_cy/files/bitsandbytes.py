@@ -9,6 +9,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from baracuda_cy.errors import InvalidProblem
+from baracuda_cy.files import name_of
 from baracuda_cy.formats import ElementKind
 from baracuda_cy.tensor import Nf4Tensor
 
@@ -44,7 +45,7 @@ class BitsandbytesFile(Mapping[str, Any]):
         from baracuda_cy.files.quant_state import weights_of
         from baracuda_cy.files.safetensors import checkpoint_in, read, read_index
 
-        self.path = os.fspath(path)
+        self.path = name_of(path)
         file = checkpoint_in(self.path) if os.path.isdir(self.path) else self.path
         metadata, entries = read_index(file) if file.endswith(".json") else read(file)
         weights, parts = weights_of(file, entries)
@@ -101,13 +102,6 @@ class BitsandbytesFile(Mapping[str, Any]):
         self.close()
 
 
-def _check_path(path: Any) -> None:
-    if not isinstance(path, str | os.PathLike):
-        raise InvalidProblem(
-            f"path: expected a str or a path-like, got {type(path).__name__}; pass the file's name"
-        )
-
-
 def open_bitsandbytes(path: str | os.PathLike[str]) -> BitsandbytesFile:
     """Open a checkpoint with weights in NF4 or FP4: tensors by name, memory-mapped.
 
@@ -140,7 +134,6 @@ def open_bitsandbytes(path: str | os.PathLike[str]) -> BitsandbytesFile:
     >>> with open_bitsandbytes("llama-bnb-4bit") as model:  # doctest: +SKIP
     ...     w = model["model.layers.0.mlp.up_proj.weight"].to("cuda")
     """
-    _check_path(path)
     return BitsandbytesFile(path)
 
 
@@ -195,7 +188,7 @@ def save_bitsandbytes(
     from baracuda_cy.files.quant_state import STORAGE, outputs_of, parts_of
     from baracuda_cy.files.safetensors import output_of, write
 
-    _check_path(path)
+    path = name_of(path)
     if not isinstance(tensors, Mapping):
         raise InvalidProblem(
             f"tensors: expected a mapping of names, got {type(tensors).__name__}; "
@@ -229,7 +222,7 @@ def save_bitsandbytes(
         raise InvalidProblem(
             f"{strange[0]}: expected a name that is not that of a part of an Nf4Tensor; rename it"
         )
-    write(os.fspath(path), outputs, _metadata_of(metadata))
+    write(path, outputs, _metadata_of(metadata))
 
 
 def _check_name(name: Any) -> None:

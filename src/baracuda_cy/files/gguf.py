@@ -9,6 +9,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from baracuda_cy.errors import InvalidProblem, Unsupported
+from baracuda_cy.files import name_of
 from baracuda_cy.formats import ElementKind, GgufBlockFormat
 from baracuda_cy.tensor import GgufTensor
 
@@ -35,7 +36,7 @@ class GgufFile(Mapping[str, Any]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = name_of(path)
         try:
             from baracuda_cy.files.gguf_header import read
         except ImportError as error:
@@ -138,8 +139,4 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     >>> with open_gguf("model.gguf") as model:  # doctest: +SKIP
     ...     w = model["blk.0.ffn_up.weight"].to("cuda")
     """
-    if not isinstance(path, str | os.PathLike):
-        raise InvalidProblem(
-            f"path: expected a str or a path-like, got {type(path).__name__}; pass the file's name"
-        )
     return GgufFile(path)
