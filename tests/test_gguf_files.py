@@ -112,6 +112,13 @@ def test_it_is_a_mapping(path):
     assert repr(model) == f"GgufFile({str(path)!r}, {len(model)} tensors)"
 
 
+def test_a_file_equals_itself_alone(path):
+    model, other = bcy.open_gguf(path), bcy.open_gguf(path)
+    assert model == model
+    assert model != other
+    assert len({model, other, model}) == 2
+
+
 def test_metadata(path):
     metadata = bcy.open_gguf(path).metadata
     reader = gguf.GGUFReader(path)

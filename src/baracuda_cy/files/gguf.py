@@ -76,6 +76,10 @@ class GgufFile(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.types)
 
+    # A file equals itself alone: comparing its tensors, as mappings do, would read them all.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __repr__(self) -> str:
         state = "" if self._entries is not None else ", closed"
         return f"GgufFile({self.path!r}, {len(self)} tensors{state})"
