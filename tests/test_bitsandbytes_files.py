@@ -151,10 +151,12 @@ def test_nested_offset_may_be_nan(put):
     assert np.isnan(w.dequantize()).all()
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("BF16", 2), ("F16", 2), ("F32", 4), ("I8", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("BF16", 2), ("F16", 2), ("F32", 4), ("F64", 8), ("I8", 1)]
+)
 def test_quant_storage(put, dtype, size):
     """Codes stored as another type are the same bytes."""
-    parts = weight()
+    parts = weight(size=(6, 128))
     data = parts["w"][2]
     parts["w"] = (dtype, [len(data) // size, 1], data)
     w = bcy.open_bitsandbytes(put(make(parts)))["w"]
@@ -263,6 +265,14 @@ def test_it_is_a_mapping():
         with pytest.raises(TypeError):
             about["x"] = 1
     assert repr(model) == f"BitsandbytesFile({str(LINEAR4BIT)!r}, {len(model)} tensors)"
+
+
+def test_a_file_equals_itself_alone():
+    model, other = bcy.open_bitsandbytes(LINEAR4BIT), bcy.open_bitsandbytes(LINEAR4BIT)
+    assert model == model
+    assert model != other
+    assert model != dict(model)
+    assert len({model, other, model}) == 2
 
 
 def test_tensors_outlive_the_file():
@@ -384,7 +394,19 @@ GATE = "model.layers.0.mlp.gate_proj.weight"
             rf"tensor '{GATE}': expected the name of a file beside the index, got '\.\./model/x",
         ),
         (lambda it: it["weight_map"].update({GATE: "a\0b"}), rf"tensor '{GATE}': expected the na"),
-        (lambda it: it["weight_map"].update({GATE: "\ud800"}), rf"tensor '{GATE}': expected the n"),
+        (lambda it: it["weight_map"].update({GATE: "\ud800"}), "the index: expected JSON in UTF-8"),
+        (
+            lambda it: it["weight_map"].update({GATE: "."}),
+            rf"'{GATE}': expected the file '\.', got n",
+        ),
+        (
+            lambda it: it["weight_map"].update({GATE: ".."}),
+            rf"'{GATE}': expected the file '\.\.', g",
+        ),
+        (
+            lambda it: it["weight_map"].update({GATE: "x" * 300}),
+            rf"tensor '{GATE}': expected the file 'xxx.*x, got none; the checkpoint is incomplete",
+        ),
         (lambda it: it["weight_map"].update({GATE: ""}), rf"tensor '{GATE}': expected the name"),
         (
             lambda it: it["weight_map"].update({GATE: 3}),
@@ -463,6 +485,8 @@ def two(first, second, data=16):
             framed(b'{"x": {"dtype": "F32", "dtype": "F16"}}'),
             "the header: expected every name once, got 'dtype' twice",
         ),
+        (framed({"\ud800": 1}), "the header: expected JSON in UTF-8"),
+        (framed({"__metadata__": {"a": "\udfff"}}), "the header: expected JSON in UTF-8"),
         (framed({"__metadata__": []}), r"__metadata__: expected an object of strings, got \[\]"),
         (framed({"__metadata__": {"a": 1}}), "__metadata__: expected an object of strings"),
         (framed({"x": 1}), "tensor 'x': expected an object with dtype, shape, data_offsets, got 1"),
@@ -540,6 +564,9 @@ PLAIN_CASES = [
     ({"w": np.zeros(299, U8)}, "w: expected 300 bytes of codes .* got 299"),
     ({"w": np.zeros(301, U8)}, "w: expected 300 bytes of codes .* got 301"),
     ({"w": np.zeros((6, 100), F32)}, "w: expected 300 bytes of codes .* got 2400"),
+    ({"w": ("I64", [1], bytes(8))}, "w: expected codes as U8, I8, F16, BF16, F32, F64, got I64"),
+    ({"w": ("BOOL", [300], bytes(300))}, "w: expected codes as U8, .* got BOOL"),
+    ({"w": ("F4", [600], bytes(300))}, "w: expected codes as U8, .* got F4"),
     ({"w": np.zeros(0, U8)}, "w: expected 300 bytes of codes .* got 0"),
     ({"w__absmax": np.zeros(9, F32)}, r"w\.absmax: expected 10 values of F32, got the shape \[9\]"),
     ({"w__absmax": np.zeros(11, F32)}, r"w\.absmax: expected 10 values of F32"),
@@ -686,6 +713,11 @@ def test_the_broken_weight_is_named_among_others(put):
     parts = weight("a") | weight("b.c") | weight("d")
     parts["b.c.absmax"] = entry(np.zeros(3, F32))
     refused(put(make(parts)), r"b\.c\.absmax: expected 10")
+
+
+def test_part_that_is_a_weight_itself(put):
+    parts = weight() | weight("w.absmax")
+    refused(put(make(parts)), r"w\.absmax: expected a part of a weight, .* with w\.absmax\.absmax,")
 
 
 def test_no_file(tmp_path):

@@ -43,6 +43,7 @@ _QUANT_MAPS = {  # without FP4's -0, as bitsandbytes writes it
 }
 DTYPES = ("float16", "bfloat16", "float32")  # of the weight before it was quantized
 STORAGE = (ElementKind.U8, ElementKind.F16, ElementKind.BF16, ElementKind.F32)
+_STORED = ("U8", "I8", "F16", "BF16", "F32", "F64")  # what bnb_4bit_quant_storage may be
 _LARGEST = float(np.finfo(np.float32).max)
 _BLOCK_SIZES = tuple(2**exponent for exponent in range(5, 13))
 
@@ -108,8 +109,12 @@ def weights_of(path: str, entries: Mapping[str, Entry]) -> tuple[dict[str, Weigh
     `path` is what a message says where something is missing.
     """
     found = parts_of(entries)
+    all_parts = {part for parts in found.values() for part in parts.values()}
+    for name in sorted(found.keys() & all_parts):
+        given = f"one with {', '.join(found[name].values())}"
+        raise broken(path, name, "a part of a weight, which has no parts itself", given)
     weights = {name: _Reader(path, entries, name, parts).read() for name, parts in found.items()}
-    return weights, {part for parts in found.values() for part in parts.values()}
+    return weights, all_parts
 
 
 class _Reader:
@@ -197,6 +202,8 @@ class _Reader:
         wanted = f"{(count + 1) // 2} bytes of codes for the shape {list(shape)}"
         if data is None:
             raise broken(self.path, self.name, wanted, "none", INCOMPLETE)
+        if data.dtype not in _STORED:
+            raise broken(data.path, self.name, f"codes as {', '.join(_STORED)}", data.dtype)
         if len(data.data) != (count + 1) // 2:
             raise broken(data.path, self.name, wanted, len(data.data))
         quant_map = self.part("quant_map", "F32", 16)

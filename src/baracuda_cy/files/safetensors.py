@@ -88,6 +88,9 @@ def parse_object(raw: bytes, path: str, key: str) -> dict[str, Any]:
         for name, value in pairs:
             if name in result:
                 raise broken(path, key, "every name once", f"{name!r} twice")
+            for text in (name, value):
+                if isinstance(text, str):
+                    text.encode()  # raises where a lone surrogate is escaped, which is no character
             result[name] = value
         return result
 
@@ -258,13 +261,13 @@ def read_index(path: str) -> tuple[dict[str, str], dict[str, Entry]]:
     entries: dict[str, Entry] = {}
     for name, shard in places.items():
         key = f"weight_map, tensor {name!r}"
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\0\ud800-\udfff]+", shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\0]+", shard):
             raise broken(path, key, "the name of a file beside the index", repr(shard)[:100])
         if shard not in shards:
-            try:
-                more, shards[shard] = read(os.path.join(os.path.dirname(path), shard))
-            except FileNotFoundError:
-                raise broken(path, key, f"the file {shard!r}", "none", INCOMPLETE) from None
+            beside = os.path.join(os.path.dirname(path), shard)
+            if not os.path.isfile(beside):
+                raise broken(path, key, f"the file {shard!r:.100}", "none", INCOMPLETE)
+            more, shards[shard] = read(beside)
             metadata = {**more, **metadata}
         if name not in shards[shard]:
             raise broken(path, key, f"it in {shard!r}", "no such tensor there", INCOMPLETE)
