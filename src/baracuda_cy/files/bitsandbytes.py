@@ -28,6 +28,10 @@ class BitsandbytesFile(Mapping[str, Any]):
     are read-only NumPy arrays, bfloat16 and float8 ones of the types of ml_dtypes. The bytes of a
     tensor are not read before it is used. Tensors stay valid after `close`.
 
+    While tensors are in use, replace their file by renaming another over it, as `save_bitsandbytes`
+    does, and never write it in place: values would change, and a file that becomes shorter kills
+    the process (SIGBUS). Or copy them first, as ``.to("cuda")`` does.
+
     Attributes
     ----------
     path : str
@@ -110,7 +114,8 @@ def open_bitsandbytes(path: str | os.PathLike[str]) -> BitsandbytesFile:
     """Open a checkpoint with weights in NF4 or FP4: tensors by name, memory-mapped.
 
     It is read as transformers' ``save_pretrained`` and safetensors of a bitsandbytes ``state_dict``
-    write it, with NumPy alone.
+    write it, with NumPy alone; tensors in bfloat16 or float8 that are no 4-bit weights need
+    ml_dtypes when they are asked for.
 
     Parameters
     ----------

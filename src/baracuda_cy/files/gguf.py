@@ -23,7 +23,12 @@ class GgufFile(Mapping[str, Any]):
     """The tensors of a GGUF file by name, memory-mapped; made by `open_gguf`.
 
     A tensor in a supported block format is a `GgufTensor`; float and integer tensors are read-only
-    NumPy arrays. Nothing is read before it is used. Tensors stay valid after `close`.
+    NumPy arrays, bfloat16 ones of the type of ml_dtypes. Nothing is read before it is used. Tensors
+    stay valid after `close`.
+
+    While tensors are in use, replace their file by renaming another over it, and never write it in
+    place: values would change, and a file that becomes shorter kills the process (SIGBUS). Or copy
+    them first, as ``.to("cuda")`` does.
 
     Attributes
     ----------
