@@ -742,6 +742,11 @@ def test_quantize_what_is_no_array():
         (("weight", 2, 32, 32), "weight: expected real numbers on the host .*, got str"),
         ((np.ones(64) * 1j, 2, 32, 32), "weight: expected real numbers on the host .*, got ndarr"),
         ((np.ma.masked_all(64), 2, 32, 32), "weight: expected .* without a mask, got MaskedArray"),
+        ((["1"] * 64, 2, 32, 32), "weight: expected real numbers on the host .*, got list"),
+        (([None] * 64, 2, 32, 32), "weight: expected real numbers on the host .*, got list"),
+        ((np.zeros(64, "m8[s]"), 2, 32, 32), "weight: expected real numbers on the host"),
+        ((np.zeros(64, "M8[s]"), 2, 32, 32), "weight: expected real numbers on the host"),
+        (([1e300] * 64, 2, 32, 32), "weight: expected numbers that float32 can hold, got one b"),
     ],
 )
 def test_pack_weight(arguments, match):

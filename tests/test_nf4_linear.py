@@ -797,6 +797,12 @@ def test_pack_weight_takes_lists_and_other_types():
         got = bcy.nf4_pack_weight(other, 2, 32, 16)
         np.testing.assert_array_equal(got[0], want[0])
         np.testing.assert_array_equal(got[1], want[1])
+    codes = np.arange(-32, 32)
+    want = bcy.nf4_pack_weight(codes.astype(np.float32), 2, 32, 16)
+    for kind in (np.int8, np.int64, np.float16, ml_dtypes.bfloat16, np.longdouble):
+        got = bcy.nf4_pack_weight(codes.astype(kind), 2, 32, 16)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(got[1], want[1])
 
 
 def test_the_bits_of_one_known_weight():

@@ -164,7 +164,8 @@ def nf4_pack_weight(
     Raises
     ------
     InvalidProblem
-        Sizes that the layout cannot express, or another number of values.
+        Sizes that the layout cannot express, another number of values, or values that are no real
+        numbers or beyond float32.
 
     Examples
     --------
@@ -182,10 +183,15 @@ def nf4_pack_weight(
     nf4_sizes(n, k, block_size, Nf4Layout.ROW_PAIR)
     try:
         given = np.asanyarray(weight)
-        if isinstance(given, np.ma.MaskedArray) or np.iscomplexobj(given):
+        real = np.can_cast(given.dtype, np.float32, "same_kind")  # of NumPy or of ml_dtypes
+        if isinstance(given, np.ma.MaskedArray) or not real:
             raise TypeError
-        with np.errstate(over="ignore"):
+        with np.errstate(over="raise"):
             values = np.asarray(given, np.float32)
+    except FloatingPointError:
+        raise InvalidProblem(
+            "weight: expected numbers that float32 can hold, got one beyond; scale it"
+        ) from None
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise InvalidProblem(
             f"weight: expected real numbers on the host without a mask, got "
