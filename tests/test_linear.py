@@ -3,6 +3,10 @@
 
 import importlib
 import mmap
+import os
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -588,6 +592,25 @@ def test_command_line(capsys):
     assert "CPU" in said
     assert "threads" in said
     assert "GPU" in said
+
+
+def test_command_line_takes_no_arguments(capsys):
+    from baracuda_cy import __main__
+
+    for arguments, status in ((["--help"], 0), (["--verson"], 2), (["gpu"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            __main__.main(arguments)
+        assert ended.value.code == status
+    assert "unrecognized arguments: --verson" in capsys.readouterr().err
+
+
+def test_command_line_whose_reader_has_gone():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "baracuda_cy"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("preference", [{}, "float"])

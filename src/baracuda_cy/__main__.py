@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m baracuda_cy``: what this build and this machine have."""
 
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
 import baracuda_cy
 from baracuda_cy import _cpu, _cuda
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Print the version, the CPU backend and the GPUs."""
+    parser = argparse.ArgumentParser(prog="python -m baracuda_cy", description=main.__doc__)
+    parser.parse_args(arguments)
     print(f"baracuda-cy {baracuda_cy.__version__}")
     print(f"CPU   {_cpu.isa()}, {_cpu.default_threads()} threads")
     built = " ".join(_cuda.architectures()) if _cuda.built() else "not in this build"
@@ -23,4 +30,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where the reader has gone
+    main(sys.argv[1:])
