@@ -97,10 +97,10 @@ def test_workspaces_hold_what_they_borrow(kind):
     alive = weakref.ref(producer)
     with workspace:
         inspect(workspace)
-        assert producer.deleted == 0
-    assert producer.deleted == 1
+        assert (producer.exported, producer.deleted) == (2, 1)
+    assert producer.deleted == 2
     del workspace
-    assert producer.deleted == 1
+    assert producer.deleted == 2
     del producer
     gc.collect()
     assert alive() is None
@@ -145,6 +145,17 @@ def test_workspaces_can_be_collected_in_cycles():
     holder.again = holder
     alive = weakref.ref(holder.workspace)
     del holder
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_tensor_may_keep_its_own_workspace():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensor = torch.zeros(1024)
+    tensor.workspace = Workspace(buffer=tensor)
+    alive = weakref.ref(tensor.workspace)
+    inspect(tensor.workspace)
+    del tensor
     gc.collect()
     assert alive() is None
 

@@ -72,6 +72,31 @@ def test_a_lent_buffer_is_released():
     data.extend(b"more")
 
 
+@pytest.mark.parametrize("change", ["resize_", "set_", "data"])
+def test_a_lent_tensor_that_moves(change):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensor, other = torch.zeros(1024, dtype=torch.uint8), torch.zeros(1 << 20, dtype=torch.uint8)
+    workspace = Workspace(buffer=tensor)
+    if change == "resize_":
+        tensor.resize_(1 << 20)
+    elif change == "set_":
+        tensor.set_(other)
+    else:
+        tensor.data = other
+    skipped = -tensor.data_ptr() % 256
+    assert workspace.ptr == inspect(workspace)["pointer"] == tensor.data_ptr() + skipped
+    assert (workspace.nbytes,) == inspect(workspace)["shape"] == ((1 << 20) - skipped,)
+
+
+def test_a_lent_tensor_whose_storage_is_freed():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensor = torch.zeros(1024, dtype=torch.uint8)
+    workspace = Workspace(buffer=tensor)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(InvalidProblem, match="array: expected memory for shape"):
+        inspect(workspace)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

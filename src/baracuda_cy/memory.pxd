@@ -35,8 +35,8 @@ cdef class HostMemory:
 
 @cython.final
 cdef class LentMemory:
-    cdef ArrayView view
-    cdef object source
+    cdef object source            # viewed anew for each use
+    cdef ArrayView view           # held: a bytearray, for one, is not resized meanwhile
 
 
 @cython.final
@@ -79,6 +79,7 @@ cdef class DeviceArray:
 @cython.final
 cdef class Workspace:
     cdef object memory            # HostMemory, DeviceMemory or LentMemory; None once closed
+    # Of its own memory; what is lent is asked.
     cdef char* raw                # 256-byte aligned
     cdef int64_t size
     cdef int device_type
@@ -86,3 +87,5 @@ cdef class Workspace:
     cdef object __weakref__
     cdef int require_open(self) except -1
     cdef int lend(self, object buffer) except -1
+    cdef int fill(self, ArrayView* view) except -1
+    cdef tuple look(self)

@@ -14,6 +14,7 @@ from posix.unistd cimport getpid
 cimport baracuda_cy._cuda as _cuda
 from baracuda_cy._dlpack cimport DLPACK_FLAG_IS_COPIED, kDLCPU, kDLCUDA, kDLCUDAHost
 from baracuda_cy.dlpack cimport (
+    KEEP_NOTHING,
     KEEP_OBJECT,
     ArrayView,
     acquire_view,
@@ -1230,22 +1231,20 @@ cdef class Workspace:
 
     cdef int lend(self, object buffer) except -1:
         cdef LentMemory lent = LentMemory.__new__(LentMemory)
-        cdef int64_t size
-        cdef uintptr_t skipped
-        acquire_view(buffer, &lent.view, NULL, False, "buffer")
-        if lent.view.readonly:
-            raise ReadOnlyArray(
-                f"buffer: expected a writable array, got {describe(buffer)}, which is read-only"
-            )
-        size = span_of(&lent.view, "buffer", buffer)
         lent.source = buffer
-        skipped = -<uintptr_t>lent.view.data % ALIGNMENT
-        self.raw = lent.view.data + skipped
-        self.size = size - <int64_t>skipped if size > <int64_t>skipped else 0
-        self.device_type = lent.view.device_type
-        self.device_id = lent.view.device_id
+        view_lent(buffer, &lent.view)
         self.memory = lent
         return 0
+
+    cdef int fill(self, ArrayView* view) except -1:
+        """View the usable bytes."""
+        self.require_open()
+        if isinstance(self.memory, LentMemory):
+            source = (<LentMemory>self.memory).source
+            view_lent(source, view)
+            return keep_in_view(view, source) if view.keep_kind == KEEP_NOTHING else 0
+        bytes_view(view, self.raw, self.size, self.device_type, self.device_id)
+        return keep_in_view(view, self.memory)
 
     cdef int require_open(self) except -1:
         if self.memory is None:
@@ -1255,23 +1254,30 @@ cdef class Workspace:
             )
         return 0
 
+    cdef tuple look(self):
+        """Address, size and device."""
+        cdef ArrayView view
+        memset(&view, 0, sizeof(view))
+        self.fill(&view)
+        device = "cpu" if view.device_type == kDLCPU else f"cuda:{view.device_id}"
+        found = <uintptr_t>view.data, view.shape[0], device
+        release_view(&view)
+        return found
+
     @property
     def nbytes(self):
         """Usable size in bytes."""
-        self.require_open()
-        return self.size
+        return self.look()[1]
 
     @property
     def ptr(self):
         """Address of the first usable byte, a multiple of 256."""
-        self.require_open()
-        return <uintptr_t>self.raw
+        return self.look()[0]
 
     @property
     def device(self):
         """``"cpu"`` or ``"cuda:N"``."""
-        self.require_open()
-        return "cpu" if self.device_type == kDLCPU else f"cuda:{self.device_id}"
+        return self.look()[2]
 
     @property
     def closed(self):
@@ -1293,20 +1299,39 @@ cdef class Workspace:
     def __repr__(self):
         if self.memory is None:
             return "Workspace(closed)"
-        return f"Workspace({self.size}, device={self.device!r})"
+        return f"Workspace({self.nbytes}, device={self.device!r})"
+
+
+cdef int view_lent(object source, ArrayView* view) except -1:
+    """View the aligned bytes of an array: anew for each use, as its library may have moved it."""
+    cdef int64_t size, skipped
+    acquire_view(source, view, NULL, False, "buffer")
+    try:
+        if view.readonly:
+            raise ReadOnlyArray(
+                f"buffer: expected a writable array, got {describe(source)}, which is read-only; "
+                "pass a bytearray or a writable array"
+            )
+        size = span_of(view, "buffer", source)
+    except BaseException:
+        release_view(view)
+        raise
+    skipped = -<uintptr_t>view.data % ALIGNMENT
+    bytes_view(
+        view, view.data + skipped, max(size - skipped, 0), view.device_type, view.device_id
+    )
+    return 0
 
 
 cdef int fill_workspace(object array, ArrayView* view, void** stream) except -1:
     cdef Workspace workspace = array
-    workspace.require_open()
-    bytes_view(
-        view, workspace.raw, workspace.size, workspace.device_type, workspace.device_id
-    )
-    if isinstance(workspace.memory, DeviceMemory):
-        stream[0] = (<DeviceMemory>workspace.memory).order.raw
-    elif isinstance(workspace.memory, LentMemory) and workspace.device_type == kDLCUDA:
-        current_stream((<LentMemory>workspace.memory).source, stream)
-    return keep_in_view(view, workspace.memory)
+    workspace.fill(view)
+    if view.device_type == kDLCUDA:
+        if isinstance(workspace.memory, DeviceMemory):
+            stream[0] = (<DeviceMemory>workspace.memory).order.raw
+        else:
+            current_stream((<LentMemory>workspace.memory).source, stream)
+    return 0
 
 
 register_type(DeviceBuffer, fill_buffer)
