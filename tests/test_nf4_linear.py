@@ -308,6 +308,10 @@ def test_quantize_nested(kind, size):
     assert (close <= 0.01 * np.abs(plain.absmax - offset).max() + 1e-7).all()
 
 
+def test_quantize_more_rows_than_can_be_counted_through():
+    assert bcy.quantize(np.empty((2**40, 0), np.float32), "nf4").shape == (2**40, 0)
+
+
 def test_quantize_nothing_nested(kind):
     w = bcy.quantize(kind.put(np.zeros((0, 64), np.float32)), "nf4", nested=True)
     assert (w.shape, w.nested.offset, w.nested.count) == ((0, 64), 0.0, 0)
