@@ -379,6 +379,23 @@ def test_host_sources_are_released_after_the_copy():
 
 
 @pytest.mark.gpu
+def test_what_is_released_may_fill_the_table_of_types():
+    class Crowd(np.ndarray):
+        def __del__(self):
+            for i in range(600):
+                describe(type(f"Kind{i}", (), {})())
+
+    stream = Stream()
+    DeviceBuffer(64).copy_from_host(
+        np.frombuffer(PinnedBuffer(64), np.uint8).view(Crowd), stream=stream
+    )
+    stream.synchronize()
+    for _ in range(32):
+        assert inspect(b"bytes")["shape"] == (5,)
+    assert pending() == 0
+
+
+@pytest.mark.gpu
 def test_pending_is_bounded():
     with Stream() as stream:
         n = 1 << 20

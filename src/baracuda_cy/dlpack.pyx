@@ -831,13 +831,15 @@ cdef int acquire_bfloat16(object array, ArrayView* view, str name) except -1:
 cdef int acquire_view(
     object array, ArrayView* view, void* stream, bint on_cuda_stream, str name
 ) except -1:
-    cdef Kind* kind = kind_of(array)
+    cdef Kind* kind
     view.readonly = False
     view.foreign_order = False
     view.keep_kind = KEEP_NOTHING
     view.keep = NULL
     if pending_count:
         collect_now_and_then(stream, on_cuda_stream)
+    # Only now: what was released may have run code that moves the table.
+    kind = kind_of(array)
     if kind.route == EXCHANGE and kind.api.dltensor_from_py_object_no_sync != NULL:
         return acquire_borrowed(array, view, stream, on_cuda_stream, name, kind.api)
     try:
