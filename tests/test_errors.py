@@ -659,6 +659,20 @@ def test_tensor_is_immutable():
         w.something = 1
 
 
+def test_tensors_are_made_once():
+    code, scales = np.zeros(256, np.float32), np.zeros(1, np.float32)
+    for kind, arguments in (
+        (bcy.GgufTensor, (bytes(68), "Q8_0", (2, 32))),
+        (bcy.Nf4Tensor, (bytes(32), scales, (1, 64))),
+        (bcy.NestedAbsmax, (code, scales, 0.0)),
+    ):
+        tensor = kind(*arguments)
+        text = repr(tensor)
+        with pytest.raises(InvalidProblem, match=f"{kind.__name__}: expected to be made once"):
+            tensor.__init__(*arguments)
+        assert repr(tensor) == text
+
+
 # ---- the exceptions ------------------------------------------------------------------------------
 
 

@@ -106,6 +106,40 @@ def test_workspaces_hold_what_they_borrow(kind):
     assert alive() is None
 
 
+def test_scales_that_a_weight_makes_when_asked_are_held():
+    made, seen = [], []
+
+    class Fresh(bcy.Nf4Tensor):
+        __slots__ = ("_scales",)
+
+        @property
+        def absmax(self):
+            scales = self._scales.copy().view(Watched)
+            made.append(weakref.ref(scales))
+            return scales
+
+        @absmax.setter
+        def absmax(self, scales):
+            object.__setattr__(self, "_scales", scales)
+
+    class Asks(Producer):
+        def __dlpack__(self, **arguments):
+            seen.append(made[-1]() is not None)
+            if not seen[-1]:
+                raise RuntimeError("the scales are gone")
+            return super().__dlpack__(**arguments)
+
+    w = bcy.quantize(np.eye(64, dtype=np.float32), "nf4")
+    fresh = Fresh(w.data, w.absmax, w.shape)
+    x, y, bias = (np.ones(shape, np.float32) for shape in ((1, 64), (1, 64), 64))
+    bcy.linear(x, fresh, bias=Asks(bias))
+    fresh.plan(activation="float32").run(fresh, Asks(x), y)
+    bcy.Nf4DequantizePlan.select("cpu", bcy.Nf4Descriptor(n=64, k=64, output="float32")).run(
+        fresh, Asks(np.empty((64, 64), np.float32))
+    )
+    assert seen == [True] * 3
+
+
 def test_a_deleter_may_look_at_arrays_itself():
     seen = []
     producer = Producer(np.zeros(4))

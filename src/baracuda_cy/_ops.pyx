@@ -158,7 +158,7 @@ def multiply(x, w, bias, out, stream, preference):
                 not cuda, device_id, w._problem, view.shape[0], view.element,
                 call.views[OUTPUT].element, bias is not None, preference,
             )
-        plan.lend(&call, w)
+        _owner = plan.lend(&call, w)  # held until the call returns
         if bias is not None:
             call.arrays[BIAS] = <PyObject*>bias
         for slot in range(plan.slots):
@@ -236,7 +236,7 @@ def unpack(w, dtype, out, stream, preference):
             target = result.target
             call.arrays[OUTPUT] = <PyObject*>target
             acquire_view(target, &call.views[OUTPUT], call.stream, cuda, "out")
-        plan.lend(&call, w)
+        _owner = plan.lend(&call, w)  # held until the call returns
         for slot in range(plan.slots):
             if slot != OUTPUT and call.arrays[slot] != NULL:
                 acquire(plan, &call, slot)

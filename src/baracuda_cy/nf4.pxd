@@ -11,9 +11,9 @@ cdef class Nf4Plan(Plan):
 
     cdef int bind_weight(self, object descriptor, bcy_nf4_weight* weight) except -1
     cdef str weight_problem(self, object descriptor)
-    # Note the arrays of an Nf4Tensor, or of a weight given in parts.
-    cdef int take(self, Call* call, object weight, object absmax, object nested) except -1
-    cdef int take_nested(self, Call* call, object nested) except -1
+    # Note the arrays of an Nf4Tensor, or of a weight given in parts; what they give is to be held.
+    cdef object take(self, Call* call, object weight, object absmax, object nested)
+    cdef object take_nested(self, Call* call, object nested)
 
 
 cdef class Nf4ProductPlan(Nf4Plan):

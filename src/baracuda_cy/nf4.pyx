@@ -51,6 +51,7 @@ from baracuda_cy.sku import (
 from baracuda_cy.tensor import NestedAbsmax, Nf4Tensor, PackedWeight
 
 cdef type tensor_type = Nf4Tensor
+cdef type nested_type = NestedAbsmax
 cdef type weight_type = PackedWeight
 
 
@@ -94,7 +95,7 @@ cdef class Nf4Plan(Plan):
             f"{d.layout.name.lower()} layout{nested}"
         )
 
-    cdef int take(self, Call* call, object weight, object absmax, object nested) except -1:
+    cdef object take(self, Call* call, object weight, object absmax, object nested):
         # What isinstance asks first; of any other array it would go on to ask for __class__.
         if PyType_IsSubtype(type(weight), tensor_type):
             if absmax is not None or nested is not None:
@@ -120,14 +121,14 @@ cdef class Nf4Plan(Plan):
         call.arrays[ABSMAX] = <PyObject*>absmax
         return self.take_nested(call, nested)
 
-    cdef int take_nested(self, Call* call, object nested) except -1:
+    cdef object take_nested(self, Call* call, object nested):
         if not self.nested:
             if nested is not None:
                 raise invalid(
                     "nested", "None, as descriptor.nested is False", type(nested).__name__,
                     "leave it out, or select a plan whose descriptor has nested=True",
                 )
-            return 0
+            return None
         if not isinstance(nested, NestedAbsmax):
             raise invalid(
                 "nested", "a NestedAbsmax, as descriptor.nested is True", type(nested).__name__,
@@ -139,13 +140,18 @@ cdef class Nf4Plan(Plan):
         call.arrays[NESTED_ABSMAX] = <PyObject*>scales
         call.nested_block = nested.block_size
         call.nested_offset = nested.offset
-        return 0
+        return nested if type(nested) is nested_type else (code, scales)
 
-    cdef int lend(self, Call* call, object weight) except -1:
+    cdef object lend(self, Call* call, object weight):
         cdef object data = weight.data, absmax = weight.absmax
         call.arrays[WEIGHT] = <PyObject*>data
         call.arrays[ABSMAX] = <PyObject*>absmax
-        return self.take_nested(call, weight.nested)
+        nested = weight.nested
+        tables = self.take_nested(call, nested)
+        # Only a subclass may give other arrays than it holds; a tuple for every call takes long.
+        if type(weight) is tensor_type and tables is nested:
+            return weight
+        return data, absmax, tables
 
 
 cdef class Nf4ProductPlan(Nf4Plan):
@@ -218,7 +224,7 @@ cdef class Nf4ProductPlan(Nf4Plan):
     ) except -1:
         cdef Call call
         begin(&call, self.slots)
-        self.take(&call, weight, absmax, nested)
+        _owner = self.take(&call, weight, absmax, nested)  # held until the call returns
         self.lend_workspace(&call, workspace)
         call.arrays[ACTIVATIONS] = <PyObject*>activations
         call.arrays[OUTPUT] = <PyObject*>output
@@ -499,7 +505,7 @@ cdef class Nf4DequantizePlan(Nf4Plan):
     ) except -1:
         cdef Call call
         begin(&call, self.slots)
-        self.take(&call, weight, absmax, nested)
+        _owner = self.take(&call, weight, absmax, nested)  # held until the call returns
         call.arrays[OUTPUT] = <PyObject*>output
         return self.run_arrays(&call, stream, start)
 

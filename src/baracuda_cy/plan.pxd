@@ -96,8 +96,9 @@ cdef class Plan:
         object block_format=*, object layout=*, object epilogue=*, object math=*)
     cdef str problem(self)
     cdef str machine(self)
-    # Notes the arrays of a weight that this plan is for, borrowed: the weight is immutable.
-    cdef int lend(self, Call* call, object weight) except -1
+    # Notes the arrays of a weight that this plan is for. What it gives keeps them alive, to be held
+    # for the call: a subclass may make its arrays anew whenever it is asked.
+    cdef object lend(self, Call* call, object weight)
     # Starts the work of a call that was found valid.
     cdef int launch(self, Call* call) except -1 nogil
     cdef int run_arrays(self, Call* call, object stream, bint start) except -1

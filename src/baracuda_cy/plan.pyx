@@ -608,10 +608,10 @@ cdef class Plan:
             ),
         )
 
-    cdef int lend(self, Call* call, object weight) except -1:
+    cdef object lend(self, Call* call, object weight):
         cdef object data = weight.data
         call.arrays[WEIGHT] = <PyObject*>data
-        return 0
+        return data
 
     cdef int launch(self, Call* call) except -1 nogil:
         return 0

@@ -26,6 +26,10 @@ class _Immutable:
     __slots__ = ()
 
     def _set(self, **values: Any) -> None:
+        if hasattr(self, "device"):
+            raise InvalidProblem(
+                f"{type(self).__name__}: expected to be made once; make another one"
+            )
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
