@@ -50,7 +50,7 @@ def test_other_types_are_those_of_ggml():
             assert gguf.GGML_QUANT_SIZES[kind] == (elements, size)
 
 
-@pytest.mark.parametrize("value", ["Q4_K", "q4_k", 12, GgufBlockFormat.Q4_K])
+@pytest.mark.parametrize("value", ["Q4_K", "q4_k", 12, np.int64(12), GgufBlockFormat.Q4_K])
 def test_format_from_anything(value):
     assert GgufBlockFormat.of(value) is GgufBlockFormat.Q4_K
 
@@ -62,13 +62,13 @@ def test_format_from_another_library():
         GgufBlockFormat.of(gguf.GGMLQuantizationType.IQ2_XS)
 
 
-@pytest.mark.parametrize("value", [9, "q8_1", "IQ3_S", 35])
+@pytest.mark.parametrize("value", [9, "q8_1", "IQ3_S", 35, np.int64(16)])
 def test_known_but_unsupported_format(value):
     with pytest.raises(Unsupported, match=r"block_format: expected one of Q4_0.*; requantize"):
         GgufBlockFormat.of(value)
 
 
-@pytest.mark.parametrize("value", [1000, "Q4_Z", None, 1.5, b"Q4_K"])
+@pytest.mark.parametrize("value", [1000, "Q4_Z", None, 1.5, 12.0, b"Q4_K", ElementKind.I16])
 def test_no_format(value):
     with pytest.raises(InvalidProblem, match="block_format: expected a GgufBlockFormat"):
         GgufBlockFormat.of(value)
@@ -104,6 +104,7 @@ def test_bits_per_weight():
         (np.bool_, ElementKind.BOOL),
         (float, ElementKind.F64),
         (2, ElementKind.F16),
+        (np.int64(2), ElementKind.F16),
         (ElementKind.U8, ElementKind.U8),
     ],
 )
@@ -124,10 +125,19 @@ def test_element_kind_from_jax():
     assert ElementKind.of(jnp.zeros(1, jnp.float16).dtype) is ElementKind.F16
 
 
-@pytest.mark.parametrize("dtype", ["complex64", None, 99, 0, True, object(), np.dtype(">f4")])
+@pytest.mark.parametrize(
+    "dtype", ["complex64", None, 99, 0, True, 1.0, object(), np.dtype(">f4"), GgufBlockFormat.Q4_0]
+)
 def test_no_element_kind(dtype):
     with pytest.raises(InvalidProblem, match="activation: expected"):
         ElementKind.of(dtype, "activation")
+
+
+def test_members_of_another_enum_are_refused():
+    for codebook in (bcy.Nf4Layout.ROW_PAIR, True, 1.0, np.True_):
+        with pytest.raises(InvalidProblem, match=r"codebook: expected a Codebook.*choose from NF4"):
+            bcy.Nf4Descriptor(codebook=codebook)
+    assert bcy.Nf4Descriptor(codebook=np.uint8(1)).codebook is bcy.Codebook.FP4
 
 
 @pytest.mark.parametrize("kind", list(ElementKind))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import operator
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Any, TypeVar
 
 from baracuda_cy.errors import InvalidProblem, Unsupported
@@ -29,7 +29,7 @@ _Member = TypeVar("_Member", bound=Named)
 def choose(enum: type[_Member], value: Any, argument: str) -> _Member:
     """Return the member of `enum` that `value` (member, name or number) stands for."""
     try:
-        return enum(value)
+        return enum(value if isinstance(value, enum) else _key(value))
     except ValueError:
         members = ", ".join(enum.__members__)
         kind = f"{'an' if enum.__name__[0] in 'AEIOU' else 'a'} {enum.__name__}"
@@ -37,6 +37,18 @@ def choose(enum: type[_Member], value: Any, argument: str) -> _Member:
             f"{argument}: expected {kind}, its name or its value, got {value!r}; "
             f"choose from {members}"
         ) from None
+
+
+def _key(value: Any) -> Any:
+    """Return a name or an integer of any library; a bool or another enum's member is neither."""
+    if isinstance(value, bool | Enum):
+        return None
+    if isinstance(value, str):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 class ElementKind(Named):
@@ -85,7 +97,7 @@ class ElementKind(Named):
         """
         if isinstance(dtype, cls):
             return dtype
-        if isinstance(dtype, int) and not isinstance(dtype, bool):
+        if isinstance(dtype, Enum) or isinstance(_key(dtype), int):
             return choose(cls, dtype, argument)
         if not getattr(dtype, "isnative", True):
             raise InvalidProblem(
@@ -186,9 +198,10 @@ class GgufBlockFormat(Named):
             return value
         # Another library's enum of the same types, such as gguf's, counts by name.
         known = getattr(value, "name", value)
+        key = _key(known)
         name = str(known).upper()
-        if isinstance(known, int):
-            name = OTHER_GGUF_TYPES.get(known, ("",))[0]
+        if isinstance(key, int):
+            name = OTHER_GGUF_TYPES.get(key, ("",))[0]
         if any(name == other for other, _, _ in OTHER_GGUF_TYPES.values()):
             raise Unsupported(
                 f"{argument}: expected one of {', '.join(cls.__members__)}, got {name}; "
