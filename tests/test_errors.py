@@ -222,11 +222,30 @@ def test_misaligned_floats(plan, arguments):
 
 
 def test_weight_of_another_plan(plan, arguments):
-    for name, shape in (("Q4_0", (N, K)), ("Q8_0", (N // 2, 2 * K))):
-        weight = bcy.GgufTensor(random_weight(name, *shape), name, shape)
+    for name, shape in (
+        ("Q4_0", (N, K)),
+        ("Q8_0", (N // 2, 2 * K)),
+        ("Q8_0", (N - 1, K)),
+        ("Q8_0", (N + 1, K)),
+    ):
+        packed = random_weight(name, max(N, shape[0]), shape[1])
+        weight = bcy.GgufTensor(packed, name, shape)
         refused(
-            plan, arguments, InvalidProblem, "weight: expected Q8_0 with 64 columns", weight=weight
+            plan, arguments, InvalidProblem, f"weight: expected Q8_0 {N}x{K}, m=.*", weight=weight
         )
+
+
+def test_weight_that_is_no_part_of_a_tensor(path):
+    make = problems.staged_plan if path == "staged" else problems.float_plan
+    plan = make("cpu", "Q8_0", N, K, M, w_start_byte_offset=34)
+    x, y = random_activations(M, K), np.zeros((M, N), np.float32)
+    for rows in (N, N + 1):
+        weight = bcy.GgufTensor(random_weight("Q8_0", N + 1, K), "Q8_0", (rows, K))
+        with pytest.raises(
+            InvalidProblem, match=r"weight: expected .*from byte 34 on.*weight\.data"
+        ):
+            plan.validate(weight, x, y)
+        plan.validate(weight.data, x, y)
 
 
 # ---- outputs -------------------------------------------------------------------------------------

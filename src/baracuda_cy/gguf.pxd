@@ -7,8 +7,7 @@ from baracuda_cy.plan cimport Plan
 
 
 cdef class GgufProductPlan(Plan):
-    cdef object block_format
-    cdef object ncols
+    cdef tuple weight         # GgufTensor._problem of the weights it is for
     cdef bint staged
     cdef bcy_gguf_matmul_args args     # what does not change from call to call
 
@@ -31,6 +30,7 @@ cdef class GgufMmvqMultiMPlan(GgufProductPlan):
 
 @cython.final
 cdef class GgufDequantizePlan(Plan):
+    cdef tuple weight
     cdef bcy_gguf_dequantize_args args
 
     cdef int fill(self, object weight, object output, object stream, bint start) except -1

@@ -75,14 +75,24 @@ cdef int64_t check_weight(object descriptor, Operand* operand) except -1:
     return 0
 
 
-cdef object packed_data(object weight, object block_format, object ncols):
-    """The bytes of a weight; a GgufTensor must be of the plan's format and width."""
+cdef tuple weight_problem(object descriptor):
+    """`GgufTensor._problem` of the weights that a descriptor is for."""
+    return (
+        descriptor.nrows, descriptor.ncols, int(descriptor.block_format),
+        descriptor.w_start_byte_offset,
+    )
+
+
+cdef object packed_data(Plan plan, object weight, tuple problem):
+    """The bytes of a weight; a GgufTensor must be the matrix that the plan is for."""
     # What isinstance asks first; of any other array it would go on to ask for __class__.
     if PyType_IsSubtype(type(weight), packed_type):
-        if weight.format is not block_format or weight.ncols != ncols:
+        if weight._problem != problem:
+            offset = problem[3]
             raise invalid(
-                "weight", f"{block_format.name} with {ncols} columns", repr(weight),
-                "select a plan for this weight, as in weight.plan(...)",
+                "weight", plan.problem() + (f", from byte {offset} on" if offset else ""),
+                repr(weight), "select a plan for this weight, as in weight.plan(...)"
+                + (", or pass its bytes, weight.data" if offset else ""),
             )
         return weight.data
     if PyType_IsSubtype(type(weight), weight_type):
@@ -113,8 +123,7 @@ cdef class GgufProductPlan(Plan):
                 "output", f"{descriptor.activation.dtype} (the activation's type) or float32",
                 descriptor.output.dtype, "choose one of them or select a GgufMmvqMultiMPlan",
             )
-        self.block_format = descriptor.block_format
-        self.ncols = descriptor.ncols
+        self.weight = weight_problem(descriptor)
         self.args.nrows = descriptor.nrows
         self.args.ncols = descriptor.ncols
         self.args.m = m
@@ -179,7 +188,7 @@ cdef class GgufProductPlan(Plan):
     ) except -1:
         cdef Call call
         begin(&call, self.slots)
-        weight = packed_data(weight, self.block_format, self.ncols)
+        weight = packed_data(self, weight, self.weight)
         call.arrays[WEIGHT] = <PyObject*>weight
         call.arrays[ACTIVATIONS] = <PyObject*>activations
         call.arrays[OUTPUT] = <PyObject*>output
@@ -197,7 +206,7 @@ cdef class GgufProductPlan(Plan):
         Parameters
         ----------
         weight : GgufTensor or uint8 array
-            Packed blocks of the [nrows, ncols] matrix: any rank, contiguous, from byte
+            The [nrows, ncols] matrix; or its packed blocks: any rank, contiguous, from byte
             ``descriptor.w_start_byte_offset`` on; longer is fine.
         activations : array
             [m, ncols] in ``descriptor.activation``; rows may be padded. For m = 1 also [ncols].
@@ -413,6 +422,7 @@ cdef class GgufDequantizePlan(Plan):
         check_floating(desc.output, "output")
         set_matrix(&plan.operands[OUTPUT], desc.nrows, desc.ncols, desc.output, True, "nrows")
         plan.idle = desc.nrows == 0 or desc.ncols == 0
+        plan.weight = weight_problem(desc)
         plan.args.nrows = desc.nrows
         plan.args.ncols = desc.ncols
         plan.args.format = desc.block_format
@@ -441,7 +451,7 @@ cdef class GgufDequantizePlan(Plan):
     cdef int fill(self, object weight, object output, object stream, bint start) except -1:
         cdef Call call
         begin(&call, self.slots)
-        weight = packed_data(weight, self.descriptor.block_format, self.descriptor.ncols)
+        weight = packed_data(self, weight, self.weight)
         call.arrays[WEIGHT] = <PyObject*>weight
         call.arrays[OUTPUT] = <PyObject*>output
         return self.run_arrays(&call, stream, start)
@@ -452,7 +462,7 @@ cdef class GgufDequantizePlan(Plan):
         Parameters
         ----------
         weight : GgufTensor or uint8 array
-            Packed blocks of the [nrows, ncols] matrix: any rank, contiguous, from byte
+            The [nrows, ncols] matrix; or its packed blocks: any rank, contiguous, from byte
             ``descriptor.w_start_byte_offset`` on; longer is fine.
         output : array
             [nrows, ncols] in ``descriptor.output``, written; rows may be padded.

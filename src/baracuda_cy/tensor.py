@@ -118,6 +118,7 @@ class GgufTensor(PackedWeight):
 
     __slots__ = (
         "__weakref__",
+        "_problem",
         "data",
         "device",
         "format",
@@ -134,6 +135,9 @@ class GgufTensor(PackedWeight):
     ncols: int
     nbytes: int
     device: str
+    # What a plan for this weight was selected for, as plain integers, which compare fast; the last
+    # one is the byte that the matrix begins at.
+    _problem: tuple[int, int, int, int]
 
     def __init__(self, data: Any, format: Any, shape: Any) -> None:
         block_format = GgufBlockFormat.of(format, "format")
@@ -153,6 +157,7 @@ class GgufTensor(PackedWeight):
             ncols=ncols,
             nbytes=nbytes,
             device=inspect_packed(data, nbytes, block_format.alignment),
+            _problem=(nrows, ncols, int(block_format), 0),
         )
 
     def __repr__(self) -> str:
