@@ -21,7 +21,16 @@ from producers import (
     exchange_table,
 )
 
-from baracuda_cy import ElementKind, InvalidProblem, NotAnArray, Unsupported, linear, quantize
+from baracuda_cy import (
+    LEGACY_DEFAULT_STREAM,
+    ElementKind,
+    InvalidProblem,
+    NotAnArray,
+    Unsupported,
+    Workspace,
+    linear,
+    quantize,
+)
 from baracuda_cy.dlpack import describe, empty_like, inspect
 
 NUMPY_KINDS = [kind for kind in ElementKind if kind is not ElementKind.BF16]
@@ -601,6 +610,29 @@ def test_empty_like_jax(dtype):
 def torch_cuda():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [
+        ((1.9, 2.9), "a tuple of integers"),
+        ((True, 2), "a tuple of integers"),
+        (3, "a tuple of integers"),
+        ("12", "a tuple of integers"),
+        ((2, -1), "sizes of 0 or more"),
+        ((0, 2**62), r"an array of fewer than 2\*\*63 bytes"),
+    ],
+    ids=str,
+)
+def test_empty_like_of_no_shape(shape, match):
+    with pytest.raises(InvalidProblem, match=f"^shape: expected {match}, got "):
+        empty_like(np.zeros(3, np.float32), shape)
+    assert empty_like(np.zeros(3), (np.int64(2), 3)).shape == (2, 3)
+
+
+def test_empty_like_on_the_cpu_takes_no_stream():
+    with pytest.raises(InvalidProblem, match="stream: expected None on the CPU, got Stream; leave"):
+        empty_like(np.zeros(3), (3,), stream=LEGACY_DEFAULT_STREAM)
+
+
         pytest.skip("this torch has no CUDA")
     return torch
 

@@ -648,11 +648,13 @@ def test_preference_for_the_other_path():
         (np.zeros(200, np.uint8)[::2], (1, 64), "data: expected one contiguous run"),
         (np.zeros(69, np.uint8)[1:], (1, 64), "data: expected an address"),
         (np.zeros(68, np.uint8), (1, 65), "ncols: expected a multiple of 32"),
-        (np.zeros(68, np.uint8), (-1, 64), "shape: expected one or more sizes"),
+        (np.zeros(68, np.uint8), (-1, 64), "shape: expected sizes of 0 or more"),
         (np.zeros(68, np.uint8), (), "shape: expected one or more sizes"),
         (np.zeros(68, np.uint8), 64, "shape: expected a tuple"),
         (np.zeros(68, np.uint8), (1.0, 64), "shape: expected a tuple"),
-        (np.zeros(68, np.uint8), (2**60, 64), "shape: expected a weight whose bytes"),
+        (np.zeros(68, np.uint8), (True, 64), "shape: expected a tuple"),
+        (np.zeros(68, np.uint8), (2**60, 64), "shape: expected an array of fewer than"),
+        (np.zeros(0, np.uint8), (0, 2**62), "shape: expected an array of fewer than"),
     ],
 )
 def test_tensor_of_no_weight(data, shape, match):

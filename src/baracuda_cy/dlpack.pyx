@@ -65,6 +65,7 @@ from baracuda_cy.errors import (
     Unsupported,
 )
 from baracuda_cy.formats import ElementKind
+from baracuda_cy.sku import as_shape
 
 __all__ = ["describe", "empty_like", "inspect", "pending"]
 
@@ -1508,7 +1509,8 @@ def empty_like(prototype, shape, dtype=None, *, stream=None):
     NotAnArray
         `prototype` is none.
     InvalidProblem
-        Its dtype is none of ours, and none was given.
+        Its dtype is none of ours, and none was given; a shape that cannot be; or a stream on the
+        CPU.
     Unsupported
         NumPy bfloat16 without ml_dtypes.
 
@@ -1528,14 +1530,14 @@ def empty_like(prototype, shape, dtype=None, *, stream=None):
     cdef int element = view.element if dtype is None else element_of(dtype, "dtype")
     if element == 0:
         raise InvalidProblem(
-            f"dtype: expected one to be named, as the prototype is {describe(prototype)}"
+            f"dtype: expected one to be named, as the prototype is {describe(prototype)}; "
+            'name it, as in "float32"'
         )
-    if stream is not None:
-        stream_of(stream, &handle, &device)
-    else:
+    sizes = as_shape(shape, element_bytes(element))
+    if stream is None:
         current_stream(prototype, &handle)
     return allocate_like(
-        prototype, tuple(shape), element, view.device_type, view.device_id, handle
+        prototype, sizes, element, view.device_type, view.device_id, handle
     ).finish()
 
 
@@ -1561,6 +1563,12 @@ def inspect(array, stream=None):
     array : object
         Any array.
     stream : Stream or object with ``__cuda_stream__``, optional
+    elif view.device_type == kDLCPU:
+        raise InvalidProblem(
+            f"stream: expected None on the CPU, got {type(stream).__name__}; leave it out"
+        )
+    else:
+        stream_of(stream, &handle, &device)
         Show it as to work on this stream: the array's own stream is ordered before it. By default
         nothing is ordered.
 

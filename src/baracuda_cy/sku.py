@@ -8,6 +8,7 @@ would take the type of the field for that of the argument.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -134,6 +135,8 @@ def _set(instance: Any, name: str, value: Any) -> None:
 
 def as_integer(value: Any, argument: str) -> int:
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise InvalidProblem(
@@ -142,11 +145,36 @@ def as_integer(value: Any, argument: str) -> int:
         ) from None
 
 
+def as_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
+    """Return the sizes of an array that can be, of which NumPy counts the empty ones as 1."""
+    try:
+        sizes = tuple(shape)
+        if any(isinstance(size, bool) for size in sizes):
+            raise TypeError
+        sizes = tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        raise InvalidProblem(
+            f"shape: expected a tuple of integers, got {shape!r}; pass sizes, as in (8, 4096)"
+        ) from None
+    if min(sizes, default=0) < 0:
+        raise InvalidProblem(
+            f"shape: expected sizes of 0 or more, got {sizes}; pass sizes, as in (8, 4096)"
+        )
+    if math.prod(size or 1 for size in sizes) * itemsize >= 2**63:
+        raise InvalidProblem(
+            f"shape: expected an array of fewer than 2**63 bytes, got {sizes}, {itemsize} bytes "
+            "an element; split it"
+        )
+    return sizes
+
+
 def as_float32(value: Any, argument: str) -> float:
     """Return a number rounded to float32; beyond that it is infinite."""
     import numpy as np
 
     try:
+        if isinstance(value, str | bytes | bytearray):
+            raise TypeError
         with np.errstate(over="ignore"):
             return float(np.float32(float(value)))
     except (TypeError, ValueError, OverflowError):

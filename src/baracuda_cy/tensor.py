@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import TYPE_CHECKING, Any
 
 from baracuda_cy.errors import InvalidProblem, Unsupported
 from baracuda_cy.formats import ElementKind, GgufBlockFormat, choose
 from baracuda_cy.plan import inspect_codes, inspect_packed, inspect_scales
-from baracuda_cy.sku import Codebook, Nf4Layout, as_float32, as_integer, nf4_sizes
+from baracuda_cy.sku import Codebook, Nf4Layout, as_float32, as_integer, as_shape, nf4_sizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -144,10 +143,6 @@ class GgufTensor(PackedWeight):
         shape = _shape(shape)
         nrows, ncols = math.prod(shape[:-1]), shape[-1]
         nbytes = nrows * block_format.row_bytes(ncols)
-        if nbytes > 2**63 - 1:
-            raise InvalidProblem(
-                f"shape: expected a weight whose bytes an int64 counts, got {shape}; split it"
-            )
         data = _as_array(data)
         self._set(
             data=data,
@@ -260,7 +255,8 @@ class NestedAbsmax(_Immutable):
     absmax : array
         Contiguous float32: the scale of every `block_size` codes.
     offset : float
-        Added to all; rounded to float32.
+        Added to all; rounded to float32. Infinity and NaN are values like others: the mean of
+        absmax, where that holds one.
     block_size : int
         Codes that share a scale, a power of two.
 
@@ -278,7 +274,7 @@ class NestedAbsmax(_Immutable):
     ------
     InvalidProblem
         Arrays of another dtype, not contiguous or on two devices, another number of codes, a block
-        size that is no power of two, or an offset that is no number.
+        size that is no power of two, or an offset of another type.
 
     Examples
     --------
@@ -761,17 +757,9 @@ def _reblocked(absmax: NDArray[Any], old: int, new: int, count: int) -> NDArray[
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(size) for size in shape)
-    except TypeError:
-        raise InvalidProblem(
-            f"shape: expected a tuple of integers, got {shape!r}; pass (nrows, ncols)"
-        ) from None
-    if not sizes or min(sizes) < 0 or max(sizes) > 2**63 - 1:
-        raise InvalidProblem(
-            f"shape: expected one or more sizes from 0 to 2**63 - 1, got {sizes}; "
-            "pass (nrows, ncols)"
-        )
+    sizes = as_shape(shape, ElementKind.F32.itemsize)
+    if not sizes:
+        raise InvalidProblem("shape: expected one or more sizes, got (); pass (nrows, ncols)")
     if len(sizes) > 8:
         raise Unsupported(f"shape: expected at most 8 dimensions, got {len(sizes)}; merge some")
     return sizes
