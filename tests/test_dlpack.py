@@ -163,11 +163,26 @@ def test_a_buffer_in_use_is_released():
     data.extend(b"more")  # a BufferError while somebody holds the buffer
 
 
-@pytest.mark.parametrize("value", [None, 3, "text", [1.0], ..., int, {}], ids=repr)
+@pytest.mark.parametrize("value", [None, 3, "text", [1.0], ..., int, {}, np.dtype("f4")], ids=repr)
 def test_what_is_no_array(value):
     with pytest.raises(NotAnArray, match=r"array: expected an array .* got .*; convert it"):
         inspect(value)
     assert describe(value) == type(value).__name__
+
+
+def test_what_is_no_array_of_its_framework():
+    w = quantize(np.eye(32, dtype=np.float32), "Q8_0")
+    values = [np.random.default_rng(), pytest.importorskip("ml_dtypes").bfloat16(1)]
+    if torch := sys.modules.get("torch"):
+        values += [torch.float32, torch.Size([3]), torch.nn.Linear(1, 1), torch.UntypedStorage(4)]
+    plan, y = w.plan(m=1), np.empty((1, 32), np.float32)
+    for value in values:
+        with pytest.raises(NotAnArray, match=r"^x: expected an array"):
+            linear(value, w)
+        assert not plan.can_implement(w, value, y)
+        assert not plan.can_implement(w, y, y, bias=value)
+    with pytest.raises(InvalidProblem, match=r'^device: expected "cpu"'):
+        w.to(np.dtype("f4"))
 
 
 def test_masks_are_refused():
@@ -424,6 +439,8 @@ class Interface:
         ({"data": ("a", False)}, InvalidProblem, "cannot be read"),
         ({"data": (1 << 64, False)}, InvalidProblem, "cannot be read: .* beyond 64 bits"),
         ({"shape": "ab"}, InvalidProblem, "cannot be read"),
+        ({"typestr": b"<f4"}, InvalidProblem, "cannot be read: TypeError"),
+        ({"stream": 1 << 64}, InvalidProblem, "to be None, 1, 2 or a handle"),
         ({"shape": (1 << 63,)}, InvalidProblem, "cannot be read: .* beyond 64 bits"),
         ({"strides": (1 << 70, 4)}, InvalidProblem, "cannot be read: .* beyond 64 bits"),
         ({"strides": (4,)}, InvalidProblem, "one stride per dimension"),
@@ -521,6 +538,37 @@ def test_an_array_that_refuses_to_say_where_it_is():
         linear(Nowhere(), w)
 
 
+class Elsewhere:
+    """An array on a device of another kind."""
+
+    def __init__(self, device_type):
+        self.device_type = device_type
+
+    def __dlpack__(self, **_):
+        raise AssertionError("asked for its memory")
+
+    def __dlpack_device__(self):
+        return self.device_type, 0
+
+
+@pytest.mark.parametrize("device_type", [ROCM, 7, 8, 14])
+def test_arrays_on_other_devices(device_type):
+    array = Elsewhere(device_type)
+    w = quantize(np.eye(32, dtype=np.float32), "Q8_0")
+    for use, name in (
+        (lambda: linear(array, w), "x"),
+        (lambda: w.to(array), "device"),
+        (lambda: w.plan().select(array, w.plan().descriptor), "device"),
+        (lambda: quantize(array, "nf4"), "array"),
+    ):
+        with pytest.raises(
+            InvalidProblem, match=f"^{name}: .* on DLPack device type {device_type}"
+        ):
+            use()
+    with pytest.raises(InvalidProblem, match=f"device: .*DLPack device type {device_type}; name"):
+        Workspace(4, device=array)
+
+
 JAX_KINDS = ["float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "bool"]
 
 
@@ -560,6 +608,29 @@ def test_empty_like_numpy(dtype, shape):
 )
 def test_empty_like_buffers(source):
     assert isinstance(empty_like(source, (2, 2)), np.ndarray)
+
+
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [
+        ((1.9, 2.9), "a tuple of integers"),
+        ((True, 2), "a tuple of integers"),
+        (3, "a tuple of integers"),
+        ("12", "a tuple of integers"),
+        ((2, -1), "sizes of 0 or more"),
+        ((0, 2**62), r"an array of fewer than 2\*\*63 bytes"),
+    ],
+    ids=str,
+)
+def test_empty_like_of_no_shape(shape, match):
+    with pytest.raises(InvalidProblem, match=f"^shape: expected {match}, got "):
+        empty_like(np.zeros(3, np.float32), shape)
+    assert empty_like(np.zeros(3), (np.int64(2), 3)).shape == (2, 3)
+
+
+def test_empty_like_on_the_cpu_takes_no_stream():
+    with pytest.raises(InvalidProblem, match="stream: expected None on the CPU, got Stream; leave"):
+        empty_like(np.zeros(3), (3,), stream=LEGACY_DEFAULT_STREAM)
 
 
 def test_empty_like_without_ml_dtypes(monkeypatch):
@@ -610,29 +681,6 @@ def test_empty_like_jax(dtype):
 def torch_cuda():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
-@pytest.mark.parametrize(
-    ("shape", "match"),
-    [
-        ((1.9, 2.9), "a tuple of integers"),
-        ((True, 2), "a tuple of integers"),
-        (3, "a tuple of integers"),
-        ("12", "a tuple of integers"),
-        ((2, -1), "sizes of 0 or more"),
-        ((0, 2**62), r"an array of fewer than 2\*\*63 bytes"),
-    ],
-    ids=str,
-)
-def test_empty_like_of_no_shape(shape, match):
-    with pytest.raises(InvalidProblem, match=f"^shape: expected {match}, got "):
-        empty_like(np.zeros(3, np.float32), shape)
-    assert empty_like(np.zeros(3), (np.int64(2), 3)).shape == (2, 3)
-
-
-def test_empty_like_on_the_cpu_takes_no_stream():
-    with pytest.raises(InvalidProblem, match="stream: expected None on the CPU, got Stream; leave"):
-        empty_like(np.zeros(3), (3,), stream=LEGACY_DEFAULT_STREAM)
-
-
         pytest.skip("this torch has no CUDA")
     return torch
 

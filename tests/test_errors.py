@@ -544,6 +544,37 @@ def test_requires_grad(plan, arguments, name):
     plan.run(**{**arguments, name: array.detach()})
 
 
+@pytest.mark.parametrize("name", ["x", "out", "bias", "array", "absmax", "data", "source"])
+def test_negative_bit(name):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    w = bcy.quantize(np.ones((1, 1), np.float32), "nf4")
+    # The imaginary part of a conjugate is negated once it is read, not in memory.
+    imaginary = torch.full((1, 1), 1j).conj().imag
+    scale = imaginary.reshape(1)
+    assert imaginary.is_neg()
+    assert scale.is_neg()
+    x = np.ones((1, 1), np.float32)
+    refused = {
+        "x": lambda: bcy.linear(imaginary, w),
+        "out": lambda: bcy.linear(x, w, out=imaginary),
+        "bias": lambda: bcy.linear(x, w, bias=scale),
+        "array": lambda: bcy.quantize(imaginary, "nf4"),
+        "absmax": lambda: bcy.Nf4Tensor(w.data, scale, (1, 1)),
+        "data": lambda: bcy.GgufTensor(
+            torch._neg_view(torch.zeros(34, dtype=torch.uint8)), "Q8_0", (1, 32)
+        ),
+        "source": lambda: bcy.DeviceBuffer.from_host(imaginary),
+    }[name]
+    with pytest.raises(InvalidProblem, match=rf"^{name}: .*negative bit; pass it as .resolve_neg"):
+        refused()
+    for argument, position in (("activations", 1), ("output", 2)):
+        arguments = [w, x, x.copy()]
+        arguments[position] = imaginary
+        with pytest.raises(InvalidProblem, match=f"^{argument}: .*negative bit"):
+            w.plan(activation="float32").run(*arguments)
+    assert (bcy.linear(imaginary.resolve_neg(), w) == -1).all()
+
+
 # ---- descriptors ---------------------------------------------------------------------------------
 
 PLANS = [

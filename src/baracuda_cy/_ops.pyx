@@ -19,6 +19,8 @@ from baracuda_cy.dlpack cimport (
     acquire_view,
     allocate_like,
     check_no_grad,
+    check_plain,
+    check_sign,
     describe,
     device_of,
     element_bytes,
@@ -52,6 +54,7 @@ from baracuda_cy.plan cimport (
     contiguous,
     elements_of,
     find_stream,
+    has_single_columns,
     hold_foreign,
     invalid,
     release_views,
@@ -122,6 +125,8 @@ def multiply(x, w, bias, out, stream, preference):
     find_stream(device_type, device_id, call.arrays, stream, &call.stream)
     try:
         acquire_view(x, view, call.stream, cuda, "x")
+        if has_single_columns(view):
+            check_sign(x, "x")
         if view.element not in (F32, F16, BF16):
             raise invalid("x", "float32, float16 or bfloat16", describe(x), "convert it")
         if view.ndim == 0 or view.shape[view.ndim - 1] != w.ncols:
@@ -141,6 +146,8 @@ def multiply(x, w, bias, out, stream, preference):
         check_no_grad(target, "out")
         acquire_view(target, &call.views[OUTPUT], call.stream, cuda, "out")
         if out is not None:
+            if has_single_columns(&call.views[OUTPUT]):
+                check_sign(out, "out")
             if call.views[OUTPUT].element not in (F32, view.element):
                 raise invalid(
                     "out", f"{element_name(view.element)} (x's type) or float32", describe(out),
@@ -210,7 +217,7 @@ def unpack(w, dtype, out, stream, preference):
     device_of(data, &device_type, &device_id, "data")
     cuda = device_type == CUDA
     if out is not None:
-        check_no_grad(out, "out")
+        check_plain(out, "out")
         call.arrays[OUTPUT] = <PyObject*>out
     find_stream(device_type, device_id, call.arrays, stream, &call.stream)
     try:
@@ -269,7 +276,7 @@ cdef bint all_finite(const char* data, int64_t count, int element) noexcept nogi
 
 cdef int acquire_floats(object array, ArrayView* view, void* stream, bint cuda) except -1:
     """View what is to be quantized: floats of one dimension or more."""
-    check_no_grad(array, "array")
+    check_plain(array, "array")
     acquire_view(array, view, stream, cuda, "array")
     if view.element not in (F32, F16, BF16):
         raise invalid(

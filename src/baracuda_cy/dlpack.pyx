@@ -312,7 +312,7 @@ cdef int classify(object array, Kind* kind) except -1:
     kind.api = exchange_api(type_)
     if kind.api != NULL:
         kind.route = EXCHANGE
-    elif kind.framework == NUMPY or kind.framework == MASKED:
+    elif kind.framework in (NUMPY, MASKED) and PyObject_CheckBuffer(array):
         kind.route = BUFFER
     elif hasattr(type_, "__dlpack__") and hasattr(type_, "__dlpack_device__"):
         kind.route = DLPACK
@@ -320,6 +320,9 @@ cdef int classify(object array, Kind* kind) except -1:
         kind.route = CUDA_INTERFACE
     elif PyObject_CheckBuffer(array):
         kind.route = BUFFER
+    else:
+        # A framework has types that are no arrays, such as its dtypes.
+        kind.framework = OTHER
     return 0
 
 
@@ -412,14 +415,18 @@ cdef int too_many_dimensions(int64_t ndim, str name) except -1:
 # ---- DLPack tensors ------------------------------------------------------------------------------
 
 
-cdef int unreadable(const DLTensor* tensor, str name) except -1:
-    """Say what is wrong with a tensor that read_tensor refused."""
-    cdef int device_type = tensor.device.device_type
+cdef int check_device_type(int device_type, str name) except -1:
     if device_type not in (kDLCPU, kDLCUDA, kDLCUDAHost, kDLCUDAManaged):
         raise InvalidProblem(
             f"{name}: expected an array in CPU or CUDA memory, got one on DLPack device type "
             f"{device_type}; copy it there first"
         )
+    return 0
+
+
+cdef int unreadable(const DLTensor* tensor, str name) except -1:
+    """Say what is wrong with a tensor that read_tensor refused."""
+    check_device_type(tensor.device.device_type, name)
     if not 0 <= tensor.ndim <= MAX_NDIM:
         too_many_dimensions(tensor.ndim, name)
     if tensor.ndim and tensor.shape == NULL:
@@ -649,6 +656,7 @@ cdef int acquire_cuda_interface(
     cdef int64_t count = 1
     cdef void* pointer
     cdef str given = type_name(array)
+    cdef str typestr
     try:
         interface = array.__cuda_array_interface__
         version = interface.get("version", 0)
@@ -681,7 +689,7 @@ cdef int acquire_cuda_interface(
         raise InvalidProblem(
             f"{name}: expected an array without a mask, got {given} with one; fill it"
         )
-    if theirs is not None and (not isinstance(theirs, int) or theirs <= 0):
+    if theirs is not None and (not isinstance(theirs, int) or not 0 < theirs < 1 << 64):
         raise InvalidProblem(
             f"{name}: expected the stream of __cuda_array_interface__ to be None, 1, 2 or a "
             f"handle, got {theirs!r}"
@@ -765,7 +773,7 @@ cdef int acquire_buffer(object array, ArrayView* view, str name, Kind* kind) exc
         raise MemoryError()
     try:
         PyObject_GetBuffer(array, buffer, PyBUF_STRIDES | PyBUF_FORMAT)
-    except (BufferError, ValueError) as error:
+    except (BufferError, TypeError, ValueError) as error:
         free(buffer)
         if framework == NUMPY:
             return acquire_numpy(array, view, name)
@@ -801,6 +809,9 @@ cdef int acquire_numpy(object array, ArrayView* view, str name) except -1:
     """NumPy arrays of types that the buffer protocol has no letter for, such as bfloat16."""
     cdef object dtype = array.dtype
     cdef int i
+    if not hasattr(array, "ctypes"):
+        # A scalar does not say where it is.
+        return not_an_array(array, name)
     if dtype.name == "bfloat16" and dtype.type.__module__ == "ml_dtypes":
         return acquire_bfloat16(array, view, name)
     if array.ndim > MAX_NDIM:
@@ -911,6 +922,21 @@ cdef int check_no_grad(object array, str name) except -1:
     return 0
 
 
+cdef int check_sign(object array, str name) except -1:
+    if kind_of(array).framework == TORCH and array.is_neg():
+        raise InvalidProblem(
+            f"{name}: expected a tensor whose memory holds its values, got one with torch's "
+            "negative bit; pass it as .resolve_neg()"
+        )
+    return 0
+
+
+cpdef int check_plain(object array, str name) except -1:
+    """Refuse a torch tensor that needs a gradient, or whose memory does not hold its values."""
+    check_no_grad(array, name)
+    return check_sign(array, name)
+
+
 cdef int framework_stream(Framework framework, int device, void** stream) except -1:
     """1 and the stream on which a framework without exchange table works now, else 0."""
     if framework == CUPY:
@@ -973,6 +999,7 @@ cdef int device_of(
     if route == DLPACK:
         try:
             theirs, index = array.__dlpack_device__()
+            check_device_type(theirs, name)
             # Managed memory does not say where it is.
             if int(theirs) != kDLCUDAManaged:
                 device_type[0] = kDLCPU if int(theirs) == kDLCUDAHost else int(theirs)
@@ -1536,6 +1563,12 @@ def empty_like(prototype, shape, dtype=None, *, stream=None):
     sizes = as_shape(shape, element_bytes(element))
     if stream is None:
         current_stream(prototype, &handle)
+    elif view.device_type == kDLCPU:
+        raise InvalidProblem(
+            f"stream: expected None on the CPU, got {type(stream).__name__}; leave it out"
+        )
+    else:
+        stream_of(stream, &handle, &device)
     return allocate_like(
         prototype, sizes, element, view.device_type, view.device_id, handle
     ).finish()
@@ -1563,12 +1596,6 @@ def inspect(array, stream=None):
     array : object
         Any array.
     stream : Stream or object with ``__cuda_stream__``, optional
-    elif view.device_type == kDLCPU:
-        raise InvalidProblem(
-            f"stream: expected None on the CPU, got {type(stream).__name__}; leave it out"
-        )
-    else:
-        stream_of(stream, &handle, &device)
         Show it as to work on this stream: the array's own stream is ordered before it. By default
         nothing is ordered.
 

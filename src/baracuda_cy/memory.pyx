@@ -18,6 +18,7 @@ from baracuda_cy.dlpack cimport (
     KEEP_OBJECT,
     ArrayView,
     acquire_view,
+    check_sign,
     current_stream,
     describe,
     element_bytes,
@@ -188,6 +189,7 @@ cdef int64_t span_of(ArrayView* view, str name, object array) except -1:
 
 
 cdef int acquire_host(object array, ArrayView* view, str name, bint writable) except -1:
+    check_sign(array, name)
     acquire_view(array, view, NULL, False, name)
     try:
         if view.device_type != kDLCPU:

@@ -123,6 +123,7 @@ cdef int find_stream(
 ) except -1
 cdef int resolve_device(object device, int32_t* device_type, int32_t* device_id) except -1
 cdef bint collapse_rows(ArrayView* view) noexcept nogil
+cdef bint has_single_columns(const ArrayView* view) noexcept nogil
 cdef int64_t elements_of(const ArrayView* view) noexcept nogil
 cdef bint contiguous(const ArrayView* view) noexcept nogil
 cdef int64_t checked(object value, str argument) except -1

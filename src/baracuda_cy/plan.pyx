@@ -16,6 +16,8 @@ from baracuda_cy.dlpack cimport (
     ArrayView,
     acquire_view,
     check_no_grad,
+    check_plain,
+    check_sign,
     current_stream_on,
     describe,
     device_of,
@@ -464,14 +466,21 @@ cdef int hold_foreign(Call* call, int slots, int device) except -1:
     )
 
 
+cdef bint has_single_columns(const ArrayView* view) noexcept nogil:
+    return view.ndim > 0 and view.shape[view.ndim - 1] == 1
+
+
 cdef int acquire(Plan plan, Call* call, int slot) except -1:
+    cdef ArrayView* view = &call.views[slot]
+    cdef str name = name_of(call.names, slot)
     # Only floats can require a gradient.
-    if plan.operands[slot].role in (MATRIX, VECTOR, SCALES, NESTED):
-        check_no_grad(<object>call.arrays[slot], name_of(call.names, slot))
-    return acquire_view(
-        <object>call.arrays[slot], &call.views[slot], call.stream, plan.device_type == CUDA,
-        name_of(call.names, slot),
-    )
+    cdef bint floats = plan.operands[slot].role in (MATRIX, VECTOR, SCALES, NESTED)
+    if floats:
+        check_no_grad(<object>call.arrays[slot], name)
+    acquire_view(<object>call.arrays[slot], view, call.stream, plan.device_type == CUDA, name)
+    if floats and has_single_columns(view):
+        check_sign(<object>call.arrays[slot], name)
+    return 0
 
 
 cdef class Plan:
@@ -701,7 +710,7 @@ cdef tuple inspect(
     cdef Fault fault
     begin(&call, 1)
     memset(&operand, 0, sizeof(Operand))
-    check_no_grad(data, name)
+    check_plain(data, name)
     call.arrays[WEIGHT] = <PyObject*>data
     acquire_view(data, &call.views[WEIGHT], NULL, False, name)
     try:

@@ -136,8 +136,9 @@ cdef int cuda_ordinal(object device) except -1:
     ):
         kind, index = device.__dlpack_device__()
         if int(kind) not in (2, 13):
+            where = "in host memory" if int(kind) in (1, 3) else f"on DLPack device type {kind}"
             raise InvalidProblem(
-                f"device: expected a CUDA array, got {type(device).__name__} in host memory; "
+                f"device: expected a CUDA array, got {type(device).__name__} {where}; "
                 'name the device, as in "cuda:0"'
             )
         ordinal = as_ordinal(int(index), repr(index))
