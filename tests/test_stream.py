@@ -4,6 +4,7 @@ import threading
 import time
 import weakref
 
+import numpy as np
 import pytest
 
 from baracuda_cy import (
@@ -47,9 +48,9 @@ def test_default_streams():
 
 
 def test_from_handle():
-    stream = Stream.from_handle(0x1234, device=1)
-    assert (stream.handle, stream.device) == (0x1234, 1)
-    assert repr(stream) == "Stream.from_handle(0x1234, device='cuda:1')"
+    stream = Stream.from_handle(0x1234, device=np.int64(0))
+    assert (stream.handle, stream.device) == (0x1234, 0)
+    assert repr(stream) == "Stream.from_handle(0x1234, device='cuda:0')"
     assert Stream.from_handle(0).handle == 0
     stream.close()
     assert repr(stream) == "Stream(closed)"
@@ -126,6 +127,29 @@ def test_closed_streams_are_refused():
     ):
         with pytest.raises(InvalidProblem, match="open Stream, got one that is closed"):
             use()
+
+
+def test_default_streams_are_made_once():
+    with pytest.raises(InvalidProblem, match="stream: expected to be made once"):
+        LEGACY_DEFAULT_STREAM.__init__()
+    assert LEGACY_DEFAULT_STREAM.handle == 1
+
+
+@pytest.mark.parametrize("priority", [-0.9, True, "0", None], ids=repr)
+def test_priorities_that_are_none(priority):
+    with pytest.raises(InvalidProblem, match="priority: expected an integer"):
+        Stream(priority=priority)
+
+
+@pytest.mark.parametrize("timing", ["cuda:0", 1, None], ids=repr)
+def test_timing_is_a_flag(timing):
+    with pytest.raises(InvalidProblem, match="timing: expected True or False, got"):
+        Event(timing)
+
+
+def test_none_is_nothing_to_wait_for():
+    with pytest.raises(InvalidProblem, match=r"event: expected an Event, .* got None; pass LEGACY"):
+        PER_THREAD_DEFAULT_STREAM.wait(None)
 
 
 def test_streams_are_context_managers():
@@ -222,18 +246,22 @@ def test_priorities():
             assert stream.priority == priority
     with pytest.raises(InvalidProblem, match=rf"expected {first} \(first\) to {last} \(last\)"):
         Stream(priority=first - 1)
+    with pytest.raises(InvalidProblem, match="priority: expected"):
+        Stream(priority=10**20)
 
 
 @pytest.mark.gpu
 def test_devices():
     count = _cuda.device_count()
-    for device in (0, "cuda", "cuda:0", LEGACY_DEFAULT_STREAM, None):
+    for device in (0, np.int64(0), "cuda", "cuda:0", LEGACY_DEFAULT_STREAM, None):
         with Stream(device) as stream:
             assert stream.device == 0
             with Stream(stream) as other:
                 assert other.device == 0
     with pytest.raises(InvalidProblem, match=f"from 0 to {count - 1}, .* got {count}"):
         Stream(count)
+    with pytest.raises(InvalidProblem, match=f"from 0 to {count - 1}, .* got {count}"):
+        Stream.from_handle(2, device=count)
     assert _cuda.device_name(0)
     assert _cuda.compute_capability(0) >= (7, 5)
     with pytest.raises(InvalidProblem, match="got 99"):

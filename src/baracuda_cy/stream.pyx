@@ -13,8 +13,11 @@ from posix.unistd cimport getpid
 cimport baracuda_cy._cuda as _cuda
 
 import os
+from numbers import Integral
 
+from baracuda_cy import _cuda as _cuda_module
 from baracuda_cy.errors import InvalidProblem, Unsupported
+from baracuda_cy.sku import as_flag, as_integer
 
 __all__ = ["LEGACY_DEFAULT_STREAM", "PER_THREAD_DEFAULT_STREAM", "Event", "Stream", "as_stream"]
 
@@ -118,7 +121,7 @@ cdef StreamHandle borrow(void* raw, int device, object owner):
 
 
 cdef int as_ordinal(object value, str text) except -2:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 30:
+    if isinstance(value, bool) or not 0 <= value < 1 << 30:
         raise InvalidProblem(
             f'device: expected "cuda", "cuda:N", an ordinal or a Stream, got {text}'
         )
@@ -129,7 +132,7 @@ cdef int cuda_ordinal(object device) except -1:
     cdef int ordinal = -1
     if isinstance(device, Stream):
         ordinal = handle_of(device).device
-    elif isinstance(device, int):
+    elif isinstance(device, Integral):
         ordinal = as_ordinal(device, repr(device))
     elif device is not None and not isinstance(device, str) and hasattr(
         device, "__dlpack_device__"
@@ -273,10 +276,14 @@ cdef class Stream:
     ...     stream.synchronize()
     """
 
-    def __init__(self, device=None, *, int priority=0):
+    def __init__(self, device=None, *, priority=0):
         cdef StreamHandle native
         cdef int least = 0
         cdef int greatest = 0
+        cdef int chosen
+        if self.native is not None:
+            raise InvalidProblem("stream: expected to be made once; make another Stream")
+        priority = as_integer(priority, "priority")
         cdef int ordinal = cuda_ordinal(device)
         with nogil:
             _cuda.stream_priority_range(ordinal, &least, &greatest)
@@ -285,9 +292,10 @@ cdef class Stream:
                 f"priority: expected {greatest} (first) to {least} (last), got {priority}; "
                 "Stream.priority_range() gives both"
             )
+        chosen = priority
         native = borrow(NULL, ordinal, None)
         with nogil:
-            _cuda.stream_create(ordinal, priority, &native.raw)
+            _cuda.stream_create(ordinal, chosen, &native.raw)
         native.owned = True
         self.native = native
 
@@ -311,7 +319,7 @@ cdef class Stream:
         Raises
         ------
         InvalidProblem
-            `handle` is no address.
+            `handle` is no address, or there is no such device.
 
         Examples
         --------
@@ -321,8 +329,10 @@ cdef class Stream:
         """
         cdef void* raw = read_handle(handle, "the caller")
         cdef int ordinal = -1
-        if isinstance(device, int):
+        if isinstance(device, Integral):
             ordinal = as_ordinal(device, repr(device))
+            if _cuda_module.device_count():
+                _cuda.require_ordinal(ordinal)
         elif device is not None:
             ordinal = cuda_ordinal(device)
         elif not is_default(raw):
@@ -461,9 +471,19 @@ cdef class Stream:
         ----------
         event : Event, Stream or object with ``__cuda_stream__``
             A stream stands for everything submitted to it so far.
+
+        Raises
+        ------
+        InvalidProblem
+            `event` is none of these.
         """
         cdef StreamHandle native = self.open_handle()
         cdef Event mark
+        if event is None:
+            raise InvalidProblem(
+                "event: expected an Event, a Stream or an object with __cuda_stream__, got None; "
+                "pass LEGACY_DEFAULT_STREAM for what is on that"
+            )
         if not isinstance(event, Event):
             other = Stream.wrap(event)
             event = other.record()
@@ -536,10 +556,10 @@ cdef class Event:
     def __cinit__(self):
         self._device = -1
 
-    def __init__(self, bint timing=False, device=None):
+    def __init__(self, timing=False, device=None):
         if self.raw != NULL or self._closed:
             raise InvalidProblem("event: expected to be made once; make another Event")
-        self.timing = timing
+        self.timing = as_flag(timing, "timing")
         self.pid = getpid()
         if device is not None:
             self.create(cuda_ordinal(device))
