@@ -63,6 +63,10 @@ def test_lent_workspace(offset):
     assert Workspace(buffer=np.zeros((8, 32), np.float32)).nbytes > 768
 
 
+def test_sizes_of_another_library():
+    assert Workspace(np.int64(64), device="cpu").nbytes == 64
+
+
 def test_a_lent_buffer_is_released():
     data = bytearray(1024)
     workspace = Workspace(buffer=data)
@@ -111,6 +115,7 @@ def test_a_lent_tensor_whose_storage_is_freed():
         ({"buffer": np.zeros((4, 4))[:, 1:]}, InvalidProblem, "C-contiguous array, got strides"),
         ({"buffer": np.zeros(4, "M8[s]")}, InvalidProblem, "numeric type, got datetime64"),
         ({"buffer": 3}, InvalidProblem, "buffer: expected an array"),
+        ({"nbytes": 3, "device": "cpu", "stream": 1}, InvalidProblem, "stream: .*None on the CPU"),
         ({"nbytes": 3, "device": "gpu"}, (InvalidProblem, Unsupported), "device"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -178,8 +183,8 @@ def test_sizes_and_sources_are_checked_first():
         DeviceBuffer.from_host(np.zeros((4, 4)).T[1:])
     with pytest.raises(InvalidProblem, match="buffer: expected a DeviceBuffer, got bytes"):
         DeviceArray((4,), "u8", b"data")
-    for shape in ((-1,), (1.5,), (1 << 62, 4), (1,) * 9):
-        with pytest.raises(InvalidProblem, match="shape: expected"):
+    for shape in ((-1,), (1.5,), (True,), (1 << 62, 4), (0, 1 << 62), (1,) * 9):
+        with pytest.raises(InvalidProblem, match=r"shape: expected .*, got .*; [a-z]+ "):
             DeviceArray.empty(shape, "f32")
     with pytest.raises(InvalidProblem, match="dtype"):
         DeviceArray.empty((4,), "complex64")
@@ -325,6 +330,21 @@ def test_device_array(kind):
         assert interface["shape"] == (2, 3)
         assert interface["data"] == (a.ptr, False)
         assert (interface["version"], interface["stream"]) == (3, 1)
+
+
+@pytest.mark.gpu
+def test_integers_of_another_library():
+    buffer = DeviceBuffer(np.int64(16), device=np.int32(0)).fill(np.uint8(7))
+    assert bytes(buffer.copy_to_host()) == bytes([7] * 16)
+    assert DeviceArray.empty((np.int64(2), 3), "f32").shape == (2, 3)
+    assert DeviceArray.empty(np.int64(2), "f32").shape == (2,)
+    assert DeviceArray((2,), "f32", buffer, offset=np.int64(8)).ptr == buffer.ptr + 8
+    for value in (True, 256, -1, 1.0):
+        with pytest.raises(InvalidProblem, match="value: expected a byte from 0 to 255"):
+            buffer.fill(value)
+    for offset in (-4, True, 0.0):
+        with pytest.raises(InvalidProblem, match="offset: expected a size of 0 or more"):
+            DeviceArray((2,), "f32", buffer, offset=offset)
 
 
 @pytest.mark.gpu

@@ -139,6 +139,7 @@ def test_nf4_fields_of_another_kind(fields, name):
         ({"base": None}, "^base: expected an Nf4Descriptor, got NoneType"),
         ({"base": bcy.GgufMmvqDescriptor()}, "^base: expected an Nf4Descriptor, got GgufMmvq"),
         ({"m": 1.5}, "^m: expected an integer"),
+        ({"m": True}, "^m: expected an integer, got True"),
     ],
 )
 def test_fields_of_a_nested_descriptor(fields, match):

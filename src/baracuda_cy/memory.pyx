@@ -39,10 +39,12 @@ from baracuda_cy.stream cimport (
     same_stream,
 )
 
+import operator
 import sys
 
 from baracuda_cy.errors import InvalidProblem, ReadOnlyArray
 from baracuda_cy.formats import ElementKind
+from baracuda_cy.sku import as_shape
 from baracuda_cy.stream import as_stream
 
 __all__ = ["DeviceArray", "DeviceBuffer", "PinnedBuffer", "Workspace", "live_bytes"]
@@ -53,14 +55,6 @@ cdef enum:
     BOOL = 13
     ALIGNMENT = 256
     MAX_NDIM = 8
-
-cdef extern from *:
-    """
-    static inline int bcy_memory_product(int64_t a, int64_t b, int64_t* r) {
-      return __builtin_mul_overflow(a, b, r);
-    }
-    """
-    bint product_overflows "bcy_memory_product"(int64_t a, int64_t b, int64_t* r) noexcept nogil
 
 cdef char* BYTES_FORMAT = b"B"
 cdef int64_t live_device = 0
@@ -84,13 +78,23 @@ def live_bytes():
     return {"device": live_device, "pinned": live_pinned}
 
 
-cdef int64_t size_of(object nbytes) except -1:
-    if not isinstance(nbytes, int) or isinstance(nbytes, bool) or not 0 <= nbytes < 1 << 63:
+cdef object whole_number(object value):
+    """An integer of any library, else -1, which no size is."""
+    if isinstance(value, bool):
+        return -1
+    try:
+        return operator.index(value)
+    except TypeError:
+        return -1
+
+
+cdef int64_t size_of(object value, str argument) except -1:
+    size = whole_number(value)
+    if not 0 <= size < 1 << 63:
         raise InvalidProblem(
-            f"nbytes: expected a size of 0 or more, got {nbytes!r}; pass an int, such as "
-            "plan.workspace_size"
+            f"{argument}: expected a size of 0 or more, got {value!r}; pass a number of bytes"
         )
-    return nbytes
+    return size
 
 
 # ---- owners --------------------------------------------------------------------------------------
@@ -457,7 +461,7 @@ cdef class DeviceBuffer:
     """
 
     def __init__(self, nbytes, *, stream=None, device=None):
-        cdef int64_t size = size_of(nbytes)
+        cdef int64_t size = size_of(nbytes, "nbytes")
         cdef StreamHandle order = handle_of(stream)
         if self.memory is not None:
             raise InvalidProblem("buffer: expected to be made once; make another DeviceBuffer")
@@ -597,11 +601,12 @@ cdef class DeviceBuffer:
         """
         cdef DeviceMemory memory = self.require_open()
         cdef int byte
-        if not isinstance(value, int) or not 0 <= value <= 255:
+        number = whole_number(value)
+        if not 0 <= number <= 255:
             raise InvalidProblem(
                 f"value: expected a byte from 0 to 255, got {value!r}; copy_from_host writes others"
             )
-        byte = value
+        byte = number
         cdef StreamHandle chosen = choose_stream(memory, stream)
         with nogil:
             _cuda.fill(memory.device, memory.raw, byte, memory.size, chosen.raw)
@@ -751,7 +756,7 @@ cdef class DeviceArray:
         memory = (<DeviceBuffer>buffer).require_open()
         memset(&self.view, 0, sizeof(ArrayView))
         nbytes = lay_out(&self.view, shape, element_of(dtype, "dtype"))
-        start = size_of(offset)
+        start = size_of(offset, "offset")
         if start % element_bytes(self.view.element) or start > memory.size - nbytes:
             raise InvalidProblem(
                 f"buffer: expected {nbytes} bytes at a multiple of "
@@ -941,25 +946,20 @@ cdef class DeviceArray:
 
 cdef int64_t lay_out(ArrayView* view, object shape, int element) except -1:
     """Fill in a C-contiguous shape; gives its size in bytes."""
-    cdef int64_t nbytes = element_bytes(element)
     cdef int64_t step = 1
     cdef int i
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = as_shape(shape if hasattr(shape, "__iter__") else (shape,), element_bytes(element))
     if len(sizes) > MAX_NDIM:
-        raise InvalidProblem(f"shape: expected 0 to {MAX_NDIM} dimensions, got {len(sizes)}")
+        raise InvalidProblem(
+            f"shape: expected 0 to {MAX_NDIM} dimensions, got {len(sizes)}; merge some"
+        )
     view.ndim = len(sizes)
     view.element = element
-    for i in range(view.ndim):
-        size = sizes[i]
-        if not isinstance(size, int) or not 0 <= size < 1 << 63:
-            raise InvalidProblem(f"shape: expected sizes of 0 or more, got {sizes}")
-        view.shape[i] = size
-        if product_overflows(nbytes, view.shape[i], &nbytes):
-            raise InvalidProblem(f"shape: expected fewer than 2**63 bytes, got {sizes}")
     for i in range(view.ndim - 1, -1, -1):
+        view.shape[i] = sizes[i]
         view.strides[i] = step
         step *= view.shape[i]
-    return nbytes
+    return step * element_bytes(element)
 
 
 cdef int fill_array(object array, ArrayView* view, void** stream) except -1:
@@ -1003,7 +1003,7 @@ cdef class PinnedBuffer:
 
     def __init__(self, nbytes):
         global live_pinned
-        cdef int64_t size = size_of(nbytes)
+        cdef int64_t size = size_of(nbytes, "nbytes")
         cdef void* raw = NULL
         if self.raw != NULL or self._closed:
             raise InvalidProblem("buffer: expected to be made once; make another PinnedBuffer")
@@ -1181,7 +1181,8 @@ cdef class Workspace:
     Raises
     ------
     InvalidProblem
-        Both or neither of `nbytes` and `buffer`; or a buffer that is not contiguous.
+        Both or neither of `nbytes` and `buffer`; a buffer that is not contiguous; or a stream on
+        the CPU.
     ReadOnlyArray
         A buffer that cannot be written.
     OutOfMemory
@@ -1216,8 +1217,13 @@ cdef class Workspace:
                 )
             self.lend(buffer)
             return
-        size = size_of(nbytes)
-        if stream is None and (device is None or str(device) in ("cpu", "cpu:0")):
+        size = size_of(nbytes, "nbytes")
+        host_named = str(device) in ("cpu", "cpu:0")
+        if host_named and stream is not None:
+            raise InvalidProblem(
+                f"stream: expected None on the CPU, got {type(stream).__name__}; leave it out"
+            )
+        if host_named or (device is None and stream is None):
             host = allocate_host(size)
             self.memory = host
             self.raw = <char*>host.raw
