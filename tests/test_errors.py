@@ -423,6 +423,15 @@ def test_stream_on_the_cpu(plan, arguments):
     )
 
 
+def test_stream_of_a_weight_that_stays_on_the_cpu():
+    for w in (
+        bcy.GgufTensor(random_weight("Q8_0", N, K), "Q8_0", (N, K)),
+        bcy.quantize(np.ones((N, K), np.float32), "nf4", nested=True),
+    ):
+        with pytest.raises(InvalidProblem, match="stream: expected None on the CPU, got ForeignS"):
+            w.to("cpu", stream=ForeignStream())
+
+
 class FakeCudaArray:
     """Says that it is on a GPU; its memory must never be touched."""
 

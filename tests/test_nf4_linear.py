@@ -338,6 +338,17 @@ def test_threads_do_not_change_the_bytes(threads):
     np.testing.assert_array_equal(w.absmax, plain.absmax)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_scales_in_a_buffer_pickle(nested):
+    w = bcy.quantize(random_activations(4, 64), "nf4", nested=nested)
+    tables = w.nested and bcy.NestedAbsmax(
+        memoryview(w.nested.code), memoryview(w.nested.absmax), w.nested.offset
+    )
+    lent = bcy.Nf4Tensor(memoryview(w.data), memoryview(w.absmax), w.shape, nested=tables)
+    again = pickle.loads(pickle.dumps(lent))
+    np.testing.assert_array_equal(bcy.dequantize(again), bcy.dequantize(w))
+
+
 def test_quantize_reads_what_is_not_aligned():
     raw = np.zeros(4 * 128 + 4, np.uint8)
     x = raw[4:].view(np.float32)

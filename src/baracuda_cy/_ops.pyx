@@ -519,6 +519,8 @@ def move(data, nbytes, device, stream):
     resolve_device(device, &device_type, &device_id)
     device_of(data, &source_type, &source_id, "data")
     if device_type == source_type and (device_type == HOST or device_id == source_id):
+        if device_type == HOST:
+            find_stream(HOST, 0, arrays, stream, &handle)
         return data
     if source_type == HOST:
         if nbytes is not None:

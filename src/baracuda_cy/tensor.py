@@ -170,10 +170,12 @@ class GgufTensor(PackedWeight):
         device : str, Stream or array
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
         stream : Stream or object with ``__cuda_stream__``, optional
-            Where to copy.
+            Where to copy; None from the CPU to the CPU.
 
         Raises
         ------
+        InvalidProblem
+            There is no such device, or a stream on the CPU.
         Unsupported
             The machine or the build has no such device.
         OutOfMemory
@@ -302,6 +304,7 @@ class NestedAbsmax(_Immutable):
                 "bitsandbytes uses 256"
             )
         offset = as_float32(offset, "offset")
+        code, absmax = _as_array(code, typed=True), _as_array(absmax, typed=True)
         device, _ = inspect_scales(code, "code", ElementKind.F32, 256)
         there, count = inspect_scales(absmax, "absmax", ElementKind.F32)
         _check_device("absmax", there, device, "code")
@@ -330,10 +333,12 @@ class NestedAbsmax(_Immutable):
         device : str, Stream or array
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
         stream : Stream or object with ``__cuda_stream__``, optional
-            Where to copy.
+            Where to copy; None from the CPU to the CPU.
 
         Raises
         ------
+        InvalidProblem
+            There is no such device, or a stream on the CPU.
         Unsupported
             The machine or the build has no such device.
         OutOfMemory
@@ -452,7 +457,7 @@ class Nf4Tensor(PackedWeight):
                 f"nested: expected a NestedAbsmax or None, got {type(nested).__name__}; "
                 "make one: NestedAbsmax(code, absmax, offset)"
             )
-        data = _as_array(data)
+        data, absmax = _as_array(data), _as_array(absmax, typed=True)
         device = inspect_codes(data, nbytes)
         kind = ElementKind.F32 if nested is None else ElementKind.U8
         there, _ = inspect_scales(absmax, "absmax", kind, blocks)
@@ -514,10 +519,12 @@ class Nf4Tensor(PackedWeight):
         device : str, Stream or array
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
         stream : Stream or object with ``__cuda_stream__``, optional
-            Where to copy.
+            Where to copy; None from the CPU to the CPU.
 
         Raises
         ------
+        InvalidProblem
+            There is no such device, or a stream on the CPU.
         Unsupported
             The machine or the build has no such device.
         OutOfMemory
@@ -795,13 +802,13 @@ def _move(array: Any, count: int, kind: ElementKind, device: Any, stream: Any) -
     return DeviceArray((count,), kind, moved)
 
 
-def _as_array(data: Any) -> Any:
-    """Return what may be a buffer (``bytes``, ``mmap``) as an array of its bytes."""
+def _as_array(data: Any, typed: bool = False) -> Any:
+    """Return a buffer (``bytes``, ``mmap``) as an array: of its bytes, or of the type it has."""
     if hasattr(data, "__dlpack__") or hasattr(data, "__cuda_array_interface__"):
         return data
     import numpy as np
 
     try:
-        return np.frombuffer(data, np.uint8)
+        return np.asarray(memoryview(data)) if typed else np.frombuffer(data, np.uint8)
     except (TypeError, ValueError, BufferError):
         return data  # no buffer: the inspection says what was expected
