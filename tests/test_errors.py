@@ -653,7 +653,7 @@ def test_no_descriptor(kind, descriptor):
     for desc in (None, {}, "Q4_K", *others):
         with pytest.raises(InvalidProblem, match=f"desc: expected a {descriptor.__name__}, got"):
             kind.select("cpu", desc)
-    with pytest.raises(InvalidProblem, match="pref: expected a PlanPreference, got dict"):
+    with pytest.raises(InvalidProblem, match="preference: expected a PlanPreference, got dict"):
         kind.select("cpu", descriptor(), {})
 
 
@@ -671,9 +671,9 @@ def test_a_plan_that_was_not_selected(kind):
 
 
 def test_preference_for_the_other_path():
-    with pytest.raises(InvalidProblem, match=r"pref: .*select a GgufMmvqMultiMPlan"):
+    with pytest.raises(InvalidProblem, match=r"preference: .*select a GgufMmvqMultiMPlan"):
         problems.float_plan("cpu", "Q8_0", N, K, M, pref=bcy.PlanPreference(activations="staged"))
-    with pytest.raises(InvalidProblem, match=r"pref: .*select a GgufMmvqPlan"):
+    with pytest.raises(InvalidProblem, match=r"preference: .*select a GgufMmvqPlan"):
         problems.staged_plan("cpu", "Q8_0", N, K, M, pref=bcy.PlanPreference(activations="float"))
 
 

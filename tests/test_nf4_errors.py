@@ -152,14 +152,16 @@ def test_descriptors_of_another_kind():
 def test_staged_activations_are_not_to_be_had():
     descriptor = bcy.Nf4Descriptor(n=8, k=64)
     staged = bcy.PlanPreference(activations="staged")
-    match = 'pref: expected activations="float" or None for an Nf4Mmvq.*got activations="staged"'
+    match = (
+        'preference: expected activations="float" or None for an Nf4Mmvq.*got activations="staged"'
+    )
     select(bcy.Nf4MmvqPlan, descriptor, match, staged)
     many = bcy.Nf4MmvqMultiMDescriptor(base=descriptor)
     select(bcy.Nf4MmvqMultiMPlan, many, match, staged)
     bcy.Nf4MmvqPlan.select("cpu", descriptor, bcy.PlanPreference(activations="float"))
     with pytest.raises(InvalidProblem, match=match):
         bcy.linear(random_activations(2, 64), Nf4Weight(8, 64).tensor(), preference=staged)
-    select(bcy.Nf4MmvqPlan, descriptor, "pref: expected a PlanPreference", "float")
+    select(bcy.Nf4MmvqPlan, descriptor, "preference: expected a PlanPreference", "float")
 
 
 def test_devices_that_are_none():

@@ -29,21 +29,21 @@ class GgufProductPlan(Plan):
 class GgufMmvqPlan(GgufProductPlan):
     @classmethod
     def select(
-        cls, device: Any, desc: GgufMmvqDescriptor, pref: PlanPreference | None = None
+        cls, device: Any, desc: GgufMmvqDescriptor, preference: PlanPreference | None = None
     ) -> GgufMmvqPlan: ...
 
 @final
 class GgufMmvqMultiMPlan(GgufProductPlan):
     @classmethod
     def select(
-        cls, device: Any, desc: GgufMmvqMultiMDescriptor, pref: PlanPreference | None = None
+        cls, device: Any, desc: GgufMmvqMultiMDescriptor, preference: PlanPreference | None = None
     ) -> GgufMmvqMultiMPlan: ...
 
 @final
 class GgufDequantizePlan(Plan):
     @classmethod
     def select(
-        cls, device: Any, desc: GgufDequantizeDescriptor, pref: PlanPreference | None = None
+        cls, device: Any, desc: GgufDequantizeDescriptor, preference: PlanPreference | None = None
     ) -> GgufDequantizePlan: ...
     def run(
         self, weight: Any, output: Any, *, workspace: Any = None, stream: Any = None

@@ -110,7 +110,7 @@ cdef class GgufProductPlan(Plan):
         if wanted is not None and wanted != path:
             other = "GgufMmvqPlan" if self.staged else "GgufMmvqMultiMPlan"
             raise invalid(
-                "pref", f'activations="{path}" or None for a {type(self).__name__}',
+                "preference", f'activations="{path}" or None for a {type(self).__name__}',
                 f'activations="{wanted}"', f"select a {other}",
             )
         m = checked(descriptor.m, "m")
@@ -292,7 +292,7 @@ cdef class GgufMmvqPlan(GgufProductPlan):
 
     @classmethod
     @cython.binding(True)
-    def select(cls, device, desc, pref=None):
+    def select(cls, device, desc, preference=None):
         """Select the kernel for a problem.
 
         Parameters
@@ -301,7 +301,7 @@ cdef class GgufMmvqPlan(GgufProductPlan):
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
         desc : GgufMmvqDescriptor
             The problem.
-        pref : PlanPreference, optional
+        preference : PlanPreference, optional
             Wishes.
 
         Returns
@@ -319,7 +319,7 @@ cdef class GgufMmvqPlan(GgufProductPlan):
         cdef GgufMmvqPlan plan = GgufMmvqPlan.__new__(GgufMmvqPlan)
         check_descriptor(desc, GgufMmvqDescriptor, "nrows=..., ncols=..., ...")
         plan.staged = False
-        plan.prepare(device, desc, pref)
+        plan.prepare(device, desc, preference)
         return plan
 
 
@@ -342,7 +342,7 @@ cdef class GgufMmvqMultiMPlan(GgufProductPlan):
 
     @classmethod
     @cython.binding(True)
-    def select(cls, device, desc, pref=None):
+    def select(cls, device, desc, preference=None):
         """Select the kernel for a problem.
 
         Parameters
@@ -351,7 +351,7 @@ cdef class GgufMmvqMultiMPlan(GgufProductPlan):
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
         desc : GgufMmvqMultiMDescriptor
             The problem.
-        pref : PlanPreference, optional
+        preference : PlanPreference, optional
             Wishes.
 
         Returns
@@ -369,7 +369,7 @@ cdef class GgufMmvqMultiMPlan(GgufProductPlan):
         cdef GgufMmvqMultiMPlan plan = GgufMmvqMultiMPlan.__new__(GgufMmvqMultiMPlan)
         check_descriptor(desc, GgufMmvqMultiMDescriptor, "nrows=..., ncols=..., ...")
         plan.staged = True
-        plan.prepare(device, desc, pref)
+        plan.prepare(device, desc, preference)
         return plan
 
 
@@ -392,7 +392,7 @@ cdef class GgufDequantizePlan(Plan):
 
     @classmethod
     @cython.binding(True)
-    def select(cls, device, desc, pref=None):
+    def select(cls, device, desc, preference=None):
         """Select the kernel for a problem.
 
         Parameters
@@ -401,7 +401,7 @@ cdef class GgufDequantizePlan(Plan):
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
         desc : GgufDequantizeDescriptor
             The problem.
-        pref : PlanPreference, optional
+        preference : PlanPreference, optional
             Wishes.
 
         Returns
@@ -417,7 +417,7 @@ cdef class GgufDequantizePlan(Plan):
         """
         cdef GgufDequantizePlan plan = GgufDequantizePlan.__new__(GgufDequantizePlan)
         check_descriptor(desc, GgufDequantizeDescriptor, "nrows=..., ncols=..., ...")
-        plan.bind(device, desc, pref)
+        plan.bind(device, desc, preference)
         check_weight(desc, &plan.operands[WEIGHT])
         check_floating(desc.output, "output")
         set_matrix(&plan.operands[OUTPUT], desc.nrows, desc.ncols, desc.output, True, "nrows")

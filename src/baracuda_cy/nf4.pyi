@@ -45,21 +45,21 @@ class Nf4ProductPlan(Nf4Plan):
 class Nf4MmvqPlan(Nf4ProductPlan):
     @classmethod
     def select(
-        cls, device: Any, desc: Nf4Descriptor, pref: PlanPreference | None = None
+        cls, device: Any, desc: Nf4Descriptor, preference: PlanPreference | None = None
     ) -> Nf4MmvqPlan: ...
 
 @final
 class Nf4MmvqMultiMPlan(Nf4ProductPlan):
     @classmethod
     def select(
-        cls, device: Any, desc: Nf4MmvqMultiMDescriptor, pref: PlanPreference | None = None
+        cls, device: Any, desc: Nf4MmvqMultiMDescriptor, preference: PlanPreference | None = None
     ) -> Nf4MmvqMultiMPlan: ...
 
 @final
 class Nf4DequantizePlan(Nf4Plan):
     @classmethod
     def select(
-        cls, device: Any, desc: Nf4Descriptor, pref: PlanPreference | None = None
+        cls, device: Any, desc: Nf4Descriptor, preference: PlanPreference | None = None
     ) -> Nf4DequantizePlan: ...
     def run(
         self,

@@ -164,7 +164,7 @@ cdef class Nf4ProductPlan(Nf4Plan):
         self.bind(device, descriptor, preference)
         if self.preference.activations == "staged":
             raise invalid(
-                "pref", f'activations="float" or None for an {type(self).__name__}',
+                "preference", f'activations="float" or None for an {type(self).__name__}',
                 'activations="staged"', "NF4 and FP4 multiply activations as they are",
             )
         m = checked(m, "m")
@@ -345,7 +345,7 @@ cdef class Nf4MmvqPlan(Nf4ProductPlan):
 
     @classmethod
     @cython.binding(True)
-    def select(cls, device, desc, pref=None):
+    def select(cls, device, desc, preference=None):
         """Select the kernel for a problem.
 
         Parameters
@@ -354,7 +354,7 @@ cdef class Nf4MmvqPlan(Nf4ProductPlan):
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
         desc : Nf4Descriptor
             The problem.
-        pref : PlanPreference, optional
+        preference : PlanPreference, optional
             Wishes.
 
         Returns
@@ -371,7 +371,7 @@ cdef class Nf4MmvqPlan(Nf4ProductPlan):
         """
         cdef Nf4MmvqPlan plan = Nf4MmvqPlan.__new__(Nf4MmvqPlan)
         check_descriptor(desc, Nf4Descriptor, "n=..., k=..., ...")
-        plan.prepare(device, desc, desc, 1, pref)
+        plan.prepare(device, desc, desc, 1, preference)
         return plan
 
 
@@ -396,7 +396,7 @@ cdef class Nf4MmvqMultiMPlan(Nf4ProductPlan):
 
     @classmethod
     @cython.binding(True)
-    def select(cls, device, desc, pref=None):
+    def select(cls, device, desc, preference=None):
         """Select the kernel for a problem.
 
         Parameters
@@ -405,7 +405,7 @@ cdef class Nf4MmvqMultiMPlan(Nf4ProductPlan):
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
         desc : Nf4MmvqMultiMDescriptor
             The problem.
-        pref : PlanPreference, optional
+        preference : PlanPreference, optional
             Wishes.
 
         Returns
@@ -422,7 +422,7 @@ cdef class Nf4MmvqMultiMPlan(Nf4ProductPlan):
         """
         cdef Nf4MmvqMultiMPlan plan = Nf4MmvqMultiMPlan.__new__(Nf4MmvqMultiMPlan)
         check_descriptor(desc, Nf4MmvqMultiMDescriptor, "base=Nf4Descriptor(...), m=...")
-        plan.prepare(device, desc, desc.base, desc.m, pref)
+        plan.prepare(device, desc, desc.base, desc.m, preference)
         return plan
 
 
@@ -447,7 +447,7 @@ cdef class Nf4DequantizePlan(Nf4Plan):
 
     @classmethod
     @cython.binding(True)
-    def select(cls, device, desc, pref=None):
+    def select(cls, device, desc, preference=None):
         """Select the kernel for a problem.
 
         Parameters
@@ -456,7 +456,7 @@ cdef class Nf4DequantizePlan(Nf4Plan):
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
         desc : Nf4Descriptor
             The problem.
-        pref : PlanPreference, optional
+        preference : PlanPreference, optional
             Wishes.
 
         Returns
@@ -472,7 +472,7 @@ cdef class Nf4DequantizePlan(Nf4Plan):
         """
         cdef Nf4DequantizePlan plan = Nf4DequantizePlan.__new__(Nf4DequantizePlan)
         check_descriptor(desc, Nf4Descriptor, "n=..., k=..., ...")
-        plan.bind(device, desc, pref)
+        plan.bind(device, desc, preference)
         plan.bind_weight(desc, &plan.args.weight)
         check_floating(desc.output, "output")
         set_matrix(&plan.operands[OUTPUT], desc.n, desc.k, desc.output, True, "n")

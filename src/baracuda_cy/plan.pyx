@@ -549,7 +549,7 @@ cdef class Plan:
             preference = PlanPreference()
         elif not isinstance(preference, PlanPreference):
             raise invalid(
-                "pref", "a PlanPreference", type(preference).__name__,
+                "preference", "a PlanPreference", type(preference).__name__,
                 "pass PlanPreference(...) or None",
             )
         resolve_device(device, &self.device_type, &self.device_id)
