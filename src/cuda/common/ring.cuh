@@ -310,6 +310,12 @@ struct LaneBoxRing : BoxRing<Format, kLaneRows> {
   };
 };
 
+// Those that are as far off an 8-byte boundary in all lanes of a warp.
+template <int Alignment>
+struct LevelBytes : Bytes<Alignment> {
+  using Bytes<Alignment>::Bytes;
+};
+
 // Rows of a round, or of half of one where that exceeds a box, follow each other an odd number of
 // 16-byte pieces apart: then eight of them are read without bank conflicts.
 template <class Format>
@@ -352,7 +358,7 @@ struct LaneRowRing {
       const int warp = threadIdx.x / 32, row = threadIdx.x % 32;
       at = (warp / kBoxUnits * kLaneRows + row) * kPitch + warp % kBoxUnits * kUnitBytes<Format>;
     }
-    using Row = Bytes<kLaneAlignment<Format>>;
+    using Row = LevelBytes<kLaneAlignment<Format>>;
     __device__ __forceinline__ Row rows(const uint8_t* stage) const { return Row(stage + at); }
   };
 };

@@ -392,7 +392,7 @@ int GgufOperations<Format>::stage(const ProductArgs& args, const Device& device,
   constexpr int kSums = kStagedSums<Format>;
   Staging staging = {gives_turns<Format>, args.overlap != 0 && device.waits()};
   staging.spread = args.m > kTileTokens;
-  if (const GgufDivision division = divide_gguf<Format>(args, device); division.parts > 0) {
+  if (const Division division = divide_gguf<Format>(args, device); division.parts > 0) {
     return with_gguf_boxes<Format>(args.m, division.parts, [&](auto boxes) {
       using Record = typename decltype(boxes)::Record;
       staging.counts = division.meetings.counts_in(args.workspace);
@@ -423,7 +423,7 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, const Device& device
   }
   // After this call's own staging the product may start early: only activations come from there.
   const bool early = args.overlap != 0 || unstaged;
-  if (const GgufDivision division = divide_gguf<Format>(args, device); division.parts > 0) {
+  if (const Division division = divide_gguf<Format>(args, device); division.parts > 0) {
     return with_gguf_boxes<Format>(args.m, division.parts, [&](auto boxes) {
       return launch_gguf_sm90<Format, decltype(boxes)>(args, division, device, early, stream);
     });

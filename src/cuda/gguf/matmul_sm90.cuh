@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cuda/common/divided.cuh"
+#include "cuda/common/parts.cuh"
 #include "cuda/common/product.cuh"
 #include "cuda/common/warpgroup.cuh"
 #include "operands.cuh"
@@ -51,15 +51,6 @@ struct GgufBoxes : PartWarps<Parts> {
   static constexpr int kMeeting = 1024;
   static constexpr int kRing = kMeeting + Sums::kBytes;
   static_assert(2 * Warps::kMostStages * sizeof(uint64_t) <= kMeeting);
-};
-
-// How a product is divided, and what it keeps in the workspace.
-struct GgufDivision {
-  int parts;  // of a block; 0 where the kernel is not to be had or others are faster
-  int log2_blocks;  // that divide K as well
-  int tiles;
-  int stages;  // of the ring
-  Meetings meetings;  // behind the activations
 };
 
 // Whether the kernel is ever the faster one, and whether it is, as measured. It gains most where a
@@ -114,8 +105,8 @@ int with_gguf_boxes(int64_t m, int parts, Function&& function) {
 }
 
 template <class Format>
-GgufDivision divide_gguf(const ProductArgs& args, const Device& device) {
-  GgufDivision division = {};
+Division divide_gguf(const ProductArgs& args, const Device& device) {
+  Division division;
   if (device.arch < 900 || device.own_arch != 900 || args.m <= 8 || args.nrows == 0 ||
       args.ncols == 0 || args.ncols % kUnit != 0 || args.ncols > kMaxColumns ||
       args.nrows > INT32_MAX / 2 || !rows_on_boundaries<Format>(args) ||
@@ -397,7 +388,7 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens, Parts>::kThreads, 1)
 }
 
 template <class Format, class B>
-int launch_gguf_sm90(const ProductArgs& args, const GgufDivision& division, const Device& device,
+int launch_gguf_sm90(const ProductArgs& args, const Division& division, const Device& device,
                      bool early, cudaStream_t stream) {
   CUtensorMap matrix;
   if (const int status = describe_plain_boxes(args.weight, row_bytes<Format>(args.ncols),
@@ -407,15 +398,14 @@ int launch_gguf_sm90(const ProductArgs& args, const GgufDivision& division, cons
   auto* const kernel = gguf_product_sm90<Format, B::kTokens, B::kParts>;
   if (const int status = allow_shared(kernel, device)) return status;
   const auto* const records = static_cast<const uint8_t*>(args.workspace);
-  const int items = division.tiles << division.log2_blocks;
   const int64_t pass_bytes = unit_count(args.ncols) * B::kX;
   for (int64_t first = 0; first < args.m; first += B::kTokens) {
     if (const int status = launch(
-            kernel, dim3(unsigned(std::min(items, device.processors))), dim3(B::kThreads), stream,
-            B::kRing + division.stages * B::kStage, early || first > 0,
+            kernel, dim3(unsigned(std::min(division.items(), device.processors))),
+            dim3(B::kThreads), stream, B::kRing + division.stages * B::kStage, early || first > 0,
             some_tokens(args, first, B::kTokens), matrix, records + first / B::kTokens * pass_bytes,
             division.meetings.sums_in(args.workspace), division.meetings.counts_in(args.workspace),
-            division.log2_blocks, items, division.stages)) {
+            division.log2_blocks, division.items(), division.stages)) {
       return status;
     }
   }

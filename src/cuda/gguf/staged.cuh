@@ -133,8 +133,6 @@ constexpr int kLaneTokens = 2;
 template <>
 inline constexpr int kLaneTokens<Q3_K> = 3;
 template <>
-inline constexpr int kLaneTokens<Q6_K> = 1;
-template <>
 inline constexpr int kLaneTokens<Q8_K> = 0;
 
 // Whether a product of one token in lanes takes little longer than its weights take to arrive.

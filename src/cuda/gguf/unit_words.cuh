@@ -75,4 +75,29 @@ __device__ __forceinline__ void load_unit_words(const Row& row,
   }
 }
 
+// The same where all lanes' rows are as far off boundaries: of pieces of 8 bytes, which meet half
+// of the bank conflicts that words meet, words are chosen.
+template <class Format, int Alignment>
+__device__ __forceinline__ void load_unit_words(const LevelBytes<Alignment>& row,
+                                                uint32_t (&words)[kUnitWords<Format>]) {
+  constexpr int kWords = kUnitWords<Format>;
+  constexpr int kPieces = (kUnitBytes<Format> + 8 - Alignment + 7) / 8;
+  const uint32_t ahead = uint32_t(reinterpret_cast<uintptr_t>(row.base)) & 7;
+  const auto* const in_stage = reinterpret_cast<const uint2*>(row.base - ahead);
+  uint32_t all[2 * kPieces + 2];
+#pragma unroll
+  for (int i = 0; i <= kPieces; ++i) {
+    const uint2 piece = i < kPieces ? in_stage[i] : uint2{0, 0};
+    all[2 * i] = piece.x;
+    all[2 * i + 1] = piece.y;
+  }
+#pragma unroll
+  for (int i = 0; i <= kWords; ++i) all[i] = ahead & 4 ? all[i + 1] : all[i];
+  const uint32_t select = ahead & 2 ? 0x5432 : 0x3210;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    words[i] = Alignment == 4 ? all[i] : __byte_perm(all[i], all[i + 1], select);
+  }
+}
+
 }  // namespace bcy

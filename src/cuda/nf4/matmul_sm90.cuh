@@ -12,7 +12,7 @@
 
 #include <algorithm>
 
-#include "cuda/common/divided.cuh"
+#include "cuda/common/parts.cuh"
 #include "cuda/common/warpgroup.cuh"
 #include "matmul.cuh"
 #include "operations.h"
@@ -45,15 +45,6 @@ struct Nf4Boxes : PartWarps<Parts> {
   static_assert(kRing % 1024 == 0);
 };
 
-// How a product is divided, and what it keeps in the workspace.
-struct Nf4Division {
-  int parts;  // of a block
-  int log2_blocks;  // that divide K as well
-  int tiles;
-  int stages;  // of the ring
-  Meetings meetings;  // behind the activations
-};
-
 // Tokens at a time.
 inline int nf4_tokens(int64_t m) { return m > 16 ? 32 : m > 8 ? 16 : 8; }
 
@@ -66,11 +57,10 @@ auto with_nf4_boxes(int tokens, int parts, Function&& function) {
   return parts == 1 ? function(Nf4Boxes<32, 1>{}) : function(Nf4Boxes<32, 4>{});
 }
 
-// meetings.bytes is 0 where the kernel is not to be had, as on GPUs after Hopper, or others are
-// faster: those need less to begin with, fewer rows to keep all multiprocessors busy, and gain less
-// from more tokens.
-inline Nf4Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Device& device) {
-  Nf4Division division = {};
+// Other kernels need less to begin with, fewer rows to keep all multiprocessors busy, and gain less
+// from more tokens. GPUs after Hopper have these alone.
+inline Division divide_nf4(const bcy_nf4_weight& weight, int64_t m, const Device& device) {
+  Division division;
   if (device.arch < 900 || device.own_arch != 900 || weight.block_size < kChunk ||
       weight.ncols > kMaxColumns || weight.nrows > INT32_MAX / 2 || m <= 4 || weight.nrows == 0 ||
       weight.ncols == 0) {
@@ -363,7 +353,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens, Parts>::kThreads, 1)
 }
 
 template <class X, int Tokens, int Parts>
-int launch_nf4_boxes(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4Division& division,
+int launch_nf4_boxes(const ProductArgs& args, const Nf4Inputs& inputs, const Division& division,
                      const Device& device, cudaStream_t stream) {
   using B = Nf4Boxes<Tokens, Parts>;
   CUtensorMap codes, scales = {};
@@ -386,7 +376,6 @@ int launch_nf4_boxes(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4
 
   float* const sums = division.meetings.sums_in(args.workspace);
   int* const counts = division.meetings.counts_in(args.workspace);
-  const int items = division.tiles << division.log2_blocks;
   const int64_t groups = ceil_div(args.ncols, kUnit) * kUnitGroups * Tokens;  // of all tokens
   const int64_t ncounts = division.meetings.ncounts;
   for (int64_t first = 0; first < args.m; first += Tokens) {
@@ -396,10 +385,10 @@ int launch_nf4_boxes(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4
             dim3(kStagingThreads), stream, 0, args.overlap != 0, some, groups, counts, ncounts)) {
       return status;
     }
-    if (const int status =
-            launch(kernel, dim3(unsigned(std::min(items, device.processors))), dim3(B::kThreads),
-                   stream, B::kRing + division.stages * B::kStage, true, some, inputs, codes,
-                   scales, sums, counts, division.log2_blocks, items, division.stages)) {
+    if (const int status = launch(
+            kernel, dim3(unsigned(std::min(division.items(), device.processors))),
+            dim3(B::kThreads), stream, B::kRing + division.stages * B::kStage, true, some, inputs,
+            codes, scales, sums, counts, division.log2_blocks, division.items(), division.stages)) {
       return status;
     }
   }
@@ -407,7 +396,7 @@ int launch_nf4_boxes(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4
 }
 
 template <class X>
-int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Nf4Division& division,
+int launch_nf4_sm90(const ProductArgs& args, const Nf4Inputs& inputs, const Division& division,
                     const Device& device, cudaStream_t stream) {
   return with_nf4_boxes(nf4_tokens(args.m), division.parts, [&](auto boxes) {
     using B = decltype(boxes);

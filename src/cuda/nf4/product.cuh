@@ -80,8 +80,8 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, const Device& device, cudaStream
     if (!boundaries || !loads_at_once(rows, 8)) {
       return streamed(static_cast<Nf4AnyTile<X, kChunk>*>(nullptr), inputs);
     }
-    const Nf4Division division = divide_nf4(args.weight, args.m, device);
-    if (args.workspace != nullptr && division.meetings.bytes > 0) {
+    const Division division = divide_nf4(args.weight, args.m, device);
+    if (args.workspace != nullptr && division.parts > 0) {
       return launch_nf4_sm90<X>(rows, inputs, division, device, stream);
     }
     return with_absmax(rows, inputs, [&](auto absmax) {
