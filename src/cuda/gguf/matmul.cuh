@@ -489,6 +489,10 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, const Device& device
                        device);
   };
   const bool few_rows = has_few_rows(args, device);
+  // Of a few more tiles of 32 rows than multiprocessors some take two and most one; of tiles of 16
+  // rows they all take two or three.
+  const int64_t tiles = ceil_div(args.nrows, 2 * kTileRows);
+  const bool uneven = tiles > device.processors && 4 * tiles <= 5 * device.processors;
   if (args.m > 16) {
     // One tile of rows for 32 tokens: their activations are more than the L1 cache holds, and more
     // than the weights.
@@ -508,7 +512,8 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, const Device& device
     }
     // With float minima a few registers spill, which costs less.
     if constexpr (!kLarge || kStagedSums<Format> == 1) {
-      if (!few_rows && fits(wide(thirty_two, two), 0)) return by_rows(wide(thirty_two, two));
+      const bool by_sixteen = few_rows || (uneven && !kLarge) || !fits(wide(thirty_two, two), 0);
+      if (!by_sixteen) return by_rows(wide(thirty_two, two));
     }
     return by_rows(wide(thirty_two, one));
   }
@@ -519,7 +524,8 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, const Device& device
   const bool boxed =
       args.nrows >= fewest * 32 * int64_t{device.processors} && has_boxes<Format>(args, device);
   if (args.m > 8) {
-    if (few_rows || !fits(wide(sixteen, two), 0)) return by_rows(wide(sixteen, one));
+    const bool by_sixteen = few_rows || uneven || !fits(wide(sixteen, two), 0);
+    if (by_sixteen) return by_rows(wide(sixteen, one));
     // 32 rows of scales of halves leave no registers for the places in boxes.
     if constexpr (multiplies_halves<Format>) return by_rows(wide(sixteen, two));
     return boxed ? streamed(wide(sixteen, two), boxes) : by_rows(wide(sixteen, two));
