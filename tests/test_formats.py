@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import enum
 import json
 import re
 from pathlib import Path
@@ -131,6 +132,17 @@ def test_element_kind_from_jax():
 def test_no_element_kind(dtype):
     with pytest.raises(InvalidProblem, match="activation: expected"):
         ElementKind.of(dtype, "activation")
+
+
+def test_names_of_another_enum_are_names():
+    class Mine(enum.StrEnum):
+        HALF = "float16"
+        FORMAT = "q4_k"
+        CODES = "nf4"
+
+    assert bcy.ElementKind.of(Mine.HALF) is bcy.ElementKind.F16
+    assert bcy.GgufBlockFormat.of(Mine.FORMAT) is bcy.GgufBlockFormat.Q4_K
+    assert bcy.Nf4Descriptor(n=2, k=64, codebook=Mine.CODES).codebook is bcy.Codebook.NF4
 
 
 def test_members_of_another_enum_are_refused():

@@ -132,6 +132,22 @@ def test_jax_arrays_are_no_scratch():
         Workspace(buffer=jax.device_put(jax.numpy.zeros(1024), cpu))
 
 
+def test_workspaces_are_made_once():
+    workspace = Workspace(64)
+    with pytest.raises(InvalidProblem, match="workspace: expected to be made once"):
+        workspace.__init__(buffer=workspace)
+    assert workspace.nbytes == 64
+
+
+def test_a_lent_buffer_may_become_read_only():
+    buffer = np.zeros(1 << 12, np.uint8)
+    workspace = Workspace(buffer=buffer)
+    buffer.setflags(write=False)
+    with pytest.raises(ReadOnlyArray, match="array: expected a writable array"):
+        inspect(workspace)
+    assert repr(workspace) == "Workspace(buffer=uint8[4096])"
+
+
 def test_closed_workspaces_are_refused():
     with Workspace(64) as workspace:
         pass

@@ -283,7 +283,9 @@ def test_gpus_of_the_machine(build, tmp_path, monkeypatch, capsys, asked, gpus, 
     fake_gpus(nvcc.parent, monkeypatch, *gpus)
     monkeypatch.setenv("BARACUDA_CUDA_ARCHS", asked)
     assert build["cuda_archs"](str(nvcc)) == archs
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert bool(said) == bool(printed)
 
 
 def test_gpu_that_is_too_old(build, tmp_path, monkeypatch, capsys):

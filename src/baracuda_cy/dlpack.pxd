@@ -38,10 +38,11 @@ cdef void release_view(ArrayView* view) noexcept
 cdef int check_no_grad(object array, str name) except -1
 # Refuses those with the negative bit, whose memory has the opposite sign. Asking takes longer than
 # the other checks of an argument together, and torch sets the bit for imaginary parts of conjugates
-# alone: elements of those lie two apart, so that a call asks where rows have one element each.
+# alone: elements of those lie two apart but for what as_strided makes of them, so that a call asks
+# where rows have one element each.
 cdef int check_sign(object array, str name) except -1
 # Both, for what is looked at once.
-cpdef int check_plain(object array, str name) except -1
+cdef int check_plain(object array, str name) except -1
 # 1 when the array's framework says on which CUDA stream it works now (exchange API, torch, CuPy,
 # our buffers), else 0.
 cdef int current_stream(object array, void** stream) except -1

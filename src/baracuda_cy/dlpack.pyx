@@ -579,7 +579,7 @@ cdef int acquire_own(
         kind.fill(array, view, &theirs)
     except InvalidProblem as error:
         # What is closed says so of itself; the caller knows it as an argument.
-        raise InvalidProblem(f"{name}: {str(error).partition(': ')[2]}") from None
+        raise type(error)(f"{name}: {str(error).partition(': ')[2]}") from None
     if on_cuda_stream and view.device_type == kDLCUDA and not same_stream(theirs, stream):
         order_after(stream, theirs, view.device_id)
         view.foreign_order = True
@@ -931,7 +931,7 @@ cdef int check_sign(object array, str name) except -1:
     return 0
 
 
-cpdef int check_plain(object array, str name) except -1:
+cdef int check_plain(object array, str name) except -1:
     """Refuse a torch tensor that needs a gradient, or whose memory does not hold its values."""
     check_no_grad(array, name)
     return check_sign(array, name)

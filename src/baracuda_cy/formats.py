@@ -39,16 +39,21 @@ def choose(enum: type[_Member], value: Any, argument: str) -> _Member:
         ) from None
 
 
-def _key(value: Any) -> Any:
-    """Return a name or an integer of any library; a bool or another enum's member is neither."""
-    if isinstance(value, bool | Enum):
+def as_index(value: Any) -> int | None:
+    """Return an integer of any library; nobody's bool is one."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
         return None
-    if isinstance(value, str):
-        return value
     try:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def _key(value: Any) -> str | int | None:
+    """Return a name or an integer; another enum's member is at most a name."""
+    if isinstance(value, str):
+        return value
+    return None if isinstance(value, Enum) else as_index(value)
 
 
 class ElementKind(Named):
@@ -97,7 +102,7 @@ class ElementKind(Named):
         """
         if isinstance(dtype, cls):
             return dtype
-        if isinstance(dtype, Enum) or isinstance(_key(dtype), int):
+        if not isinstance(dtype, str) and (isinstance(dtype, Enum) or as_index(dtype) is not None):
             return choose(cls, dtype, argument)
         if not getattr(dtype, "isnative", True):
             raise InvalidProblem(

@@ -39,11 +39,10 @@ from baracuda_cy.stream cimport (
     same_stream,
 )
 
-import operator
 import sys
 
 from baracuda_cy.errors import InvalidProblem, ReadOnlyArray
-from baracuda_cy.formats import ElementKind
+from baracuda_cy.formats import ElementKind, as_index
 from baracuda_cy.sku import as_shape
 from baracuda_cy.stream import as_stream
 
@@ -78,19 +77,9 @@ def live_bytes():
     return {"device": live_device, "pinned": live_pinned}
 
 
-cdef object whole_number(object value):
-    """An integer of any library, else -1, which no size is."""
-    if isinstance(value, bool):
-        return -1
-    try:
-        return operator.index(value)
-    except TypeError:
-        return -1
-
-
 cdef int64_t size_of(object value, str argument) except -1:
-    size = whole_number(value)
-    if not 0 <= size < 1 << 63:
+    size = as_index(value)
+    if size is None or not 0 <= size < 1 << 63:
         raise InvalidProblem(
             f"{argument}: expected a size of 0 or more, got {value!r}; pass a number of bytes"
         )
@@ -601,8 +590,8 @@ cdef class DeviceBuffer:
         """
         cdef DeviceMemory memory = self.require_open()
         cdef int byte
-        number = whole_number(value)
-        if not 0 <= number <= 255:
+        number = as_index(value)
+        if number is None or not 0 <= number <= 255:
             raise InvalidProblem(
                 f"value: expected a byte from 0 to 255, got {value!r}; copy_from_host writes others"
             )
@@ -1204,6 +1193,10 @@ cdef class Workspace:
         cdef DeviceMemory memory
         cdef StreamHandle order
         cdef int64_t size
+        if self.memory is not None:
+            raise InvalidProblem(
+                "workspace: expected to be made once, got a second __init__; make another Workspace"
+            )
         if (nbytes is None) == (buffer is None):
             raise InvalidProblem(
                 "nbytes: expected either nbytes or buffer=, got "
@@ -1307,6 +1300,9 @@ cdef class Workspace:
     def __repr__(self):
         if self.memory is None:
             return "Workspace(closed)"
+        if isinstance(self.memory, LentMemory):
+            # Its bytes may be gone by now.
+            return f"Workspace(buffer={describe((<LentMemory>self.memory).source)})"
         return f"Workspace({self.nbytes}, device={self.device!r})"
 
 
@@ -1334,11 +1330,16 @@ cdef int view_lent(object source, ArrayView* view) except -1:
 cdef int fill_workspace(object array, ArrayView* view, void** stream) except -1:
     cdef Workspace workspace = array
     workspace.fill(view)
-    if view.device_type == kDLCUDA:
-        if isinstance(workspace.memory, DeviceMemory):
-            stream[0] = (<DeviceMemory>workspace.memory).order.raw
-        else:
-            current_stream((<LentMemory>workspace.memory).source, stream)
+    if view.device_type != kDLCUDA:
+        return 0
+    if isinstance(workspace.memory, DeviceMemory):
+        stream[0] = (<DeviceMemory>workspace.memory).order.raw
+        return 0
+    try:
+        current_stream((<LentMemory>workspace.memory).source, stream)
+    except BaseException:
+        release_view(view)
+        raise
     return 0
 
 

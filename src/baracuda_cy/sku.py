@@ -9,13 +9,12 @@ would take the type of the field for that of the argument.
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from baracuda_cy.errors import InvalidProblem
-from baracuda_cy.formats import ElementKind, GgufBlockFormat, Named, choose
+from baracuda_cy.formats import ElementKind, GgufBlockFormat, Named, as_index, choose
 
 __all__ = [
     "ArchSku",
@@ -134,28 +133,22 @@ def _set(instance: Any, name: str, value: Any) -> None:
 
 
 def as_integer(value: Any, argument: str) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
+    number = as_index(value)
+    if number is None:
         raise InvalidProblem(
             f"{argument}: expected an integer, got {value!r} of type {type(value).__name__}; "
             f"pass int({argument})"
-        ) from None
+        )
+    return number
 
 
 def as_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
     """Return the sizes of an array that can be, of which NumPy counts the empty ones as 1."""
-    try:
-        sizes = tuple(shape)
-        if any(isinstance(size, bool) for size in sizes):
-            raise TypeError
-        sizes = tuple(operator.index(size) for size in sizes)
-    except TypeError:
+    sizes = tuple(map(as_index, shape)) if hasattr(shape, "__iter__") else (None,)
+    if None in sizes:
         raise InvalidProblem(
             f"shape: expected a tuple of integers, got {shape!r}; pass sizes, as in (8, 4096)"
-        ) from None
+        )
     if min(sizes, default=0) < 0:
         raise InvalidProblem(
             f"shape: expected sizes of 0 or more, got {sizes}; pass sizes, as in (8, 4096)"

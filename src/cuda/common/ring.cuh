@@ -77,7 +77,8 @@ constexpr int kMostPlainBoxBytes = 256 * kPlainElement;
 int describe_plain_boxes(const void* matrix, int64_t bytes_of_row, int64_t nrows, int bytes,
                          int rows, bool neighbours, CUtensorMap& map);
 
-// Whether the copy engine can bring a weight: as single rows, as boxes. Places are 32 bits.
+// Whether the copy engine can bring a weight's rows, and as boxes, whose places are 32 bits: lanes
+// that have rows of their own take either.
 inline bool has_copies(const ProductArgs& args, const Device& device) {
   return device.arch >= 900 && args.ncols > 0 && args.nrows <= INT32_MAX;
 }
@@ -201,7 +202,9 @@ struct RowCopy {
   uint32_t bytes;
 
   // To 16-byte boundaries, but not past the matrix: what would lie there is copied byte by byte.
-  __device__ __forceinline__ void widen(const uint8_t* first, const uint8_t* last) {
+  // Whether there was any.
+  __device__ __forceinline__ bool widen(const uint8_t* first, const uint8_t* last) {
+    bool stored = false;
     const uint32_t ahead = uint32_t(reinterpret_cast<uintptr_t>(from) % 16);
     from -= ahead;
     bytes = (ahead + bytes + 15) / 16 * 16;
@@ -209,13 +212,16 @@ struct RowCopy {
       bytes -= 16;
       const uint8_t* p = from + bytes > first ? from + bytes : first;
       for (; p < last; ++p) to[p - from] = *p;
+      stored = true;
     }
     if (bytes > 0 && from < first) {
       for (int i = int(first - from); i < 16; ++i) to[i] = from[i];
       from += 16;
       to += 16;
       bytes -= 16;
+      stored = true;
     }
+    return stored;
   }
 };
 
@@ -232,8 +238,8 @@ __device__ __forceinline__ void fetch_rows(const ProductArgs& args, int64_t row,
   RowCopy copy = {first + row * bytes_of_row + int64_t{round} * kRoundBytes<Format>, to,
                   exists ? round_length<Format>(args.ncols, round) : 0};
   if (!Aligned) {
-    if (exists) copy.widen(first, first + args.nrows * bytes_of_row);
-    order_stores_of_warp();
+    const bool stored = exists && copy.widen(first, first + args.nrows * bytes_of_row);
+    if (__reduce_add_sync(~0u, unsigned{stored}) > 0) order_stores_of_warp();
   }
   expect_copies(filled, copy.bytes);
   if (copy.bytes > 0) copy_row(copy.to, copy.from, copy.bytes, filled);
@@ -315,6 +321,10 @@ template <int Alignment>
 struct LevelBytes : Bytes<Alignment> {
   using Bytes<Alignment>::Bytes;
 };
+template <class Row>
+constexpr bool is_level = false;
+template <int Alignment>
+constexpr bool is_level<LevelBytes<Alignment>> = true;
 
 // Rows of a round, or of half of one where that exceeds a box, follow each other an odd number of
 // 16-byte pieces apart: then eight of them are read without bank conflicts.
@@ -368,7 +378,7 @@ using LaneRing =
     std::conditional_t<kUnitBytes<Format> % 8 == 0, LaneBoxRing<Format>, LaneRowRing<Format>>;
 
 // Rows off 16-byte boundaries, which are read word by word. Four lanes share 16 bytes of banks:
-// their rows begin at different words of these, most often.
+// their rows begin at different words of these, where it is not the weight alone that is off.
 template <class Format>
 struct LaneAnyRing {
   struct Source {};

@@ -481,12 +481,10 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, const Device& device
   const auto by_rows = [&](auto* tile) {
     return with_rows(tile, [&](auto* rows) { return streamed(tile, rows); });
   };
-  BoxRing<Format, 32>* const boxes = nullptr;
-  // Whether there is room for two stages of a tile's rows, of which those of any rows take most.
+  // Whether there is room for two stages of them.
   const auto fits = [&](auto* tile, int64_t extra) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
-    return holds<Tile>(static_cast<RowRing<Format, Tile::kRows, false>*>(nullptr), 2, extra,
-                       device);
+    return with_rows(tile, [&](auto* rows) { return holds<Tile>(rows, 2, extra, device); });
   };
   const bool few_rows = has_few_rows(args, device);
   // Of a few more tiles of 32 rows than multiprocessors some take two and most one; of tiles of 16
@@ -521,17 +519,23 @@ int GgufOperations<Format>::matmul(const ProductArgs& args, const Device& device
   // five and six bits gain from longest: they take the most instructions for their bytes.
   constexpr int kBits = kWholeBits<Format>;
   const int fewest = args.m <= 8 && (kBits == 5 || kBits == 6) ? 12 : 3;
-  const bool boxed =
-      args.nrows >= fewest * 32 * int64_t{device.processors} && has_boxes<Format>(args, device);
+  const bool enough = args.nrows >= fewest * 32 * int64_t{device.processors};
+  BoxRing<Format, 32>* const boxes = nullptr;
+  const auto boxed = [&](auto* tile) {
+    using Tile = std::remove_pointer_t<decltype(tile)>;
+    return enough && has_boxes<Format>(args, device) && holds<Tile>(boxes, 2, 0, device);
+  };
   if (args.m > 8) {
     const bool by_sixteen = few_rows || uneven || !fits(wide(sixteen, two), 0);
     if (by_sixteen) return by_rows(wide(sixteen, one));
     // 32 rows of scales of halves leave no registers for the places in boxes.
-    if constexpr (multiplies_halves<Format>) return by_rows(wide(sixteen, two));
-    return boxed ? streamed(wide(sixteen, two), boxes) : by_rows(wide(sixteen, two));
+    if constexpr (!multiplies_halves<Format>) {
+      if (boxed(wide(sixteen, two))) return streamed(wide(sixteen, two), boxes);
+    }
+    return by_rows(wide(sixteen, two));
   }
   if (args.m == 1) return by_rows(narrow(one));
-  if (boxed && fits(wide(eight, two), 0)) return streamed(wide(eight, two), boxes);
+  if (boxed(wide(eight, two))) return streamed(wide(eight, two), boxes);
   return by_rows(narrow(eight));
 }
 

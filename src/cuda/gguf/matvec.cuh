@@ -217,7 +217,7 @@ class FloatTile : public TileDefaults {
 };
 
 // Few tokens, a row of weights to each lane, and the activations, which all lanes share, in shared
-// memory. For a LaneRing.
+// memory. For a ring that gives each lane a row.
 template <class F, int Tokens>
 class FloatLaneTile : public TileDefaults {
  public:
@@ -403,9 +403,10 @@ int GgufOperations<Format>::matvec(const ProductArgs& args, const Device& device
     constexpr int kMostInLanes = 2;  // tokens
     if (args.m <= kMostInLanes && has_copies(args, device) && at_once) {
       const int64_t extra = args.m * FloatLaneTile<Format, 1>::activation_bytes(args.ncols);
-      // The ring of any rows is the larger.
-      if (holds<FloatLaneTile<Format, kMostInLanes>>(static_cast<LaneAnyRing<Format>*>(nullptr), 2,
-                                                     extra, device)) {
+      const bool fits = with_lane_ring<Format>(args, [&](auto* ring) {
+        return int(holds<FloatLaneTile<Format, kMostInLanes>>(ring, 2, extra, device));
+      });
+      if (fits) {
         return with_lane_tokens<kMostInLanes>(args.m, [&](auto tokens) {
           constexpr int kTokens = decltype(tokens)::value;
           return with_lane_ring<Format>(args, [&](auto* ring) {

@@ -34,12 +34,41 @@ struct WordBytes {
 template <class Format>
 constexpr int kUnitWords = (kUnitBytes<Format> + 3) / 4;
 
-// A unit of this lane's row into registers, by loads as wide as its alignment in a ring allows.
+// A unit of this lane's row into registers, from pieces of 8 bytes, of which words are chosen:
+// where all lanes' rows are as far off boundaries, they meet half of the bank conflicts that words
+// meet.
+template <class Format, class Row>
+__device__ __forceinline__ void load_level_words(const Row& row,
+                                                 uint32_t (&words)[kUnitWords<Format>]) {
+  constexpr int kAlignment = Row::kAlignment;
+  constexpr int kWords = kUnitWords<Format>;
+  constexpr int kPieces = (kUnitBytes<Format> + 8 - kAlignment + 7) / 8;
+  const uint32_t ahead = uint32_t(reinterpret_cast<uintptr_t>(row.base)) & 7;
+  const auto* const in_stage = reinterpret_cast<const uint2*>(row.base - ahead);
+  uint32_t all[2 * kPieces + 2];
+#pragma unroll
+  for (int i = 0; i <= kPieces; ++i) {
+    const uint2 piece = i < kPieces ? in_stage[i] : uint2{0, 0};
+    all[2 * i] = piece.x;
+    all[2 * i + 1] = piece.y;
+  }
+#pragma unroll
+  for (int i = 0; i <= kWords; ++i) all[i] = ahead & 4 ? all[i + 1] : all[i];
+  const uint32_t select = ahead & 2 ? 0x5432 : 0x3210;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    words[i] = kAlignment == 4 ? all[i] : __byte_perm(all[i], all[i + 1], select);
+  }
+}
+
+// The same by loads as wide as its alignment in a ring allows.
 template <class Format, class Row>
 __device__ __forceinline__ void load_unit_words(const Row& row,
                                                 uint32_t (&words)[kUnitWords<Format>]) {
   constexpr int kWords = kUnitWords<Format>;
-  if constexpr (Row::kAlignment == 16) {
+  if constexpr (is_level<Row>) {
+    load_level_words<Format>(row, words);
+  } else if constexpr (Row::kAlignment == 16) {
 #pragma unroll
     for (int i = 0; i < kWords; i += 4) {
       const uint4 piece = row.template load<uint4>(4 * i);
@@ -72,31 +101,6 @@ __device__ __forceinline__ void load_unit_words(const Row& row,
       words[i] = __byte_perm(word, next, select);
       word = next;
     }
-  }
-}
-
-// The same where all lanes' rows are as far off boundaries: of pieces of 8 bytes, which meet half
-// of the bank conflicts that words meet, words are chosen.
-template <class Format, int Alignment>
-__device__ __forceinline__ void load_unit_words(const LevelBytes<Alignment>& row,
-                                                uint32_t (&words)[kUnitWords<Format>]) {
-  constexpr int kWords = kUnitWords<Format>;
-  constexpr int kPieces = (kUnitBytes<Format> + 8 - Alignment + 7) / 8;
-  const uint32_t ahead = uint32_t(reinterpret_cast<uintptr_t>(row.base)) & 7;
-  const auto* const in_stage = reinterpret_cast<const uint2*>(row.base - ahead);
-  uint32_t all[2 * kPieces + 2];
-#pragma unroll
-  for (int i = 0; i <= kPieces; ++i) {
-    const uint2 piece = i < kPieces ? in_stage[i] : uint2{0, 0};
-    all[2 * i] = piece.x;
-    all[2 * i + 1] = piece.y;
-  }
-#pragma unroll
-  for (int i = 0; i <= kWords; ++i) all[i] = ahead & 4 ? all[i + 1] : all[i];
-  const uint32_t select = ahead & 2 ? 0x5432 : 0x3210;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    words[i] = Alignment == 4 ? all[i] : __byte_perm(all[i], all[i + 1], select);
   }
 }
 

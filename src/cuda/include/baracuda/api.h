@@ -111,9 +111,9 @@ enum bcy_nf4_layout {
 typedef struct bcy_nf4_weight {
   const void* codes;  // (nrows * ncols + 1) / 2 bytes
   const void* absmax;  // float32; uint8 where nested_absmax is not NULL
-  const float*
-      nested_absmax;  // absmax[i] = nested_code[absmax[i]] * nested_absmax[i / nested_block]
-  //             + nested_offset, each step rounded to float32; or NULL
+  // NULL, or absmax[i] is nested_code[absmax[i]] * nested_absmax[i / nested_block] + nested_offset,
+  // each step rounded to float32.
+  const float* nested_absmax;
   const float* nested_code;  // 256 values
   int64_t nrows;
   int64_t ncols;
