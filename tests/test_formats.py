@@ -137,11 +137,9 @@ def test_no_element_kind(dtype):
 def test_names_of_another_enum_are_names():
     class Mine(enum.StrEnum):
         HALF = "float16"
-        FORMAT = "q4_k"
         CODES = "nf4"
 
     assert bcy.ElementKind.of(Mine.HALF) is bcy.ElementKind.F16
-    assert bcy.GgufBlockFormat.of(Mine.FORMAT) is bcy.GgufBlockFormat.Q4_K
     assert bcy.Nf4Descriptor(n=2, k=64, codebook=Mine.CODES).codebook is bcy.Codebook.NF4
 
 

@@ -145,7 +145,7 @@ def test_a_lent_buffer_may_become_read_only():
     buffer.setflags(write=False)
     with pytest.raises(ReadOnlyArray, match="array: expected a writable array"):
         inspect(workspace)
-    assert repr(workspace) == "Workspace(buffer=uint8[4096])"
+    assert repr(workspace) == "Workspace(buffer=uint8[4096] on cpu)"
 
 
 def test_closed_workspaces_are_refused():

@@ -49,7 +49,7 @@ def as_index(value: Any) -> int | None:
         return None
 
 
-def _key(value: Any) -> str | int | None:
+def _key(value: Any) -> Any:
     """Return a name or an integer; another enum's member is at most a name."""
     if isinstance(value, str):
         return value

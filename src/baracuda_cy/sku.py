@@ -144,8 +144,9 @@ def as_integer(value: Any, argument: str) -> int:
 
 def as_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
     """Return the sizes of an array that can be, of which NumPy counts the empty ones as 1."""
-    sizes = tuple(map(as_index, shape)) if hasattr(shape, "__iter__") else (None,)
-    if None in sizes:
+    given = list(map(as_index, shape)) if hasattr(shape, "__iter__") else [None]
+    sizes = tuple(size for size in given if size is not None)
+    if len(sizes) < len(given):
         raise InvalidProblem(
             f"shape: expected a tuple of integers, got {shape!r}; pass sizes, as in (8, 4096)"
         )
