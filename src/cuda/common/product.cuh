@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kConsumers + 32, Tile::kBlocks)
     return;
   }
 
-  uint8_t* const memory = ring + stages * Ring::kStageBytes;
+  uint8_t* const memory = ring + stages * Ring::kStageBytes + kRingTail;
   Tile::prepare(inputs, memory);
   wait_for_previous_kernel();
   if (!next_at_once) let_next_kernel_start();

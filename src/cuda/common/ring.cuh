@@ -410,8 +410,8 @@ struct LaneAnyRing {
   };
 };
 
-// What a lane reads past the last row of a stage stays inside the next stage, or inside what
-// follows the ring.
+// What a lane reads past the last row of a stage, and does not use, stays inside the next stage, or
+// inside these bytes behind the ring.
 constexpr int kRingTail = 128;
 
 }  // namespace bcy
