@@ -229,7 +229,7 @@ def test_less_shared_memory(name, nrows, ncols, m):
     assert problems.in_another_process(
         "test_cuda_kernels",
         f"t.has_same_bits({name!r}, {nrows}, {ncols}, {m})",
-        EMULATED_SHARED_MEMORY="100",
+        BARACUDA_EMULATOR_SHARED_MEMORY="100",
     )
 
 

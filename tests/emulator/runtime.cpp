@@ -27,9 +27,9 @@ namespace {
 
 constexpr int kArch = __CUDA_ARCH__;
 constexpr int kProcessors = 8;  // few: a block takes many tiles
-// Some of an architecture have less, as many KB as EMULATED_SHARED_MEMORY says.
+// Some of an architecture have less, as many KB as BARACUDA_EMULATOR_SHARED_MEMORY says.
 const int kSharedPerProcessor = [] {
-  const char* const kilobytes = getenv("EMULATED_SHARED_MEMORY");
+  const char* const kilobytes = getenv("BARACUDA_EMULATOR_SHARED_MEMORY");
   return (kilobytes != nullptr ? atoi(kilobytes)
           : kArch >= 900       ? 228
           : kArch >= 800       ? 164
