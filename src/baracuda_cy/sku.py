@@ -318,7 +318,7 @@ class PrecisionGuarantee(_Value):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelSku(_Value):
-    """Which kernel a plan selected.
+    """The path that a plan selected; kernels that give the same bits share one.
 
     Parameters
     ----------
