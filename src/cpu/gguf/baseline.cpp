@@ -180,9 +180,7 @@ struct Baseline {
         }
         with_element(args.y_type, [&](auto element) {
           for (int t = 0; t < tokens; ++t) {
-            const float* const p = sums[t];
-            store_output<decltype(element)>(args, first + t, row,
-                                            meet(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]));
+            store_output<decltype(element)>(args, first + t, row, meet(sums[t]));
           }
         });
       }
@@ -191,7 +189,9 @@ struct Baseline {
 
   static void dequantize_group(Block block, int group, float values[kGroup]) {
     for (int word = 0; word < kGroup / 4; ++word) {
-      dequantize_word<Format>(block, group, word / 4, word % 4, values + 4 * word);
+      const int half = word / 4;
+      dequantize_word<Format>(block, group, half, word % 4, value_scale<Format>(block, group, half),
+                              values + 4 * word);
     }
   }
 
@@ -218,14 +218,8 @@ constexpr Kernels kKernels = {Baseline<Format>::stage, Baseline<Format>::matmul,
 }  // namespace
 
 const Kernels* baseline_kernels(int32_t format) {
-  switch (format) {
-#define BCY_FORMAT(name, file) \
-  case name::kId:              \
-    return &kKernels<name>;
-#include "baracuda/formats.def"
-#undef BCY_FORMAT
-  }
-  return nullptr;
+  return with_format<const Kernels*>(format, nullptr,
+                                     [](auto of) { return &kKernels<decltype(of)>; });
 }
 
 }  // namespace bcy::cpu

@@ -16,14 +16,8 @@ constexpr Kernels kKernels = {Staging<Avx512, Format>::stage, Product<Avx512, Fo
 }  // namespace
 
 const Kernels* avx512_kernels(int32_t format) {
-  switch (format) {
-#define BCY_FORMAT(name, file) \
-  case name::kId:              \
-    return &kKernels<name>;
-#include "baracuda/formats.def"
-#undef BCY_FORMAT
-  }
-  return nullptr;
+  return with_format<const Kernels*>(format, nullptr,
+                                     [](auto of) { return &kKernels<decltype(of)>; });
 }
 
 }  // namespace bcy::cpu

@@ -26,7 +26,8 @@ using PieceOf = std::conditional_t<
     Bytes == 16, uint4,
     std::conditional_t<Bytes == 4, uint32_t, std::conditional_t<Bytes == 2, uint16_t, uint8_t>>>;
 
-// Four values of type Y to where they belong; at_once: on a boundary of as many bytes.
+// Four values of type Y to where they belong; at_once: to a boundary of as many bytes, and none is
+// NaN.
 template <class Y>
 __device__ __forceinline__ void store_four(typename Y::Storage* to, const float (&values)[4],
                                            bool at_once) {
@@ -34,10 +35,10 @@ __device__ __forceinline__ void store_four(typename Y::Storage* to, const float 
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = Y::round(values[i]);
   } else if constexpr (sizeof(*to) == 4) {
-    *reinterpret_cast<uint4*>(to) = {pack<Y>(values), pack<Y>(values + 1), pack<Y>(values + 2),
-                                     pack<Y>(values + 3)};
+    *reinterpret_cast<float4*>(to) = {values[0], values[1], values[2], values[3]};
   } else {
-    *reinterpret_cast<uint2*>(to) = {pack<Y>(values), pack<Y>(values + 2)};
+    *reinterpret_cast<uint2*>(to) = {round_two(Y{}, values[0], values[1]),
+                                     round_two(Y{}, values[2], values[3])};
   }
 }
 
@@ -108,11 +109,16 @@ __global__ void __launch_bounds__(kDequantizeThreads)
     const int groups = kBlockGroups == 1 && ends ? last_groups : kUnitGroups;
     if (group < groups) {
       const Bytes<Alignment> block(bytes + group / kBlockGroups * Format::kBytes);
+      const int in_block = group % kBlockGroups;
+      const ValueScale first = value_scale<Format>(block, in_block, 0);
+      const ValueScale second =
+          halves_differ<Format> ? value_scale<Format>(block, in_block, 1) : first;
       float values[2][4];
-      dequantize_word<Format>(block, group % kBlockGroups, 0, t, values[0]);
-      dequantize_word<Format>(block, group % kBlockGroups, 1, t, values[1]);
-      store_four<Y>(y, values[0], at_once);
-      store_four<Y>(y + 16, values[1], at_once);
+      dequantize_word<Format>(block, in_block, 0, t, first, values[0]);
+      dequantize_word<Format>(block, in_block, 1, t, second, values[1]);
+      const bool fast = at_once && first.gives_numbers() && second.gives_numbers();
+      store_four<Y>(y, values[0], fast);
+      store_four<Y>(y + 16, values[1], fast);
     }
     bytes += kBlockGroups == 1 ? groups * Format::kBytes : kUnitBytes<Format>;
     y += ends ? to_next_row : kUnit;

@@ -8,25 +8,11 @@
 namespace bcy {
 namespace {
 
-// Calls function(Format{}) for a format id.
-template <class Function>
-int with_format(int format, Function&& function) {
-  switch (format) {
-#define BCY_FORMAT(Name, file) \
-  case Name::kId:              \
-    return function(Name{});
-#include "baracuda/formats.def"
-#undef BCY_FORMAT
-    default:
-      return BCY_ERROR_UNKNOWN_FORMAT;
-  }
-}
-
 // Calls function(Format{}, Device) on the right device.
 template <class Args, class Function>
 int run(const Args* args, Function&& function) {
   return on_device(args->device, [&](const Device& device) {
-    return with_format(args->format, [&](auto format) {
+    return with_format(args->format, int(BCY_ERROR_UNKNOWN_FORMAT), [&](auto format) {
       using Format = decltype(format);
       if (args->ncols % Format::kElements != 0) return int(BCY_ERROR_INVALID_ARGUMENT);
       return function(format, device);

@@ -106,12 +106,21 @@ BCY_INLINE float shifted_code_at(uint32_t word, int i) {
   return byte_to_float(word ^ 0x80808080u, i, 128);
 }
 
-// The four values of a word, each rounded to float32 once: as ggml gives them, the sign of zero
-// included.
+// Makes values of the codes of a group, or of a half of it where halves have scales or minima of
+// their own: value = scale * code + minimum. The codes' factor is taken out of the scale: a power
+// of two rounds nothing.
+struct ValueScale {
+  float scale, minimum;
+
+  // Whether no code makes a NaN.
+  BCY_INLINE bool gives_numbers() const { return is_finite(scale) && is_finite(minimum); }
+};
+
+template <class Format>
+constexpr bool halves_differ = Format::kScaleElements == 16 || Format::kMinima == 2;
+
 template <class Format, class Block>
-BCY_INLINE void dequantize_word(Block block, int group, int half, int word, float out[4]) {
-  const uint32_t codes = Format::codes(block, group, half, word);
-  // The codes' factor goes into the scale: a power of two rounds nothing.
+BCY_INLINE ValueScale value_scale(Block block, int group, int half) {
   float scale =
       mul(Format::scale(block, group), as_float(uint32_t(127 - Format::shift(group)) << 23));
   if constexpr (Format::kScaleElements == 16) {
@@ -119,10 +128,35 @@ BCY_INLINE void dequantize_word(Block block, int group, int half, int word, floa
     scale = mul(scale, byte_to_float(Format::half_scales(block, group), byte, Format::kHalfOffset));
   }
   if constexpr (Format::kMinima == 0) {
-    for (int i = 0; i < 4; ++i) out[i] = mul(scale, shifted_code_at<Format>(codes, i));
+    return {scale, 0.0f};
   } else {
-    const float minimum = Format::minimum(block, group, Format::kMinima == 2 ? half : 0);
-    for (int i = 0; i < 4; ++i) out[i] = fma(scale, shifted_code_at<Format>(codes, i), minimum);
+    return {scale, Format::minimum(block, group, Format::kMinima == 2 ? half : 0)};
+  }
+}
+
+// The four values of a word, each rounded to float32 once: as ggml gives them, the sign of zero
+// included.
+template <class Format, class Block>
+BCY_INLINE void dequantize_word(Block block, int group, int half, int word, ValueScale of,
+                                float out[4]) {
+  const uint32_t codes = Format::codes(block, group, half, word);
+  for (int i = 0; i < 4; ++i) {
+    const float code = shifted_code_at<Format>(codes, i);
+    out[i] = Format::kMinima == 0 ? mul(of.scale, code) : fma(of.scale, code, of.minimum);
+  }
+}
+
+// Calls function(Format{}) for the format of an id; `unknown` is the answer where there is none.
+template <class Result, class Function>
+inline Result with_format(int32_t id, Result unknown, Function&& function) {
+  switch (id) {
+#define BCY_FORMAT(Name, file) \
+  case Name::kId:              \
+    return function(Name{});
+#include "baracuda/formats.def"
+#undef BCY_FORMAT
+    default:
+      return unknown;
   }
 }
 
