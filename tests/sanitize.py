@@ -14,6 +14,7 @@ from baracuda_cy import _cuda
 
 NROWS = 19  # one whole tile of rows and a part of one
 MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
+SOME_ROWS = 48 * _cuda.multiprocessors() + 5  # enough for tiles of 32 rows
 # Tokens, rows and columns that are enough for the kernel for many tokens on Hopper: several tiles
 # to a thread block, or parts of one.
 MANY_TOKENS = [
@@ -31,11 +32,11 @@ MANY_NF4 = {
 BOXED_NF4 = list(MANY_NF4)[:2]
 
 
-def columns(block_format):
+def columns(block_format, least=0):
     """Widths whose rows lie on 16-byte boundaries, and not: the two ways weights are loaded."""
     sizes = [n * block_format.block_size for n in range(1, 80)]
     aligned = [n for n in sizes if block_format.row_bytes(n) % 16 == 0 and n > 2048]
-    unaligned = [n for n in sizes if block_format.row_bytes(n) % 16]
+    unaligned = [n for n in sizes if block_format.row_bytes(n) % 16 and n >= least]
     return [*aligned[:1], *unaligned[:1]]
 
 
@@ -57,11 +58,12 @@ def run_on(device, plan_type, descriptor, arrays, shape, dtype):
 
 
 def products(sizes, m, kind, x):
-    for plan, descriptor in (
-        (bcy.GgufMmvqMultiMPlan, bcy.GgufMmvqMultiMDescriptor),
-        (bcy.GgufMmvqPlan, bcy.GgufMmvqDescriptor),
-    ):
-        yield plan, descriptor(**sizes, m=m, activation=kind, output=kind), [x], kind
+    descriptor = bcy.GgufMmvqMultiMDescriptor(**sizes, m=m, activation=kind, output=kind)
+    yield bcy.GgufMmvqMultiMPlan, descriptor, [x], kind
+    # It takes eight tokens at a time: more are nothing else, and take long.
+    if m < 40:
+        descriptor = bcy.GgufMmvqDescriptor(**sizes, m=m, activation=kind, output=kind)
+        yield bcy.GgufMmvqPlan, descriptor, [x], kind
 
 
 def problems_of(block_format, nrows, ncols, tokens, kinds, rng):
@@ -177,6 +179,8 @@ def main():
         ]
         wide = next(k for k in (256, 512, 1024, 2048) if block_format.row_bytes(k) % 16 == 0)
         shapes.append((MANY_ROWS, wide, (1, 2, 16, 40), ("float16",)))
+        if off := columns(block_format, least=2049)[1:]:
+            shapes.append((SOME_ROWS, *off, (16, 40), ("float16",)))
         for name, m, nrows, ncols in MANY_TOKENS:
             if name == block_format.name:
                 shapes.append((nrows, ncols, (m,), ("float16",)))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # The CPU half of the native code. Functions raise on failure; threads <= 0 takes default_threads().
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int64_t
 
 from baracuda_cy._native cimport (
     bcy_gguf_dequantize_args,
@@ -23,6 +23,3 @@ cdef int nf4_quantize(const bcy_nf4_quantize_args* args, int threads) except -1 
 cdef int nf4_nest(const bcy_nf4_nest_args* args, int threads) except -1 nogil
 # -1 beyond int64
 cdef int64_t gguf_workspace_size(const bcy_gguf_matmul_args* args) noexcept nogil
-# Elements and bytes of one block, 0 for a format that is not in formats.def.
-cdef int64_t gguf_block_elements(int32_t format) noexcept nogil
-cdef int64_t gguf_block_bytes(int32_t format) noexcept nogil

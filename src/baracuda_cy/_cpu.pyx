@@ -75,14 +75,6 @@ cdef int64_t gguf_workspace_size(const bcy_gguf_matmul_args* args) noexcept nogi
     return bcy_cpu_gguf_workspace_size(args.format, args.ncols, args.m)
 
 
-cdef int64_t gguf_block_elements(int32_t format) noexcept nogil:
-    return bcy_gguf_block_elements(format)
-
-
-cdef int64_t gguf_block_bytes(int32_t format) noexcept nogil:
-    return bcy_gguf_block_bytes(format)
-
-
 def default_threads():
     """Threads the CPU backend uses unless told otherwise.
 

@@ -148,9 +148,6 @@ cdef extern from "baracuda/runtime.h" nogil:
         int32_t major
         int32_t minor
         int32_t multiprocessors
-        int32_t memory_pools
-        int64_t total_memory
-        int64_t l2_bytes
 
     int bcy_cuda_built()
     const char* bcy_cuda_architectures()

@@ -29,8 +29,7 @@ struct Units {
   int64_t ncols;
   int64_t count;
 
-  BCY_INLINE explicit Units(int64_t columns)
-      : ncols(columns), count((columns + kUnit - 1) / kUnit) {}
+  BCY_INLINE explicit Units(int64_t columns) : ncols(columns), count(unit_count(columns)) {}
   BCY_INLINE int elements(int64_t unit) const {
     const int64_t left = ncols - unit * kUnit;
     return left < kUnit ? int(left) : kUnit;

@@ -52,7 +52,6 @@ int bcy_cuda_free_host(void*) { return BCY_ERROR_NO_CUDA; }
 int bcy_cuda_memcpy(int, void*, const void*, int64_t, void*) { return BCY_ERROR_NO_CUDA; }
 int bcy_cuda_memset(int, void*, int, int64_t, void*) { return BCY_ERROR_NO_CUDA; }
 int bcy_cuda_pointer_device(const void*, int*, int*) { return BCY_ERROR_NO_CUDA; }
-const void* bcy_cuda_probe_kernel(void) { return nullptr; }
 
 int bcy_cuda_gguf_workspace_size(const bcy_gguf_matmul_args*, int64_t*) {
   return BCY_ERROR_NO_CUDA;

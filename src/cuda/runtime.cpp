@@ -8,44 +8,17 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda/common/device_guard.h"
+
 namespace {
+
+using bcy::take_error;
 
 constexpr int kMaxDevices = 64;
 constexpr int64_t kSmallAllocation = int64_t{32} << 20;
 
-// A failed call leaves its code behind as the "last error", where the next launch check would take
-// it for its own.
-int done(cudaError_t status) {
-  if (status != cudaSuccess) cudaGetLastError();
-  return status;
-}
-
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 cudaEvent_t as_event(void* event) { return static_cast<cudaEvent_t>(event); }
-
-// Makes `device` current and puts back the caller's. Asking costs nanoseconds; setting happens only
-// when it differs.
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) {
-    if (device < 0) return;
-    status_ = cudaGetDevice(&previous_);
-    if (status_ != cudaSuccess || previous_ == device) return;
-    status_ = cudaSetDevice(device);
-    changed_ = status_ == cudaSuccess;
-  }
-  ~DeviceScope() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-  cudaError_t status() const { return status_; }
-
- private:
-  cudaError_t status_ = cudaSuccess;
-  int previous_ = 0;
-  bool changed_ = false;
-};
 
 // While any thread captures a graph in the default mode, allocating, releasing or querying an event
 // would invalidate that capture, although what we ask for has nothing to do with it.
@@ -62,8 +35,8 @@ class CaptureAside {
 
 template <typename Call>
 int on_device(int device, Call call) {
-  DeviceScope scope(device);
-  return done(scope.status() == cudaSuccess ? call() : scope.status());
+  const bcy::DeviceGuard guard(device);
+  return guard.status() == BCY_OK ? take_error(call()) : guard.status();
 }
 
 // 0 unknown, 1 cudaMallocAsync works, 2 it does not.
@@ -131,11 +104,11 @@ int bcy_cuda_toolkit_version(void) { return CUDART_VERSION; }
 
 int bcy_cuda_driver_version(int* version) {
   *version = 0;
-  return done(cudaDriverGetVersion(version));
+  return take_error(cudaDriverGetVersion(version));
 }
 
 int bcy_cuda_device_count(int* count) {
-  int status = done(cudaGetDeviceCount(count));
+  int status = take_error(cudaGetDeviceCount(count));
   if (status != BCY_OK) *count = 0;
   return status;
 }
@@ -143,16 +116,13 @@ int bcy_cuda_device_count(int* count) {
 int bcy_cuda_device_info(int device, bcy_device_info* info) {
   cudaDeviceProp properties;
   cudaError_t status = cudaGetDeviceProperties(&properties, device);
-  if (status != cudaSuccess) return done(status);
+  if (status != cudaSuccess) return take_error(status);
   std::memset(info, 0, sizeof *info);
   static_assert(sizeof info->name == sizeof properties.name);
   std::memcpy(info->name, properties.name, sizeof info->name);
   info->major = properties.major;
   info->minor = properties.minor;
   info->multiprocessors = properties.multiProcessorCount;
-  info->memory_pools = properties.memoryPoolsSupported;
-  info->total_memory = static_cast<int64_t>(properties.totalGlobalMem);
-  info->l2_bytes = properties.l2CacheSize;
   return BCY_OK;
 }
 
@@ -163,9 +133,9 @@ int bcy_cuda_has_kernels(int device) {
                    [&] { return cudaFuncGetAttributes(&attributes, bcy_cuda_probe_kernel()); });
 }
 
-int bcy_cuda_get_device(int* device) { return done(cudaGetDevice(device)); }
+int bcy_cuda_get_device(int* device) { return take_error(cudaGetDevice(device)); }
 
-int bcy_cuda_set_device(int device) { return done(cudaSetDevice(device)); }
+int bcy_cuda_set_device(int device) { return take_error(cudaSetDevice(device)); }
 
 int bcy_cuda_memory_info(int device, int64_t* free_bytes, int64_t* total_bytes) {
   size_t free_size = 0, total_size = 0;
@@ -229,7 +199,7 @@ int bcy_cuda_stream_is_capturing(int device, void* stream, int* capturing) {
 }
 
 int bcy_cuda_stream_device(void* stream, int* device) {
-  return done(cudaStreamGetDevice(as_stream(stream), device));
+  return take_error(cudaStreamGetDevice(as_stream(stream), device));
 }
 
 int bcy_cuda_stream_priority(int device, void* stream, int* priority) {
@@ -259,7 +229,7 @@ int bcy_cuda_event_record(int device, void* event, void* stream) {
 
 int bcy_cuda_event_synchronize(void* event) {
   CaptureAside aside;
-  return done(cudaEventSynchronize(as_event(event)));
+  return take_error(cudaEventSynchronize(as_event(event)));
 }
 
 int bcy_cuda_event_query(void* event, int* is_done) {
@@ -270,12 +240,12 @@ int bcy_cuda_event_query(void* event, int* is_done) {
     cudaGetLastError();
     return BCY_OK;
   }
-  return done(status);
+  return take_error(status);
 }
 
 int bcy_cuda_event_elapsed_ms(void* start, void* end, float* ms) {
   CaptureAside aside;
-  return done(cudaEventElapsedTime(ms, as_event(start), as_event(end)));
+  return take_error(cudaEventElapsedTime(ms, as_event(start), as_event(end)));
 }
 
 int bcy_cuda_malloc(int device, int64_t bytes, void* stream, void** pointer) {
@@ -302,13 +272,13 @@ int bcy_cuda_malloc_host(int64_t bytes, void** pointer) {
   if (bytes < 0) return BCY_ERROR_INVALID_ARGUMENT;
   if (bytes == 0) return BCY_OK;
   CaptureAside aside;
-  return done(cudaHostAlloc(pointer, static_cast<size_t>(bytes), cudaHostAllocPortable));
+  return take_error(cudaHostAlloc(pointer, static_cast<size_t>(bytes), cudaHostAllocPortable));
 }
 
 int bcy_cuda_free_host(void* pointer) {
   if (!pointer) return BCY_OK;
   CaptureAside aside;
-  return done(cudaFreeHost(pointer));
+  return take_error(cudaFreeHost(pointer));
 }
 
 int bcy_cuda_memcpy(int device, void* to, const void* from, int64_t bytes, void* stream) {
@@ -333,7 +303,7 @@ int bcy_cuda_pointer_device(const void* pointer, int* device_type, int* device) 
   CaptureAside aside;
   cudaPointerAttributes attributes;
   cudaError_t status = cudaPointerGetAttributes(&attributes, pointer);
-  if (status != cudaSuccess) return done(status);
+  if (status != cudaSuccess) return take_error(status);
   *device = 0;
   switch (attributes.type) {
     case cudaMemoryTypeDevice:

@@ -8,7 +8,7 @@
 
 #include "cpu/gguf/layout.h"
 #include "cpu/isa.h"
-#include "cpu/pool.h"
+#include "cpu/rows.h"
 
 namespace bcy::cpu {
 namespace {
@@ -21,24 +21,8 @@ const Kernels* kernels_of(int32_t format) {
 #endif
 }
 
-// Rows whose weights take `bytes`, in whole tiles of every kernel.
-int64_t rows_of(int64_t bytes, int64_t bytes_per_row) {
-  return (bytes / (bytes_per_row > 0 ? bytes_per_row : 1) / kLargestTile + 1) * kLargestTile;
-}
-
-// Splits the rows of a matrix over threads. `per_row` measures the work in multiplications.
-template <class Kernel>
-int for_rows(int32_t format, int64_t nrows, int64_t ncols, int64_t per_row, int threads,
-             Kernel kernel) {
-  // What is worth a hand-over to another thread; and what stays in a core's own cache while all
-  // tokens pass.
-  constexpr int64_t kWork = 256 << 10, kCached = 128 << 10;
-  const int64_t row_bytes = ncols / bcy_gguf_block_elements(format) * bcy_gguf_block_bytes(format);
-  const int64_t grain = std::min(rows_of(kWork, per_row), rows_of(kCached, row_bytes));
-  const int64_t block = rows_of(kCached, row_bytes);
-  return parallel_for(nrows, grain, threads, [=](int64_t begin, int64_t end) {
-    for (; begin < end; begin += block) kernel(begin, std::min(begin + block, end));
-  });
+int64_t row_bytes(int32_t format, int64_t ncols) {
+  return ncols / bcy_gguf_block_elements(format) * bcy_gguf_block_bytes(format);
 }
 
 int check_sizes(int32_t format, int64_t nrows, int64_t ncols, int64_t m) {
@@ -58,7 +42,7 @@ int multiply(const bcy_gguf_matmul_args& args, int threads,
   if (const int status = check(args)) return status;
   if (args.m == 0) return BCY_OK;
   const Kernels* const kernels = kernels_of(args.format);
-  return for_rows(args.format, args.nrows, args.ncols, args.ncols * args.m, threads,
+  return for_rows(args.nrows, row_bytes(args.format, args.ncols), args.ncols * args.m, threads,
                   [&args, kernel = kernels->*product](int64_t begin, int64_t end) {
                     kernel(args, begin, end);
                   });
@@ -68,15 +52,8 @@ int multiply(const bcy_gguf_matmul_args& args, int threads,
 template <bool kFine>
 int64_t staged_bytes(int32_t format, int64_t ncols, int64_t m) {
   if (ncols < 0 || m < 0) return -1;
-  int64_t span = 0;
-  switch (format) {
-#define BCY_FORMAT(name, file)                \
-  case name::kId:                             \
-    span = Layout<name, kFine>::kSpanRecords; \
-    break;
-#include "baracuda/formats.def"
-#undef BCY_FORMAT
-  }
+  const int64_t span = with_format<int64_t>(
+      format, 0, [](auto of) { return Layout<decltype(of), kFine>::kSpanRecords; });
   int64_t bytes;
   if (ncols > INT64_MAX - kSpan || __builtin_mul_overflow(Spans(ncols).spans, span, &bytes) ||
       __builtin_mul_overflow(bytes, m, &bytes) || __builtin_add_overflow(bytes, 255, &bytes)) {
@@ -105,25 +82,11 @@ int element_bytes(int32_t type) { return type == BCY_F32 ? 4 : 2; }
 using namespace bcy::cpu;
 
 int64_t bcy_gguf_block_elements(int32_t format) {
-  switch (format) {
-#define BCY_FORMAT(name, file) \
-  case bcy::name::kId:         \
-    return bcy::name::kElements;
-#include "baracuda/formats.def"
-#undef BCY_FORMAT
-  }
-  return 0;
+  return bcy::with_format<int64_t>(format, 0, [](auto of) { return of.kElements; });
 }
 
 int64_t bcy_gguf_block_bytes(int32_t format) {
-  switch (format) {
-#define BCY_FORMAT(name, file) \
-  case bcy::name::kId:         \
-    return bcy::name::kBytes;
-#include "baracuda/formats.def"
-#undef BCY_FORMAT
-  }
-  return 0;
+  return bcy::with_format<int64_t>(format, 0, [](auto of) { return of.kBytes; });
 }
 
 int64_t bcy_cpu_gguf_workspace_size(int32_t format, int64_t ncols, int64_t m) {
@@ -167,7 +130,7 @@ int bcy_cpu_gguf_dequantize(const bcy_gguf_dequantize_args* args, int threads) {
   if (!kernels) return BCY_ERROR_UNKNOWN_FORMAT;
   if (!is_element(args->y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
   if (const int status = check_sizes(args->format, args->nrows, args->ncols, 1)) return status;
-  return for_rows(args->format, args->nrows, args->ncols, args->ncols, threads,
+  return for_rows(args->nrows, row_bytes(args->format, args->ncols), args->ncols, threads,
                   [=](int64_t begin, int64_t end) { kernels->dequantize(*args, begin, end); });
 }
 

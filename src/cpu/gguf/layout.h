@@ -44,7 +44,6 @@ namespace bcy::cpu {
 constexpr int kLanes = kPartials;
 constexpr int64_t kSpan = kUnit * kLanes;
 constexpr int kTokenTile = 8;  // tokens that share an unpacked weight
-constexpr int kLargestTile = 16;  // weight rows that a kernel takes together, at most
 
 // What is added to a code, without the format's factor 2^shift, to make it unsigned.
 template <class Format>
@@ -102,7 +101,7 @@ struct Spans {
   int lanes;  // different ones per weight row
 
   BCY_INLINE explicit Spans(int64_t ncols)
-      : units((ncols + kUnit - 1) / kUnit),
+      : units(unit_count(ncols)),
         spans((units + kLanes - 1) / kLanes),
         lanes(units > 4    ? 8
               : units == 3 ? 4

@@ -320,9 +320,9 @@ struct Product {
     memcpy(p, &sums, sizeof sums);
     for (int r = 0; r < V::kRows * kLanes / lanes; ++r) {
       const float* const q = p + r * lanes;
-      const float zero = 0.0f;
-      results[r] = meet(q[0], lanes > 1 ? q[1] : zero, lanes > 2 ? q[2] : zero,
-                        lanes > 2 ? q[3] : zero, zero, zero, zero, zero);
+      const float partials[kPartials] = {q[0], lanes > 1 ? q[1] : 0.0f, lanes > 2 ? q[2] : 0.0f,
+                                         lanes > 2 ? q[3] : 0.0f};
+      results[r] = meet(partials);
     }
   }
 

@@ -9,10 +9,11 @@
 
 #include "baracuda/block_codes.h"
 #include "baracuda/float_environment.h"
+#include "baracuda/nf4_weight.h"
 #include "cpu/elements.h"
 #include "cpu/isa.h"
 #include "cpu/nf4/kernels.h"
-#include "cpu/pool.h"
+#include "cpu/rows.h"
 
 namespace bcy::cpu::nf4 {
 namespace {
@@ -23,35 +24,6 @@ const Kernels& kernels() {
 #else
   return *baseline_kernels();
 #endif
-}
-
-int check(const bcy_nf4_weight& weight) {
-  int64_t count;
-  if (!codebook_of(weight.codebook)) return BCY_ERROR_UNKNOWN_FORMAT;
-  const bool nested = weight.nested_absmax;
-  const bool row_pair = weight.layout == BCY_ROW_PAIR;
-  const bool valid = weight.nrows >= 0 && weight.ncols >= 0 && weight.block_size > 0 &&
-                     (!nested || (weight.nested_block > 0 && weight.nested_code)) &&
-                     (row_pair || weight.layout == BCY_BITSANDBYTES) &&
-                     !(row_pair && weight.nrows % 2) &&
-                     !__builtin_mul_overflow(weight.nrows, weight.ncols, &count);
-  return valid ? BCY_OK : BCY_ERROR_INVALID_ARGUMENT;
-}
-
-// Splits the rows of a matrix over threads. `per_row` measures the work in multiplications.
-template <class Kernel>
-int for_rows(const bcy_nf4_weight& weight, int64_t per_row, int threads, Kernel kernel) {
-  // What is worth a hand-over to another thread; and what stays in a core's own cache while all
-  // tokens pass.
-  constexpr int64_t kWork = 256 << 10, kCached = 128 << 10;
-  const auto rows_of = [](int64_t amount, int64_t per_row) {
-    return (amount / std::max<int64_t>(per_row, 1) / kLargestTile + 1) * kLargestTile;
-  };
-  const int64_t block = rows_of(2 * kCached, weight.ncols);
-  const int64_t grain = std::min(rows_of(kWork, per_row), block);
-  return parallel_for(weight.nrows, grain, threads, [=](int64_t begin, int64_t end) {
-    for (; begin < end; begin += block) kernel(begin, std::min(begin + block, end));
-  });
 }
 
 int64_t blocks_of(int64_t count, int64_t size) { return count / size + (count % size != 0); }
@@ -84,20 +56,20 @@ using namespace bcy::cpu;
 using namespace bcy::cpu::nf4;
 
 int bcy_cpu_nf4_matmul(const bcy_nf4_matmul_args* args, int threads) {
-  if (const int status = check(args->weight)) return status;
+  if (const int status = bcy::check_weight(args->weight)) return status;
   if (!is_element(args->x_type) || (args->y_type != args->x_type && args->y_type != BCY_F32)) {
     return BCY_ERROR_UNSUPPORTED_TYPE;
   }
   if (args->m < 0) return BCY_ERROR_INVALID_ARGUMENT;
   if (args->m == 0) return BCY_OK;
-  return for_rows(args->weight, args->weight.ncols * args->m, threads,
+  return for_rows(args->weight.nrows, args->weight.ncols / 2, args->weight.ncols * args->m, threads,
                   [=](int64_t begin, int64_t end) { kernels().matmul(*args, begin, end); });
 }
 
 int bcy_cpu_nf4_dequantize(const bcy_nf4_dequantize_args* args, int threads) {
-  if (const int status = check(args->weight)) return status;
+  if (const int status = bcy::check_weight(args->weight)) return status;
   if (!is_element(args->y_type)) return BCY_ERROR_UNSUPPORTED_TYPE;
-  return for_rows(args->weight, args->weight.ncols, threads,
+  return for_rows(args->weight.nrows, args->weight.ncols / 2, args->weight.ncols, threads,
                   [=](int64_t begin, int64_t end) { kernels().dequantize(*args, begin, end); });
 }
 

@@ -8,9 +8,7 @@
 
 namespace bcy::cpu::nf4 {
 
-// Each does [begin, end) of the rows (quantize, nest: blocks) of its operation.
-constexpr int kLargestTile = 16;  // rows that a kernel takes together, at most
-
+// Each does [begin, end) of the rows (quantize: blocks) of its operation.
 struct Kernels {
   void (*matmul)(const bcy_nf4_matmul_args& args, int64_t begin, int64_t end);
   void (*dequantize)(const bcy_nf4_dequantize_args& args, int64_t begin, int64_t end);

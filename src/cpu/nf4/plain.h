@@ -75,8 +75,7 @@ struct PlainChunk {
   BCY_INLINE float times(const float* x) const {
     float words[8];
     for (int i = 0; i < 8; ++i) words[i] = add_word(values + 8 * i, x + 8 * i);
-    return mul(meet(words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]),
-               scale);
+    return mul(meet(words), scale);
   }
 };
 
@@ -105,8 +104,7 @@ struct Plain {
       }
     }
     for (int t = 0; t < tokens; ++t) {
-      const auto& s = sums[t];
-      const float sum = meet(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]);
+      const float sum = meet(sums[t]);
       with_element(args.y_type, [&](auto element) {
         store_output<decltype(element)>(args, first + t, row, sum);
       });

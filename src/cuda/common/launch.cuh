@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every launcher shares: the device guard, the checked launch, and the choice of a type from
-// its number.
+// What every launcher shares: the checked launch, and the choice of a type from its number.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,6 +9,7 @@
 
 #include "baracuda/api.h"
 #include "baracuda/numeric.h"
+#include "cuda/common/device_guard.h"
 
 namespace bcy {
 
@@ -31,35 +31,6 @@ inline ProductArgs some_tokens(const ProductArgs& args, int64_t first, int64_t c
   some.y = static_cast<uint8_t*>(args.y) + first * args.y_stride * bytes(args.y_type);
   return some;
 }
-
-// A failed call leaves its code in the runtime's last-error slot, where the next library to look
-// would take it for its own.
-inline int take_error(cudaError_t status) {
-  if (status != cudaSuccess) cudaGetLastError();
-  return status;
-}
-
-// Makes a device current and puts the caller's back.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    status_ = take_error(cudaGetDevice(&previous_));
-    if (status_ != BCY_OK || previous_ == device) return;
-    status_ = take_error(cudaSetDevice(device));
-    changed_ = status_ == BCY_OK;
-  }
-  ~DeviceGuard() {
-    if (changed_) take_error(cudaSetDevice(previous_));
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  int status() const { return status_; }
-
- private:
-  int previous_ = 0;
-  int status_ = BCY_OK;
-  bool changed_ = false;
-};
 
 // Launches and reports this launch's own error. early: the kernel may start before the one ahead of
 // it is done (programmatic dependent launch), and waits for it itself. beside: its blocks, which
@@ -184,6 +155,14 @@ __device__ __forceinline__ void store_element(void* p, int64_t i, int element, f
     default:
       static_cast<uint16_t*>(p)[i] = BF16::round(x);
   }
+}
+
+// The last steps of a product: bias, and rounding.
+template <class Args>
+__device__ __forceinline__ void store_output(const Args& args, int64_t token, int64_t row,
+                                             float sum) {
+  if (args.bias != nullptr) sum = add(sum, load_element(args.bias, row, args.y_type));
+  store_element(args.y, token * args.y_stride + row, args.y_type, sum);
 }
 
 }  // namespace bcy

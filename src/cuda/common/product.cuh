@@ -96,9 +96,7 @@ struct Meeting {
       float p[kPartials];
 #pragma unroll
       for (int j = 0; j < kPartials; ++j) p[j] = partials[j][i / Rows][i % Rows];
-      float y = meet(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]);
-      if (args.bias != nullptr) y = add(y, load_element(args.bias, row, args.y_type));
-      store_element(args.y, token * args.y_stride + row, args.y_type, y);
+      store_output(args, token, row, meet(p));
     }
   }
 };

@@ -247,11 +247,19 @@ __device__ __forceinline__ void fetch_rows(const ProductArgs& args, int64_t row,
 #endif
 }
 
+// Rings whose rows are copied one by one, which needs no description of the matrix.
+struct RowCopies {
+  struct Source {};
+  template <class Inputs>
+  static int describe(const ProductArgs&, const Inputs&, Source&) {
+    return BCY_OK;
+  }
+};
+
 // Aligned: rows start on 16-byte boundaries. Room: bytes behind a round of each row, for what else
 // is copied of it.
 template <class Format, int Rows, bool Aligned, int Room = 0>
-struct RowRing {
-  struct Source {};
+struct RowRing : RowCopies {
   static constexpr int kOldestArch = 800;
   // The distance of two rows is an odd multiple of 16 bytes, so that eight rows are read without
   // bank conflicts, and leaves room for what the copy of a row off 16 bytes takes along.
@@ -259,11 +267,6 @@ struct RowRing {
   static constexpr int kPitch = kBytes + (kBytes % 32 == 16 ? 0 : 16);
   static constexpr int kStageBytes = (Rows * kPitch + 127) / 128 * 128;
   static_assert(Rows <= 32, "a lane copies a row");
-
-  template <class Inputs>
-  static int describe(const ProductArgs&, const Inputs&, Source&) {
-    return BCY_OK;
-  }
 
   static __device__ __forceinline__ void fetch(const ProductArgs& args, const Source&,
                                                int64_t first_row, int round, uint8_t* to,
@@ -380,17 +383,11 @@ using LaneRing =
 // Rows off 16-byte boundaries, which are read word by word. Four lanes share 16 bytes of banks:
 // their rows begin at different words of these, where it is not the weight alone that is off.
 template <class Format>
-struct LaneAnyRing {
-  struct Source {};
+struct LaneAnyRing : RowCopies {
   static constexpr int kOldestArch = 900;
   static constexpr int kPitch = (kRoundBytes<Format> + 16 + 127) / 128 * 128;
   static constexpr int kStageBytes = kLaneRows * kPitch + 128;
   static __device__ __forceinline__ int place(int row) { return row * kPitch + row / 4 * 16; }
-
-  template <class Inputs>
-  static int describe(const ProductArgs&, const Inputs&, Source&) {
-    return BCY_OK;
-  }
 
   static __device__ __forceinline__ void fetch(const ProductArgs& args, const Source&,
                                                int64_t first_row, int round, uint8_t* to,

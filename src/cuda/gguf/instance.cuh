@@ -3,5 +3,5 @@
 #pragma once
 
 #include "dequantize.cuh"
-#include "matmul.cuh"
 #include "matvec.cuh"
+#include "select.cuh"

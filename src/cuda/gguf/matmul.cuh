@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// y[m, n] = sum_k weight[n, k] * x[m, k] on staged int8 activations, by integer tensor cores where
-// lanes.cuh does not take it.
+// y[m, n] = sum_k weight[n, k] * x[m, k] on staged int8 activations, by integer tensor cores.
 #pragma once
 
 #include <algorithm>
@@ -8,10 +7,7 @@
 
 #include "cuda/common/mma.cuh"
 #include "cuda/common/product.cuh"
-#include "lanes.cuh"
-#include "matmul_sm90.cuh"
 #include "operands.cuh"
-#include "operations.h"
 #include "staged.cuh"
 
 namespace bcy {
@@ -376,167 +372,5 @@ class StagedTile : public TileDefaults {
   Activations next_;
   float partial_[RowTiles][kTiles][4];
 };
-
-// ---- launch -----------------------------------------------------------------------------------------------------
-
-// Enough for all kernels, whichever a weight's address lets run.
-template <class Format>
-int64_t GgufOperations<Format>::workspace_size(const ProductArgs& args, const Device& device) {
-  const int64_t staged = staged_bytes<Format>(args.ncols, args.m);
-  return staged < 0 ? staged : std::max(staged, divide_gguf<Format>(args, device).meetings.bytes);
-}
-
-template <class Format>
-int GgufOperations<Format>::stage(const ProductArgs& args, const Device& device,
-                                  cudaStream_t stream) {
-  constexpr int kSums = kStagedSums<Format>;
-  Staging staging = {gives_turns<Format>, args.overlap != 0 && device.waits()};
-  staging.spread = args.m > kTileTokens;
-  if (const Division division = divide_gguf<Format>(args, device); division.parts > 0) {
-    return with_gguf_boxes<Format>(args.m, division.parts, [&](auto boxes) {
-      using Record = typename decltype(boxes)::Record;
-      staging.counts = division.meetings.counts_in(args.workspace);
-      staging.ncounts = int(division.meetings.ncounts);
-      return gguf_stage<Record>(args, staging, stream);
-    });
-  }
-  if (takes_lanes<Format>(args, device)) {
-    Geometry geometry;
-    if (const int status = lane_geometry<Format>(args, device, geometry)) return status;
-    staging.beside = geometry.beside;
-    staging.late = geometry.ahead < geometry.stages;
-  } else if (args.m > 1) {
-    staging.spread |= has_few_rows(args, device);
-    return gguf_stage<StagedRecord<kTileTokens, kSums>>(args, staging, stream);
-  }
-  return gguf_stage<StagedRecord<1, kSums>>(args, staging, stream);
-}
-
-template <class Format>
-int GgufOperations<Format>::matmul(const ProductArgs& args, const Device& device,
-                                   cudaStream_t stream) {
-  const bool fused = args.workspace == nullptr && args.ncols > 0;
-  const bool unstaged = !fused && args.x != nullptr && args.ncols > 0;
-  if (fused && !stages_inside<Format>(args, device)) return BCY_ERROR_INVALID_ARGUMENT;
-  if (unstaged) {
-    if (const int status = stage(args, device, stream)) return status;
-  }
-  // After this call's own staging the product may start early: only activations come from there.
-  const bool early = args.overlap != 0 || unstaged;
-  if (const Division division = divide_gguf<Format>(args, device); division.parts > 0) {
-    return with_gguf_boxes<Format>(args.m, division.parts, [&](auto boxes) {
-      return launch_gguf_sm90<Format, decltype(boxes)>(args, division, device, early, stream);
-    });
-  }
-  const Staged staged = staged_of(args, gives_turns<Format>, fused);
-  // extra: bytes of activations in shared memory.
-  const auto run = [&](auto* tile, auto* ring, int64_t extra) {
-    using Tile = std::remove_pointer_t<decltype(tile)>;
-    using Ring = std::remove_pointer_t<decltype(ring)>;
-    return launch_streamed<Tile, Ring>(args, staged, device, int(extra), early,
-                                       args.overlap != 0 && !unstaged, stream);
-  };
-  const auto streamed = [&](auto* tile, auto* ring) {
-    return run(tile, ring, fused ? staged_bytes<Format>(args.ncols, args.m) : 0);
-  };
-  // Tiles and rings to choose from. The bits are the same.
-  constexpr auto narrow = [](auto tokens) {
-    return static_cast<StagedTile<Format, decltype(tokens)::value, 1, 2>*>(nullptr);
-  };
-  // Many tokens leave no registers to load activations ahead, nor, with what minima and scales of
-  // halves take, for two tiles of rows.
-  constexpr bool kLarge =
-      !std::is_same_v<Format, Q2_K> && (Format::kMinima > 0 || Format::kScaleElements == 16);
-  constexpr auto wide = [](auto tokens, auto row_tiles) {
-    constexpr int kTokens = decltype(tokens)::value, kRowTiles = decltype(row_tiles)::value;
-    constexpr bool kAhead = kTokens <= 8 || (kTokens == 16 && !(kLarge && kRowTiles == 2));
-    return static_cast<StagedTile<Format, kTokens, kRowTiles, 1, kAhead>*>(nullptr);
-  };
-  constexpr std::integral_constant<int, 1> one{};
-  constexpr std::integral_constant<int, 2> two{};
-  constexpr std::integral_constant<int, 8> eight{};
-  constexpr std::integral_constant<int, 16> sixteen{};
-  constexpr std::integral_constant<int, 32> thirty_two{};
-  if (device.arch < 800) {
-    return args.m == 1 ? launch_direct(narrow(one), args, staged, stream)
-                       : launch_direct(narrow(eight), args, staged, stream);
-  }
-  if constexpr (constexpr int kMost = kLaneTokens<Format>; kMost > 0) {
-    if (takes_lanes<Format>(args, device)) {
-      return with_lane_tokens<kMost>(args.m, [&](auto tokens) {
-        using Tile = LaneTile<Format, decltype(tokens)::value>;
-        return with_lane_ring<Format>(args, [&](auto* ring) {
-          return run(static_cast<Tile*>(nullptr), ring, Tile::activation_bytes(args.ncols));
-        });
-      });
-    }
-  }
-  const bool on_boundaries = rows_on_boundaries<Format>(args);
-  // Calls function(ring) with the ring of rows for a tile.
-  const auto with_rows = [&](auto* tile, auto function) {
-    constexpr int kRows = std::remove_pointer_t<decltype(tile)>::kRows;
-    return on_boundaries ? function(static_cast<RowRing<Format, kRows, true>*>(nullptr))
-                         : function(static_cast<RowRing<Format, kRows, false>*>(nullptr));
-  };
-  const auto by_rows = [&](auto* tile) {
-    return with_rows(tile, [&](auto* rows) { return streamed(tile, rows); });
-  };
-  // Whether there is room for two stages of them.
-  const auto fits = [&](auto* tile, int64_t extra) {
-    using Tile = std::remove_pointer_t<decltype(tile)>;
-    return with_rows(tile, [&](auto* rows) { return holds<Tile>(rows, 2, extra, device); });
-  };
-  const bool few_rows = has_few_rows(args, device);
-  // Of a few more tiles of 32 rows than multiprocessors some take two and most one; of tiles of 16
-  // rows they all take two or three.
-  const int64_t tiles = ceil_div(args.nrows, 2 * kTileRows);
-  const bool uneven = tiles > device.processors && 4 * tiles <= 5 * device.processors;
-  if (args.m > 16) {
-    // One tile of rows for 32 tokens: their activations are more than the L1 cache holds, and more
-    // than the weights.
-    if constexpr (kLarge) {
-      using Tile = StagedTile<Format, 32, 1, 1, false, true>;
-      Tile* const tile = nullptr;
-      const int64_t extra = Tile::staying_bytes(args);
-      const int64_t passes = ceil_div(args.m, Tile::kTokens);
-      // Few tiles do not make up for the copy, nor for the processors that are left over where each
-      // pass has as many.
-      const int64_t left_over = device.processors % passes;
-      const bool stay = device.arch >= 900 && extra >= 0 && 8 * left_over <= device.processors &&
-                        ceil_div(args.nrows, Tile::kRows) * passes >= 3 * device.processors;
-      if (stay && fits(tile, extra)) {
-        return with_rows(tile, [&](auto* rows) { return run(tile, rows, extra); });
-      }
-    }
-    // With float minima a few registers spill, which costs less.
-    if constexpr (!kLarge || kStagedSums<Format> == 1) {
-      const bool by_sixteen = few_rows || (uneven && !kLarge) || !fits(wide(thirty_two, two), 0);
-      if (!by_sixteen) return by_rows(wide(thirty_two, two));
-    }
-    return by_rows(wide(thirty_two, one));
-  }
-  // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side, which
-  // five and six bits gain from longest: they take the most instructions for their bytes.
-  constexpr int kBits = kWholeBits<Format>;
-  const int fewest = args.m <= 8 && (kBits == 5 || kBits == 6) ? 12 : 3;
-  const bool enough = args.nrows >= fewest * 32 * int64_t{device.processors};
-  BoxRing<Format, 32>* const boxes = nullptr;
-  const auto boxed = [&](auto* tile) {
-    using Tile = std::remove_pointer_t<decltype(tile)>;
-    return enough && has_boxes<Format>(args, device) && holds<Tile>(boxes, 2, 0, device);
-  };
-  if (args.m > 8) {
-    const bool by_sixteen = few_rows || uneven || !fits(wide(sixteen, two), 0);
-    if (by_sixteen) return by_rows(wide(sixteen, one));
-    // 32 rows of scales of halves leave no registers for the places in boxes.
-    if constexpr (!multiplies_halves<Format>) {
-      if (boxed(wide(sixteen, two))) return streamed(wide(sixteen, two), boxes);
-    }
-    return by_rows(wide(sixteen, two));
-  }
-  if (args.m == 1) return by_rows(narrow(one));
-  if (boxed(wide(eight, two))) return streamed(wide(eight, two), boxes);
-  return by_rows(narrow(eight));
-}
 
 }  // namespace bcy

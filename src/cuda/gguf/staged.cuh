@@ -31,7 +31,6 @@ namespace bcy {
 constexpr int kTileTokens = 8;
 constexpr int kUnitPairs = kUnitGroups / 2;
 
-BCY_INLINE constexpr int64_t unit_count(int64_t ncols) { return (ncols + kUnit - 1) / kUnit; }
 BCY_INLINE constexpr int64_t token_tiles(int64_t m) { return (m + kTileTokens - 1) / kTileTokens; }
 
 // What a record has of sums: 0; 1, floats of groups; 8 or 16, integers, as many as a unit has
@@ -325,14 +324,13 @@ __device__ __forceinline__ void with_units(const ProductArgs& args, bool vectors
 
 // The same of the units that a warp of a product takes, and alone reads what is put. tokens: best a
 // constant, which divides without division.
-template <class Put>
+template <int AtOnce = 4, class Put>
 __device__ __forceinline__ void with_own_units(const ProductArgs& args, bool vectors, int units,
                                                int tokens, Put put) {
-  constexpr int kAtOnce = 4;
   const int warp = threadIdx.x / 32;
   const int count = (units - warp + kPartials - 1) / kPartials * tokens;
-  for (int first = 0; first < count; first += kAtOnce) {
-    with_units<kAtOnce>(
+  for (int first = 0; first < count; first += AtOnce) {
+    with_units<AtOnce>(
         args, vectors, first, count,
         [&](int64_t i, int64_t& token, int64_t& unit) {
           token = int(i) % tokens;

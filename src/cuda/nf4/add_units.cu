@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kPartials* kRows)
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int partial = threadIdx.x / kRows, lane = threadIdx.x % kRows;
-  const int units = int((args.ncols + kUnit - 1) / kUnit);
+  const int units = int(unit_count(args.ncols));
   const int64_t token = blockIdx.x / blocks_of_token;
   const int64_t row = blockIdx.x % blocks_of_token * int64_t{kRows} + lane;
   const float* const sums =
@@ -35,9 +35,7 @@ __global__ void __launch_bounds__(kPartials* kRows)
   float p[kPartials];
 #pragma unroll
   for (int i = 0; i < kPartials; ++i) p[i] = partials[i][lane];
-  float y = meet(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]);
-  if (args.bias != nullptr) y = add(y, load_element(args.bias, row, args.y_type));
-  store_element(args.y, token * args.y_stride + row, args.y_type, y);
+  store_output(args, token, row, meet(p));
 }
 
 }  // namespace

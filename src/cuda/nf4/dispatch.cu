@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface of the operations of 4-bit weights: checks what the kernels rely on.
+#include "baracuda/nf4_weight.h"
 #include "exact_sm90.cuh"
 #include "matmul_sm90.cuh"
 #include "operations.h"
@@ -17,23 +18,6 @@ bool uses_tensor_cores(const bcy_nf4_matmul_args& args, const Device& device) {
   return !args.exact && args.x_type != BCY_F32 && streams_rows(args, device);
 }
 
-namespace {
-
-bool is_valid(const bcy_nf4_weight& weight) {
-  if (weight.nrows < 0 || weight.ncols < 0 || weight.block_size < 1) return false;
-  if (codebook_of(weight.codebook) == nullptr) return false;
-  if (weight.nested_absmax != nullptr && !is_power_of_two(weight.nested_block)) return false;
-  switch (weight.layout) {
-    case BCY_BITSANDBYTES:
-      return weight.block_size >= kGroup && is_power_of_two(weight.block_size);
-    case BCY_ROW_PAIR:
-      return weight.nrows % 2 == 0 && weight.ncols % weight.block_size == 0;
-    default:
-      return false;
-  }
-}
-
-}  // namespace
 }  // namespace bcy
 
 using namespace bcy;
@@ -60,7 +44,7 @@ int bcy_cuda_nf4_workspace_size(const bcy_nf4_matmul_args* args, int64_t* size) 
 }
 
 int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args* args, void* stream) {
-  if (!is_valid(args->weight)) return BCY_ERROR_INVALID_ARGUMENT;
+  if (const int status = check_weight(args->weight)) return status;
   if (args->m == 0 || args->weight.nrows == 0) return BCY_OK;
   return on_device(args->device, [&](const Device& device) {
     return with_element(args->x_type, [&](auto x) {
@@ -70,7 +54,7 @@ int bcy_cuda_nf4_matmul(const bcy_nf4_matmul_args* args, void* stream) {
 }
 
 int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream) {
-  if (!is_valid(args->weight)) return BCY_ERROR_INVALID_ARGUMENT;
+  if (const int status = check_weight(args->weight)) return status;
   if (args->weight.nrows == 0 || args->weight.ncols == 0) return BCY_OK;
   return on_device(args->device, [&](const Device&) {
     return nf4_dequantize(*args, static_cast<cudaStream_t>(stream));
@@ -78,8 +62,8 @@ int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream) {
 }
 
 int bcy_cuda_nf4_quantize(const bcy_nf4_quantize_args* args, void* stream) {
-  if (args->count < 0 || args->block_size < kGroup || !is_power_of_two(args->block_size) ||
-      codebook_of(args->codebook) == nullptr) {
+  if (codebook_of(args->codebook) == nullptr) return BCY_ERROR_UNKNOWN_FORMAT;
+  if (args->count < 0 || args->block_size < kGroup || !is_power_of_two(args->block_size)) {
     return BCY_ERROR_INVALID_ARGUMENT;
   }
   if (args->count == 0) return BCY_OK;

@@ -262,10 +262,7 @@ __global__ void __launch_bounds__(kConsumers)
   const int64_t row = first_row + threadIdx.x % kAnyRows;
   const int64_t token = first_token + threadIdx.x / kAnyRows;
   if (row >= args.weight.nrows || token >= args.m) return;
-  const float* const p = partials[threadIdx.x / kAnyRows][threadIdx.x % kAnyRows];
-  float y = meet(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]);
-  if (args.bias != nullptr) y = add(y, load_element(args.bias, row, args.y_type));
-  store_element(args.y, token * args.y_stride + row, args.y_type, y);
+  store_output(args, token, row, meet(partials[threadIdx.x / kAnyRows][threadIdx.x % kAnyRows]));
 }
 
 }  // namespace bcy

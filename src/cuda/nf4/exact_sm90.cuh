@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(Nf4Tables::kThreads, 1)
                : int(tables_at - base) + 2 * T::kTwoTables + (i - T::kBelow) * T::kStageBytes;
   };
   const int nrows = int(args.nrows);
-  const int units = int((args.ncols + kUnit - 1) / kUnit);
+  const int units = int(unit_count(args.ncols));
   const int chunks = int(args.ncols / kChunk);
   const int boxes_of_unit = (nrows + T::kRows - 1) / T::kRows;
   const int64_t boxes = args.m * units * boxes_of_unit;

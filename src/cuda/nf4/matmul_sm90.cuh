@@ -163,7 +163,7 @@ class WarpgroupScales {
       const int chunk = unit * kUnitChunks + threadIdx.x % 4;
       scale = inputs_.scales.decode(code_[boxed[chunk % kScaleBox]], loaded_.nested);
     }
-    scale_ = mul(scale, inputs_.unit);
+    scale_ = mul(scale, inputs_.code_scale);
   }
 
   __device__ __forceinline__ float operator()(int chunk) const {
@@ -183,7 +183,7 @@ class WarpgroupScales<float> {
  public:
   __device__ __forceinline__ WarpgroupScales(const ProductArgs&, const Nf4Inputs& inputs,
                                              const float*)
-      : unit_(inputs.unit) {}
+      : unit_(inputs.code_scale) {}
 
   static __device__ __forceinline__ void prepare(const Nf4Inputs&, float*) {}
   __device__ __forceinline__ void load(int, int) {}
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(Nf4Boxes<Tokens, Parts>::kThreads, 1)
   // The same for all lanes, which the compiler then knows.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
-  const DividedUnits<Parts> units = {int((args.ncols + kUnit - 1) / kUnit), log2_blocks, items};
+  const DividedUnits<Parts> units = {int(unit_count(args.ncols)), log2_blocks, items};
 
   if (threadIdx.x == B::kConsumers) {
     for (int i = 0; i < stages; ++i) {

@@ -15,7 +15,7 @@ struct Nf4Inputs {
   Scales scales;
   int shift;  // blocks are 2^shift chunks
   CodeWords codes;
-  float unit = 1.0f;  // what the codes stand for, over what they are in `codes`
+  float code_scale = 1.0f;  // what the codes stand for, over what they are in `codes`
 };
 
 // Bytes of a row's scales in a unit. Absmax: float, or uint8_t where they are nested.
@@ -197,7 +197,7 @@ class CopiedScales<Rows, float> : public LaneScales<Rows, kChunk> {
 #pragma unroll
     for (int i = 0; i < Rows / 8; ++i) {
       const auto scale = rows.row[i].template moved<sizeof(float)>(at_);
-      this->scales_[i][0] = mul(scale.template load<float>(0), inputs.unit);
+      this->scales_[i][0] = mul(scale.template load<float>(0), inputs.code_scale);
     }
   }
 
@@ -230,7 +230,7 @@ class CopiedScales<Rows, uint8_t> : public LaneScales<Rows, kChunk> {
 #pragma unroll
     for (int i = 0; i < Rows / 8; ++i) {
       const float value = code_[rows.row[i].template moved<1>(at_).load8(0)];
-      this->scales_[i][0] = mul(inputs.scales.decode(value, nested_(i, 0)), inputs.unit);
+      this->scales_[i][0] = mul(inputs.scales.decode(value, nested_(i, 0)), inputs.code_scale);
     }
     nested_.advance(round, next, following, load(inputs));
   }
@@ -267,7 +267,7 @@ class LoadedScales : public LaneScales<Rows, Chunk> {
     for (int i = 0; i < Rows / 8; ++i) {
 #pragma unroll
       for (int j = 0; j < Base::kOwn; ++j) {
-        this->scales_[i][j] = mul(inputs.scales.decode(loaded_(i, j)), inputs.unit);
+        this->scales_[i][j] = mul(inputs.scales.decode(loaded_(i, j)), inputs.code_scale);
       }
     }
     loaded_.advance(round, next, following, load(inputs));

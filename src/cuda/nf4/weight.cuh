@@ -14,8 +14,6 @@ struct Nf4Rows {
   static constexpr int kElements = 64, kBytes = 32, kAlignment = 1;
 };
 
-BCY_INLINE constexpr bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
-
 inline int log2_of(int power_of_two) {
   int n = 0;
   while (int64_t{1} << n < power_of_two) ++n;

@@ -20,7 +20,6 @@ enum bcy_element {
   BCY_F32 = 1,
   BCY_F16 = 2,
   BCY_BF16 = 3,
-  BCY_U8 = 4,
 };
 
 // y[m, n] = sum_k dequantize(weight)[n, k] * x[m, k] (+ bias[n])

@@ -18,6 +18,9 @@ constexpr int kUnitGroups = kUnit / kGroup;
 constexpr int kChunk = 64;
 constexpr int kUnitChunks = kUnit / kChunk;
 
+// Of a row; the last may be short.
+BCY_INLINE constexpr int64_t unit_count(int64_t ncols) { return (ncols + kUnit - 1) / kUnit; }
+
 // ---- float activations to integers ------------------------------------------------------------------------------
 
 // How one token's group becomes integers: x becomes rint(x * inverse), clipped to what they hold.
@@ -111,9 +114,8 @@ BCY_INLINE float add_unit_minima(float partial, float dot, float scale, float su
   return fma(scaled(dot, finite_or_nan(scale)), sums_scale, partial);
 }
 
-BCY_INLINE float meet(float p0, float p1, float p2, float p3, float p4, float p5, float p6,
-                      float p7) {
-  return add(add(add(p0, p4), add(p2, p6)), add(add(p1, p5), add(p3, p7)));
+BCY_INLINE float meet(const float (&p)[kPartials]) {
+  return add(add(add(p[0], p[4]), add(p[2], p[6])), add(add(p[1], p[5]), add(p[3], p[7])));
 }
 
 // ---- float products of 4-bit codes ------------------------------------------------------------------------------

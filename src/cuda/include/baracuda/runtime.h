@@ -17,9 +17,6 @@ typedef struct bcy_device_info {
   char name[256];
   int32_t major, minor;          // compute capability
   int32_t multiprocessors;
-  int32_t memory_pools;          // 1 when cudaMallocAsync works on this device
-  int64_t total_memory;          // bytes
-  int64_t l2_bytes;
 } bcy_device_info;
 
 int bcy_cuda_built(void);                    // 1 when the kernels are in this build

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// The products of staged activations: which kernel takes a problem. The bits are the same whichever
+// does.
+#pragma once
+
+#include <algorithm>
+
+#include "lanes.cuh"
+#include "matmul.cuh"
+#include "matmul_sm90.cuh"
+#include "operations.h"
+#include "staged.cuh"
+
+namespace bcy {
+
+// Many tokens leave no registers to load activations ahead, nor, with what minima and scales of
+// halves take, for two tiles of rows.
+template <class Format>
+constexpr bool takes_many_registers =
+    !std::is_same_v<Format, Q2_K> && (Format::kMinima > 0 || Format::kScaleElements == 16);
+
+// One tile of 16 rows of which two thread blocks share a multiprocessor, or wider ones.
+template <class Format, int Tokens>
+using NarrowTile = StagedTile<Format, Tokens, 1, 2>;
+template <class Format, int Tokens, int RowTiles>
+using WideTile =
+    StagedTile<Format, Tokens, RowTiles, 1,
+               Tokens <= 8 || (Tokens == 16 && !(takes_many_registers<Format> && RowTiles == 2))>;
+
+// A product by tiles (product.cuh), in lanes or on tensor cores.
+template <class Format>
+class TiledProduct {
+ public:
+  // fused: activations are staged inside. early: the kernel may start before the one ahead is done;
+  // alone: no kernel that it waits for is part of the same call.
+  TiledProduct(const ProductArgs& args, const Device& device, bool fused, bool early, bool alone,
+               cudaStream_t stream)
+      : args_(args),
+        device_(device),
+        staged_(staged_of(args, gives_turns<Format>, fused)),
+        early_(early),
+        alone_(alone),
+        on_boundaries_(rows_on_boundaries<Format>(args)),
+        few_rows_(has_few_rows(args, device)),
+        stream_(stream) {
+    // Of a few more tiles of 32 rows than multiprocessors some take two and most one; of tiles of
+    // 16 rows they all take two or three.
+    const int64_t tiles = ceil_div(args.nrows, 2 * kTileRows);
+    uneven_ = tiles > device.processors && 4 * tiles <= 5 * device.processors;
+  }
+
+  int launch() const {
+    if (device_.arch < 800) {
+      return args_.m == 1 ? launch_direct(tile<NarrowTile<Format, 1>>, args_, staged_, stream_)
+                          : launch_direct(tile<NarrowTile<Format, 8>>, args_, staged_, stream_);
+    }
+    if (takes_lanes<Format>(args_, device_)) return in_lanes();
+    if (args_.m > 16) return many_tokens();
+    if (args_.m > 8) return some_tokens();
+    return few_tokens();
+  }
+
+ private:
+  template <class Tile>
+  static constexpr Tile* tile = nullptr;
+
+  // extra: bytes of activations in shared memory.
+  template <class Tile, class Ring>
+  int run(const Tile*, const Ring*, int64_t extra) const {
+    return launch_streamed<Tile, Ring>(args_, staged_, device_, int(extra), early_, alone_,
+                                       stream_);
+  }
+
+  // Calls function(ring) with the ring of rows for a tile.
+  template <class Tile, class Function>
+  auto with_rows(const Tile*, Function&& function) const {
+    return on_boundaries_ ? function(static_cast<RowRing<Format, Tile::kRows, true>*>(nullptr))
+                          : function(static_cast<RowRing<Format, Tile::kRows, false>*>(nullptr));
+  }
+  template <class Tile>
+  int by_rows(const Tile* of, int64_t extra) const {
+    return with_rows(of, [&](auto* ring) { return run(of, ring, extra); });
+  }
+  template <class Tile>
+  int by_rows(const Tile* of) const {
+    return by_rows(of, fused_bytes());
+  }
+  // Whether there is room for two stages of them.
+  template <class Tile>
+  bool fits(const Tile* of, int64_t extra = 0) const {
+    return with_rows(of, [&](auto* ring) { return holds<Tile>(ring, 2, extra, device_); });
+  }
+
+  // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side, which
+  // five and six bits gain from longest: they take the most instructions for their bytes.
+  template <class Tile>
+  bool boxed(const Tile*) const {
+    constexpr int kBits = kWholeBits<Format>;
+    const int fewest = args_.m <= 8 && (kBits == 5 || kBits == 6) ? 12 : 3;
+    return args_.nrows >= fewest * 32 * int64_t{device_.processors} &&
+           has_boxes<Format>(args_, device_) && holds<Tile>(kBoxes, 2, 0, device_);
+  }
+
+  int64_t fused_bytes() const {
+    return staged_.fused ? staged_bytes<Format>(args_.ncols, args_.m) : 0;
+  }
+
+  int in_lanes() const {
+    if constexpr (constexpr int kMost = kLaneTokens<Format>; kMost > 0) {
+      return with_lane_tokens<kMost>(args_.m, [&](auto tokens) {
+        using Tile = LaneTile<Format, decltype(tokens)::value>;
+        return with_lane_ring<Format>(args_, [&](auto* ring) {
+          return run(tile<Tile>, ring, Tile::activation_bytes(args_.ncols));
+        });
+      });
+    }
+    return BCY_ERROR_INVALID_ARGUMENT;
+  }
+
+  int few_tokens() const {
+    if (args_.m == 1) return by_rows(tile<NarrowTile<Format, 1>>);
+    auto* const wide = tile<WideTile<Format, 8, 2>>;
+    if (boxed(wide)) return run(wide, kBoxes, fused_bytes());
+    return by_rows(tile<NarrowTile<Format, 8>>);
+  }
+
+  int some_tokens() const {
+    auto* const wide = tile<WideTile<Format, 16, 2>>;
+    if (few_rows_ || uneven_ || !fits(wide)) return by_rows(tile<WideTile<Format, 16, 1>>);
+    // 32 rows of scales of halves leave no registers for the places in boxes.
+    if constexpr (!multiplies_halves<Format>) {
+      if (boxed(wide)) return run(wide, kBoxes, fused_bytes());
+    }
+    return by_rows(wide);
+  }
+
+  int many_tokens() const {
+    constexpr bool kLarge = takes_many_registers<Format>;
+    // One tile of rows for 32 tokens: their activations are more than the L1 cache holds, and more
+    // than the weights.
+    if constexpr (kLarge) {
+      using Tile = StagedTile<Format, 32, 1, 1, false, true>;
+      const int64_t extra = Tile::staying_bytes(args_);
+      const int64_t passes = ceil_div(args_.m, Tile::kTokens);
+      // Few tiles do not make up for the copy, nor for the processors that are left over where each
+      // pass has as many.
+      const int64_t left_over = device_.processors % passes;
+      const bool stay = device_.arch >= 900 && extra >= 0 && 8 * left_over <= device_.processors &&
+                        ceil_div(args_.nrows, Tile::kRows) * passes >= 3 * device_.processors;
+      if (stay && fits(tile<Tile>, extra)) return by_rows(tile<Tile>, extra);
+    }
+    // With float minima a few registers spill, which costs less.
+    if constexpr (!kLarge || kStagedSums<Format> == 1) {
+      auto* const wide = tile<WideTile<Format, 32, 2>>;
+      const bool by_sixteen = few_rows_ || (uneven_ && !kLarge) || !fits(wide);
+      if (!by_sixteen) return by_rows(wide);
+    }
+    return by_rows(tile<WideTile<Format, 32, 1>>);
+  }
+
+  static constexpr BoxRing<Format, 32>* kBoxes = nullptr;
+
+  const ProductArgs& args_;
+  const Device& device_;
+  Staged staged_;
+  bool early_, alone_;
+  bool on_boundaries_;
+  bool few_rows_, uneven_;
+  cudaStream_t stream_;
+};
+
+// Enough for all kernels, whichever a weight's address lets run.
+template <class Format>
+int64_t GgufOperations<Format>::workspace_size(const ProductArgs& args, const Device& device) {
+  const int64_t staged = staged_bytes<Format>(args.ncols, args.m);
+  return staged < 0 ? staged : std::max(staged, divide_gguf<Format>(args, device).meetings.bytes);
+}
+
+template <class Format>
+int GgufOperations<Format>::stage(const ProductArgs& args, const Device& device,
+                                  cudaStream_t stream) {
+  constexpr int kSums = kStagedSums<Format>;
+  Staging staging = {gives_turns<Format>, args.overlap != 0 && device.waits()};
+  staging.spread = args.m > kTileTokens;
+  if (const Division division = divide_gguf<Format>(args, device); division.parts > 0) {
+    return with_gguf_boxes<Format>(args.m, division.parts, [&](auto boxes) {
+      using Record = typename decltype(boxes)::Record;
+      staging.counts = division.meetings.counts_in(args.workspace);
+      staging.ncounts = int(division.meetings.ncounts);
+      return gguf_stage<Record>(args, staging, stream);
+    });
+  }
+  if (takes_lanes<Format>(args, device)) {
+    Geometry geometry;
+    if (const int status = lane_geometry<Format>(args, device, geometry)) return status;
+    staging.beside = geometry.beside;
+    staging.late = geometry.ahead < geometry.stages;
+  } else if (args.m > 1) {
+    staging.spread |= has_few_rows(args, device);
+    return gguf_stage<StagedRecord<kTileTokens, kSums>>(args, staging, stream);
+  }
+  return gguf_stage<StagedRecord<1, kSums>>(args, staging, stream);
+}
+
+template <class Format>
+int GgufOperations<Format>::matmul(const ProductArgs& args, const Device& device,
+                                   cudaStream_t stream) {
+  const bool fused = args.workspace == nullptr && args.ncols > 0;
+  const bool unstaged = !fused && args.x != nullptr && args.ncols > 0;
+  if (fused && !stages_inside<Format>(args, device)) return BCY_ERROR_INVALID_ARGUMENT;
+  if (unstaged) {
+    if (const int status = stage(args, device, stream)) return status;
+  }
+  // After this call's own staging the product may start early: only activations come from there.
+  const bool early = args.overlap != 0 || unstaged;
+  if (const Division division = divide_gguf<Format>(args, device); division.parts > 0) {
+    return with_gguf_boxes<Format>(args.m, division.parts, [&](auto boxes) {
+      return launch_gguf_sm90<Format, decltype(boxes)>(args, division, device, early, stream);
+    });
+  }
+  const bool alone = args.overlap != 0 && !unstaged;
+  return TiledProduct<Format>(args, device, fused, early, alone, stream).launch();
+}
+
+}  // namespace bcy
