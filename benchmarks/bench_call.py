@@ -221,10 +221,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         bench = Bench(device, framework, calls)
         bench.run()
         result["cells"] += bench.cells
-    if options.output:
-        harness.save(result, options.output)
-    print(render.tables(harness.check(result)))
-    return result
+    return render.publish(result, options.output)
 
 
 if __name__ == "__main__":

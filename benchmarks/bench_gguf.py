@@ -37,21 +37,20 @@ import numpy as np
 import render
 from gpu import (
     TILE_ROWS,
-    Ceilings,
-    GpuTimer,
+    ProductBench,
     Tile,
     copies_for,
     dense_seconds,
     distance,
     floats,
     gaussian,
-    of_gpu,
+    measured,
 )
+from harness import SHAPES as SHAPES
 from harness import Times
 
 import baracuda_cy as bcy
 
-SHAPES = ("4096x4096", "14336x4096", "4096x14336", "128256x4096")
 KINDS = {"cuda": ("product", "call", "float", "dequantize", "chain"), "cpu": ("product", "call")}
 ERROR_LIMIT = 2e-2  # staging costs 5e-3; anything near this is a wrong kernel
 CHAIN, CHAIN_M = 32, (1, 8)
@@ -113,55 +112,22 @@ def cell(
     written: int = 0,
 ) -> dict[str, Any]:
     """Return one cell of the document; stop where the output was wrong."""
-    if not error < ERROR_LIMIT:
-        raise SystemExit(
-            f"{weights.format.name} {nrows}x{weights.ncols} M={m} {kind}: "
-            f"relative error {error:.3g}, expected below {ERROR_LIMIT}"
-        )
+    names, shape = {"format": weights.format.name}, (nrows, weights.ncols)
     nbytes = weights.nbytes(nrows) + written
-    return {
-        "device": device,
-        "kind": kind,
-        "format": weights.format.name,
-        "nrows": nrows,
-        "ncols": weights.ncols,
-        "m": m,
-        "bytes": nbytes,
-        "us": round(times.median * 1e6, 3),
-        "us_lowest": round(times.lowest * 1e6, 3),
-        "gb_s": round(nbytes / times.median / 1e9, 1),
-        "error": round(error, 6),
-    }
+    one = measured(device, kind, names, shape, m, times, nbytes, error, ERROR_LIMIT)
+    return one | {"error": round(error, 6)}
 
 
 # ---- GPU -----------------------------------------------------------------------------------------
 
 
-class GpuBench:
-    """Times what there is to time of a weight on the GPU.
-
-    Parameters
-    ----------
-    result : dict
-        The document, whose settings it follows and whose machine and ceilings it fills in.
-    options : argparse.Namespace
-        Kinds, shapes and M.
-    """
+class GpuBench(ProductBench):
+    """Times what there is to time of a weight on the GPU."""
 
     def __init__(self, result: dict[str, Any], options: argparse.Namespace) -> None:
-        settings = result["settings"]
-        self.options, self.rotate = options, settings["rotate_bytes"]
-        self.timer = GpuTimer(settings["samples"], settings["sample_ms"] * 1e-3)
-        self.cupy = self.timer.cupy
-        self.stream = bcy.Stream.from_handle(
-            self.timer.stream.ptr, device=0, owner=self.timer.stream
-        )
-        self.functions = native.Native("cuda")
-        self.ceilings = Ceilings(self.timer, self.rotate)
+        super().__init__(result, options)
         self.dense: dict[tuple[int, int], dict[int, float]] = {}  # seconds by shape and M
         self.floats: bcy.DeviceBuffer | None = None  # what dequantizing writes
-        result["machine"]["gpu"] = of_gpu(result["machine"]["gpu"])
-        result["ceilings"] = self.ceilings.summary()
 
     def cells(self, weights: Weights, nrows: int) -> Iterator[dict[str, Any]]:
         """Yield the cells of one format and shape."""
@@ -191,18 +157,6 @@ class GpuBench:
         rng = np.random.default_rng(m)
         return rng.standard_normal((m, weights.ncols), np.float32).astype(np.float16)
 
-    def beside_read(
-        self, one: dict[str, Any], weights: Weights, times: Times, overlap: bool
-    ) -> dict[str, Any]:
-        """Add to a cell how it compares with a kernel that only reads the weight."""
-        read, reader = self.ceilings.read(weights.nbytes(one["nrows"]), overlap)
-        return one | {
-            "overlap": overlap,
-            "read_us": round(read * 1e6, 3),
-            "read_kernel": reader,
-            "percent_of_read": round(100 * read / times.median, 1),
-        }
-
     def products(
         self, weights: Weights, nrows: int, m: int, packed: list
     ) -> Iterator[dict[str, Any]]:
@@ -216,7 +170,7 @@ class GpuBench:
             times = self.timer.calls(calls)
             error = weights.error(y.get(), host, len(packed) - 1)
             one = cell("cuda", kind, weights, nrows, m, times, error)
-            one = self.beside_read(one, weights, times, overlap)
+            one = self.beside_read(one, times, overlap)
             if kind == "call" and dense:
                 one["dense_us"] = round(dense * 1e6, 3)
                 one["dense_ratio"] = round(dense / times.median, 3)
@@ -285,7 +239,7 @@ class GpuBench:
         before, last = (outputs[i % 2].get() for i in (len(calls) - 2, len(calls) - 1))
         error = weights.error(last, before, (len(calls) - 1) % len(packed))
         one = cell("cuda", "chain", weights, n, m, times, error)
-        return self.beside_read(one, weights, times, True)
+        return self.beside_read(one, times, True)
 
     def dequantize(
         self, weights: Weights, nrows: int, element: str, packed: list
@@ -320,13 +274,8 @@ class GpuBench:
         output = floats(bits[self.cupy.asarray(picked)].get().view(np.uint16), element)
         error = distance(output, exact)
         one = cell("cuda", "dequantize", weights, nrows, 0, times, error, written)
-        copy, copier = self.ceilings.copy(weights.nbytes(nrows), written)
-        return one | {
-            "output": element,
-            "copy_us": round(copy * 1e6, 3),
-            "copy_kernel": copier,
-            "percent_of_copy": round(100 * copy / times.median, 1),
-        }
+        one["output"] = element
+        return self.beside_copy(one, times, weights.nbytes(nrows), written)
 
 
 # ---- CPU -----------------------------------------------------------------------------------------
@@ -399,44 +348,27 @@ class CpuBench:
             yield kind, times, weights.error(y, x, last)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def format_argument(parser: argparse.ArgumentParser) -> None:
     every = [f.name for f in bcy.GgufBlockFormat]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    harness.common_arguments(parser)
     parser.add_argument("--formats", nargs="+", default=every, choices=every, metavar="FORMAT")
-    parser.add_argument("--shapes", nargs="+", metavar="NROWSxNCOLS")
-    parser.add_argument("--m", nargs="+", type=int)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS["cuda"], metavar="KIND")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="CPU backend")
-    parser.add_argument("--rotate", type=int, metavar="MB", help="of weight copies to walk over")
-    options = parser.parse_args(arguments)
 
-    device = harness.choose_device(options.device)
-    cuda = device == "cuda"
-    options.shapes = options.shapes or list(SHAPES if cuda else SHAPES[:1])
-    options.m = options.m or ([1, 2, 4, 8, 16, 32] if cuda else [1, 8])
-    options.kinds = options.kinds or KINDS[device]
-    if unknown := set(options.kinds) - set(KINDS[device]):
-        parser.error(f"--kinds on {device}: expected some of {KINDS[device]}, got {unknown}")
-    settings = {
-        "samples": 5 if options.quick else 11,
-        "sample_ms": 1.0 if options.quick else 4.0,
-        "rotate_bytes": (options.rotate or (256 if cuda else 200)) * 10**6,
-        "element": "float16" if cuda else "float32",
-        "quick": options.quick,
-    }
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    format_argument(parser)
+    options = harness.product_options(parser, arguments, KINDS)
+    cuda = options.device == "cuda"
+    settings = harness.product_settings(options, element="float16" if cuda else "float32")
     result = harness.document("gguf", settings, harness.machine(options.commit))
     bench = (GpuBench if cuda else CpuBench)(result, options)
     progress = harness.Progress(len(options.formats) * len(options.shapes))
     for block_format in options.formats:
         for shape in options.shapes:
-            nrows, ncols = map(int, shape.split("x"))
+            nrows, ncols = harness.sizes(shape)
             result["cells"] += bench.cells(Weights(block_format, ncols), nrows)
             progress.step(f"{block_format} {shape}")
-        if options.output:
-            harness.save(result, options.output)
-    print(render.tables(harness.check(result)))
-    return result
+        harness.save(result, options.output)
+    return render.publish(result, options.output)
 
 
 if __name__ == "__main__":

@@ -37,13 +37,21 @@ import harness
 import native
 import numpy as np
 import render
-from gpu import TILE_ROWS, Ceilings, GpuTimer, Tile, copies_for, distance, floats, gaussian, of_gpu
-from harness import Times
+from gpu import (
+    TILE_ROWS,
+    ProductBench,
+    Tile,
+    copies_for,
+    distance,
+    floats,
+    gaussian,
+    measured,
+)
+from harness import SHAPES, Times
 from targets import BITSANDBYTES, OURS, TORCH
 
 import baracuda_cy as bcy
 
-SHAPES = ("4096x4096", "14336x4096", "4096x14336", "128256x4096")
 BLOCK = 64
 NESTED_BLOCK = 256
 NAMES = (OURS, BITSANDBYTES, TORCH)
@@ -156,26 +164,9 @@ def cell(
     limit = QUANTIZE_LIMIT if kind == "quantize" else LIMIT[dtype]
     if name != OURS:
         limit = PEER_LIMIT
-    nrows, ncols = shape
-    if not error < limit:
-        raise SystemExit(
-            f"{name} {nrows}x{ncols} M={m} {kind} {dtype}: "
-            f"relative error {error:.3g}, expected below {limit}"
-        )
-    return {
-        "device": device,
-        "kind": kind,
-        "name": name,
-        "dtype": dtype,
-        "nrows": nrows,
-        "ncols": ncols,
-        "m": m,
-        "bytes": nbytes,
-        "us": round(times.median * 1e6, 3),
-        "us_lowest": round(times.lowest * 1e6, 3),
-        "gb_s": round(nbytes / times.median / 1e9, 1),
-        "error": float(f"{error:.3g}"),
-    }
+    names = {"name": name, "dtype": dtype}
+    one = measured(device, kind, names, shape, m, times, nbytes, error, limit)
+    return one | {"error": float(f"{error:.3g}")}
 
 
 class Bitsandbytes:
@@ -242,30 +233,12 @@ def peers(names: list[str], device: str) -> tuple[Bitsandbytes | None, Any]:
 # ---- GPU -----------------------------------------------------------------------------------------
 
 
-class GpuBench:
-    """Times what there is to time of a shape on the GPU.
-
-    Parameters
-    ----------
-    result : dict
-        The document, whose settings it follows and whose machine and ceilings it fills in.
-    options : argparse.Namespace
-        Kinds, dtypes, names and M.
-    """
+class GpuBench(ProductBench):
+    """Times what there is to time of a shape on the GPU."""
 
     def __init__(self, result: dict[str, Any], options: argparse.Namespace) -> None:
-        settings = result["settings"]
-        self.options, self.rotate = options, settings["rotate_bytes"]
-        self.timer = GpuTimer(settings["samples"], settings["sample_ms"] * 1e-3)
-        self.cupy = self.timer.cupy
-        self.stream = bcy.Stream.from_handle(
-            self.timer.stream.ptr, device=0, owner=self.timer.stream
-        )
-        self.quantizer = native.Native("cuda").nf4_quantize
-        self.ceilings = Ceilings(self.timer, self.rotate)
+        super().__init__(result, options)
         self.bitsandbytes, self.torch = peers(options.names, "cuda")
-        result["machine"]["gpu"] = of_gpu(result["machine"]["gpu"])
-        result["ceilings"] = self.ceilings.summary()
 
     def cells(self, nrows: int, ncols: int) -> Iterator[dict[str, Any]]:
         """Yield the cells of one shape."""
@@ -316,27 +289,6 @@ class GpuBench:
         known = "float16" if dtype == "bfloat16" else dtype
         same = bcy.DeviceArray(array.shape, known, array.buffer)
         return read(same.to_host(stream=self.stream), dtype)
-
-    def beside_read(self, one: dict[str, Any], times: Times, overlap: bool) -> dict[str, Any]:
-        """Add to a cell how it compares with a kernel that only reads the weight."""
-        seconds, reader = self.ceilings.read(one["bytes"], overlap)
-        return one | {
-            "overlap": overlap,
-            "read_us": round(seconds * 1e6, 3),
-            "read_kernel": reader,
-            "percent_of_read": round(100 * seconds / times.median, 1),
-        }
-
-    def beside_copy(
-        self, one: dict[str, Any], times: Times, nbytes: int, written: int
-    ) -> dict[str, Any]:
-        """Add to a cell how it compares with a kernel that only copies."""
-        seconds, copier = self.ceilings.copy(nbytes, written)
-        return one | {
-            "copy_us": round(seconds * 1e6, 3),
-            "copy_kernel": copier,
-            "percent_of_copy": round(100 * seconds / times.median, 1),
-        }
 
     def products(
         self, kind: str, weights: Weights, packed: list[bcy.Nf4Tensor], dtype: str, m: int
@@ -420,7 +372,10 @@ class GpuBench:
             for x, (codes, absmax) in zip(sources, outputs, strict=True)
         ]
         times = self.timer.calls(
-            [partial(self.quantizer, native.address(a), self.timer.stream.ptr) for a in arguments]
+            [
+                partial(self.functions.nf4_quantize, native.address(a), self.timer.stream.ptr)
+                for a in arguments
+            ]
         )
         picked, exact = weights.checked(nrows, copies - 1)
         codes, absmax = (
@@ -589,46 +544,26 @@ class CpuBench:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    harness.common_arguments(parser)
-    parser.add_argument("--shapes", nargs="+", metavar="NROWSxNCOLS")
-    parser.add_argument("--m", nargs="+", type=int)
     parser.add_argument("--dtypes", nargs="+", choices=LIMIT, default=list(LIMIT), metavar="DTYPE")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND")
     parser.add_argument("--names", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="CPU backend")
-    parser.add_argument("--rotate", type=int, metavar="MB", help="of weight copies to walk over")
-    options = parser.parse_args(arguments)
-
-    device = harness.choose_device(options.device)
-    cuda = device == "cuda"
-    kinds = list(KINDS) if cuda else ["product"]
-    options.kinds = options.kinds or kinds
-    if unknown := set(options.kinds) - set(kinds):
-        parser.error(f"--kinds on {device}: expected some of {kinds}, got {unknown}")
+    kinds = {"cuda": tuple(KINDS), "cpu": ("product",)}
+    options = harness.product_options(parser, arguments, kinds)
+    cuda = options.device == "cuda"
     shapes = []
-    for shape in options.shapes or (SHAPES if cuda else SHAPES[:1]):
-        nrows, ncols = map(int, shape.split("x"))
+    for shape in options.shapes:
+        nrows, ncols = harness.sizes(shape)
         if ncols % 128:
             parser.error(f"--shapes: expected NCOLS to be a multiple of 128, got {shape}")
         shapes.append((nrows, ncols))
-    options.m = options.m or ([1, 2, 4, 8, 16, 32] if cuda else [1, 8])
-    settings = {
-        "samples": 5 if options.quick else 11,
-        "sample_ms": 1.0 if options.quick else 4.0,
-        "rotate_bytes": (options.rotate or (256 if cuda else 200)) * 10**6,
-        "block_size": BLOCK,
-        "quick": options.quick,
-    }
+    settings = harness.product_settings(options, block_size=BLOCK)
     result = harness.document("nf4", settings, harness.machine(options.commit))
     bench = (GpuBench if cuda else CpuBench)(result, options)
     progress = harness.Progress(len(shapes))
     for nrows, ncols in shapes:
         result["cells"] += bench.cells(nrows, ncols)
         progress.step(f"{nrows}x{ncols}")
-        if options.output:
-            harness.save(result, options.output)
-    print(render.tables(harness.check(result)))
-    return result
+        harness.save(result, options.output)
+    return render.publish(result, options.output)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import harness
 import native
 import numpy as np
 import render
-from bench_gguf import SHAPES, Weights
+from bench_gguf import Weights, format_argument
 
 import baracuda_cy as bcy
 
@@ -34,6 +34,7 @@ PERCENT = {
     "alu": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_elapsed",
     "fma": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_elapsed",
 }
+KINDS = ("product", "float")
 TIME, INSTRUCTIONS = "gpu__time_duration.sum", "smsp__inst_executed.sum"
 GROUP = 16 * 32  # weights: what a tensor-core instruction of a warp takes, at M <= 8
 
@@ -43,7 +44,7 @@ def launches(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {"kind": kind, "format": name, "nrows": nrows, "ncols": ncols, "m": m}
         for name in options.formats
-        for nrows, ncols in (map(int, shape.split("x")) for shape in options.shapes)
+        for nrows, ncols in map(harness.sizes, options.shapes)
         for kind in options.kinds
         for m in options.m
         if kind == "product" or m == 1
@@ -110,21 +111,12 @@ def counted(text: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return cells
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    every = [f.name for f in bcy.GgufBlockFormat]
+def main(arguments: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--formats", nargs="+", default=every, choices=every, metavar="FORMAT")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NROWSxNCOLS")
-    parser.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        default=["product", "float"],
-        choices=["product", "float"],
-        metavar="KIND",
-    )
-    parser.add_argument("--output", metavar="FILE", help="write the JSON here")
-    parser.add_argument("--commit", help="commit to record, where there is no git")
+    harness.document_arguments(parser)
+    format_argument(parser)
+    harness.product_arguments(parser, KINDS)
+    parser.set_defaults(shapes=harness.SHAPES, m=harness.MS, kinds=KINDS)
     parser.add_argument("--launch", action="store_true", help="what this starts under ncu")
     options = parser.parse_args(arguments)
     if options.launch:
@@ -144,15 +136,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "--kernel-name",
         "regex:product",
     ]
-    again = [sys.executable, __file__, "--launch", "--formats", *options.formats]
-    again += ["--shapes", *options.shapes, "--m", *map(str, options.m), "--kinds", *options.kinds]
+    again = [sys.executable, __file__, "--launch", *arguments]
     done = subprocess.run([*command, *again], capture_output=True, text=True, check=False)
     result = harness.document("counters", {}, harness.machine(options.commit))
     result["cells"] = counted(done.stdout + done.stderr, options)
-    if options.output:
-        harness.save(result, options.output)
-    print(render.tables(harness.check(result)))
-    return result
+    return render.publish(result, options.output)
 
 
 if __name__ == "__main__":

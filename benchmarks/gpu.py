@@ -5,6 +5,7 @@ the memory gives at best, measured in the same process.
 Nothing here needs a GPU, CuPy or torch before it is asked for.
 """
 
+import argparse
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +16,8 @@ import harness
 import native
 import numpy as np
 from harness import Times
+
+import baracuda_cy as bcy
 
 TILE_ROWS = 128  # rows that are really quantized; a weight repeats them, each copy from another on
 GRAPH_CALLS = 32  # in a CUDA graph at least: between two graphs nothing overlaps
@@ -73,6 +76,47 @@ def floats(bits: np.ndarray, element: str) -> np.ndarray:
     if element == "float16":
         return bits.view(np.float16)
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def measured(
+    device: str,
+    kind: str,
+    names: dict[str, str],
+    shape: tuple[int, int],
+    m: int,
+    times: Times,
+    nbytes: int,
+    error: float,
+    limit: float,
+) -> dict[str, Any]:
+    """Return a cell of a document, all but its error; stop where the output was wrong.
+
+    Parameters
+    ----------
+    names : dict
+        What else the cell is of, beside its kind; the first says best what it is.
+    nbytes : int
+        Bytes of weights, packed or dense, that are read or written.
+    error, limit : float
+        Relative L2 distance of the output from what it should be, and what it has to be below.
+    """
+    nrows, ncols = shape
+    first, *others = names.values()
+    if not error < limit:
+        what = " ".join((first, f"{nrows}x{ncols}", f"M={m}", kind, *others))
+        raise SystemExit(f"{what}: relative error {error:.3g}, expected below {limit}")
+    return {
+        "device": device,
+        "kind": kind,
+        **names,
+        "nrows": nrows,
+        "ncols": ncols,
+        "m": m,
+        "bytes": nbytes,
+        "us": round(times.median * 1e6, 3),
+        "us_lowest": round(times.lowest * 1e6, 3),
+        "gb_s": round(nbytes / times.median / 1e9, 1),
+    }
 
 
 class GpuTimer:
@@ -265,8 +309,54 @@ class Ceilings:
         }
 
 
+class ProductBench:
+    """What benchmarks of products have on a GPU.
+
+    Parameters
+    ----------
+    result : dict
+        The document, whose settings it follows and whose machine and ceilings it fills in.
+    options : argparse.Namespace
+        What of it was asked for.
+    """
+
+    def __init__(self, result: dict[str, Any], options: argparse.Namespace) -> None:
+        settings = result["settings"]
+        self.options, self.rotate = options, settings["rotate_bytes"]
+        self.timer = GpuTimer(settings["samples"], settings["sample_ms"] * 1e-3)
+        self.cupy = self.timer.cupy
+        self.stream = bcy.Stream.from_handle(
+            self.timer.stream.ptr, device=0, owner=self.timer.stream
+        )
+        self.functions = native.Native("cuda")
+        self.ceilings = Ceilings(self.timer, self.rotate)
+        result["machine"]["gpu"] = of_gpu(result["machine"]["gpu"])
+        result["ceilings"] = self.ceilings.summary()
+
+    def beside_read(self, one: dict[str, Any], times: Times, overlap: bool) -> dict[str, Any]:
+        """Add to a cell how it compares with a kernel that only reads the weight."""
+        seconds, reader = self.ceilings.read(one["bytes"], overlap)
+        return one | {
+            "overlap": overlap,
+            "read_us": round(seconds * 1e6, 3),
+            "read_kernel": reader,
+            "percent_of_read": round(100 * seconds / times.median, 1),
+        }
+
+    def beside_copy(
+        self, one: dict[str, Any], times: Times, nbytes: int, written: int
+    ) -> dict[str, Any]:
+        """Add to a cell how it compares with a kernel that only copies."""
+        seconds, copier = self.ceilings.copy(nbytes, written)
+        return one | {
+            "copy_us": round(seconds * 1e6, 3),
+            "copy_kernel": copier,
+            "percent_of_copy": round(100 * seconds / times.median, 1),
+        }
+
+
 def dense_seconds(
-    timer: GpuTimer, nrows: int, ncols: int, ms: list[int], rotate: int
+    timer: GpuTimer, nrows: int, ncols: int, ms: Sequence[int], rotate: int
 ) -> dict[int, float]:
     """float16 torch.matmul over dense weights of this shape, by M; empty without torch."""
     try:

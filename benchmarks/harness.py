@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,10 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 SCHEMA = "baracuda-cy/benchmark/1"
+
+# What products are measured on where nothing else is said.
+SHAPES = ("4096x4096", "14336x4096", "4096x14336", "128256x4096")
+MS = (1, 2, 4, 8, 16, 32)
 
 # What a cell of each benchmark must have, beside anything else it says.
 CELL = {
@@ -123,9 +127,14 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return check(json.loads(Path(path).read_text()))
 
 
-def save(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Check a document and write it, one cell a line, so that two of them can be compared."""
+def save(result: dict[str, Any], path: str | os.PathLike[str] | None) -> None:
+    """Check a document and write it, one cell a line, so that two of them can be compared.
+
+    Without a path it is only checked.
+    """
     check(result)
+    if path is None:
+        return
     head = {key: value for key, value in result.items() if key != "cells"}
     cells = ",\n".join("    " + json.dumps(cell) for cell in result["cells"])
     body = json.dumps(head, indent=2)[:-2] + f',\n  "cells": [\n{cells}\n  ]\n}}\n'
@@ -286,8 +295,69 @@ def choose_device(wanted: str) -> str:
     return wanted if wanted != "auto" else "cpu" if reason else "cuda"
 
 
-def common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+def sizes(shape: str) -> tuple[int, int]:
+    """Return the rows and columns of what `--shapes` takes."""
+    nrows, ncols = map(int, shape.split("x"))
+    return nrows, ncols
+
+
+def document_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write the JSON here")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
     parser.add_argument("--commit", help="commit to record, where there is no git")
+
+
+def common_arguments(parser: argparse.ArgumentParser) -> None:
+    document_arguments(parser)
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
+
+
+def product_arguments(parser: argparse.ArgumentParser, kinds: Sequence[str]) -> None:
+    parser.add_argument("--shapes", nargs="+", metavar="NROWSxNCOLS")
+    parser.add_argument("--m", nargs="+", type=int)
+    parser.add_argument("--kinds", nargs="+", choices=kinds, metavar="KIND")
+
+
+def product_options(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    kinds: Mapping[str, Sequence[str]],
+) -> argparse.Namespace:
+    """Return the options of a benchmark that times products, all of them filled in.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        With the options that only this benchmark has.
+    arguments : sequence of str or None
+        The command line's; None takes them from it.
+    kinds : mapping
+        What there is to time, by device; what there is on the CPU there is on a GPU.
+    """
+    common_arguments(parser)
+    product_arguments(parser, kinds["cuda"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="CPU backend")
+    parser.add_argument("--rotate", type=int, metavar="MB", help="of weight copies to walk over")
+    options = parser.parse_args(arguments)
+    options.device = choose_device(options.device)
+    cuda, known = options.device == "cuda", kinds[options.device]
+    options.shapes = options.shapes or (SHAPES if cuda else SHAPES[:1])
+    options.m = options.m or (MS if cuda else (1, 8))
+    options.kinds = options.kinds or known
+    options.rotate = options.rotate or (256 if cuda else 200)
+    if unknown := set(options.kinds) - set(known):
+        parser.error(
+            f"--kinds on {options.device}: expected some of {', '.join(known)}, got {unknown}"
+        )
+    return options
+
+
+def product_settings(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Return the settings of a document of products: how they are sampled, and `more`."""
+    return {
+        "samples": 5 if options.quick else 11,
+        "sample_ms": 1.0 if options.quick else 4.0,
+        "rotate_bytes": options.rotate * 10**6,
+        **more,
+        "quick": options.quick,
+    }

@@ -508,6 +508,13 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def publish(result: dict[str, Any], output: str | None) -> dict[str, Any]:
+    """Write a document that was measured where it was asked for, and print it; return it."""
+    harness.save(result, output)
+    print(tables(result))
+    return result
+
+
 def update(page: str, base: Path = HERE) -> str:
     """Return a page with its benchmark blocks rendered from the documents they name."""
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from harness import MS, SHAPES, sizes
+
 GPU = "H100"
-MS = (1, 2, 4, 8, 16, 32)
-SMALL, WIDE, LONG, LARGE = (4096, 4096), (14336, 4096), (4096, 14336), (128256, 4096)
+SMALL, WIDE, LONG, LARGE = map(sizes, SHAPES)
 
 # Percent of the time of only reading the weight, kernels overlapping, by M.
 PRODUCT = {
