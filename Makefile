@@ -13,7 +13,7 @@ SHELL   := bash
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test emulated-test gpu-test sanitize bench wheel lint clean
+.PHONY: demo test emulated-test gpu-test sanitize bench wheel docs lint clean
 
 # The whole log is in build/install.log; what is shown is how far it is.
 define install
@@ -59,8 +59,9 @@ sanitize: $(BIN)/pip
 	  compute-sanitizer --tool $$tool --error-exitcode 1 python tests/sanitize.py || exit 1; \
 	done
 
+# Where there is a GPU, what times it needs CuPy.
 bench: $(BIN)/pip
-	$(call install,".[bench]")
+	$(call install,".[bench$(if $(shell command -v nvidia-smi),-gpu)]")
 	python benchmarks/bench_gguf.py --output build/bench_gguf.json
 	python benchmarks/bench_nf4.py --output build/bench_nf4.json
 	python benchmarks/bench_call.py --output build/bench_call.json
