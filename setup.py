@@ -1,17 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pyproject.toml cannot say: CUDA and C++ -> build/libbaracuda.a -> the Cython modules.
 
-Environment
-    BARACUDA_CUDA=0       build the CPU backend only; no toolkit is looked for
-    BARACUDA_CUDA=emulated  compile the kernels for tests/emulator, a GPU on the CPU; no toolkit
-    BARACUDA_CUDA_ARCHS   "80;90;90-virtual", "native" (the GPUs of this machine) or "release";
-                          emulated: the one to emulate, 90 unless said
-    CUDA_HOME, CUDA_PATH  a toolkit to prefer over nvcc on PATH and over the wheels from PyPI
-    CXX                   the C++ compiler, g++ unless said
-    MAX_JOBS              compilers at once, one per CPU unless said
-
-Any other value of BARACUDA_CUDA, BARACUDA_CUDA_ARCHS or MAX_JOBS ends the build with a message; a
-toolkit that is not complete is passed over with one.
+README.md says which variables it heeds, and what their values mean.
 """
 
 import fcntl
