@@ -77,6 +77,10 @@ wheel: $(BIN)/pip
 	  && build/smoke/bin/python tests/smoke.py || exit 1; \
 	done
 
+docs: $(BIN)/pip
+	$(call install,".[docs]")
+	mkdocs build --strict
+
 lint: $(BIN)/pip
 	pip install --quiet --group lint
 	ruff check .
@@ -86,7 +90,7 @@ lint: $(BIN)/pip
 	find src/cuda src/cpu tests/emulator -regex '.*\.\(cu\|cuh\|cpp\|h\|def\)' | xargs clang-format --dry-run -Werror
 
 clean:
-	rm -rf build dist wheelhouse $(VENV) src/*.egg-info src/baracuda_cy/*.so
+	rm -rf build dist wheelhouse site $(VENV) src/*.egg-info src/baracuda_cy/*.so
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
