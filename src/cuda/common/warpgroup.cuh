@@ -125,32 +125,32 @@ __device__ __forceinline__ void warpgroup_wait(float (&sums)[Tokens / 8][4]) {
   }
 }
 
-// Starts sums = (the sum of parts) * codes: the integers of a group. A part: of this warp's 16
+// Starts sums = (the sum of addends) * codes: the integers of a group. An addend: of this warp's 16
 // rows, as mma_group takes them. codes: of Tokens tokens, as described.
 #define BCY_CODES(SHAPE, SUMS, A, ADD) \
   "wgmma.mma_async.sync.aligned." SHAPE ".s32.s8.s8 {" SUMS "}, {" A "}, x, " ADD ";\n"
 #define BCY_MULTIPLY_CODES(SHAPE, SUMS, FIRST, SECOND, LOW, HIGH, ...)                            \
-  if constexpr (Parts == 1) {                                                                     \
+  if constexpr (Addends == 1) {                                                                   \
     asm volatile("{\n.reg .b64 x;\nmov.b64 x, {" LOW ", " HIGH                                  \
                  "};\nwgmma.fence.sync.aligned;\n" BCY_CODES(SHAPE, SUMS, FIRST,               \
                                                              "0") "wgmma.commit_group.sync."    \
                                                                   "aligned;\n}"                 \
                  : __VA_ARGS__                                                                  \
-                 : BCY_PART(0), BCY_PART(0), "r"(codes), "n"(128 / 16)); \
+                 : BCY_ADDEND(0), BCY_ADDEND(0), "r"(codes), "n"(128 / 16)); \
   } else {                                                                                        \
     asm volatile("{\n.reg .b64 x;\nmov.b64 x, {" LOW ", " HIGH                                    \
                  "};\nwgmma.fence.sync.aligned;\n" BCY_CODES(SHAPE, SUMS, FIRST, "0")             \
                      BCY_CODES(SHAPE, SUMS, SECOND, "1") "wgmma.commit_group.sync.aligned;\n}"    \
                  : __VA_ARGS__                                                                    \
-                 : BCY_PART(0), BCY_PART(1), "r"(codes), "n"(128 / 16));                          \
+                 : BCY_ADDEND(0), BCY_ADDEND(1), "r"(codes), "n"(128 / 16));                      \
   }
-#define BCY_PART(I) "r"(parts[I][0]), "r"(parts[I][1]), "r"(parts[I][2]), "r"(parts[I][3])
+#define BCY_ADDEND(I) "r"(addends[I][0]), "r"(addends[I][1]), "r"(addends[I][2]), "r"(addends[I][3])
 
-template <int Tokens, int Parts>
+template <int Tokens, int Addends>
 __device__ __forceinline__ void warpgroup_multiply_codes(int (&sums)[Tokens / 8][4],
-                                                         const uint32_t (&parts)[Parts][4],
+                                                         const uint32_t (&addends)[Addends][4],
                                                          uint32_t codes) {
-  static_assert((Tokens == 16 || Tokens == 32) && Parts <= 2);
+  static_assert((Tokens == 16 || Tokens == 32) && Addends <= 2);
   if constexpr (Tokens == 16) {
     BCY_MULTIPLY_CODES("m64n16k32", "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11",
                        "%12, %13, %14, %15", "%16", "%17", BCY_SUMS("=r", 0), BCY_SUMS("=r", 1))
@@ -183,7 +183,7 @@ __device__ __forceinline__ void warpgroup_wait_codes(int (&sums)[Tiles][4]) {
 #undef BCY_OPERANDS
 #undef BCY_CODES
 #undef BCY_MULTIPLY_CODES
-#undef BCY_PART
+#undef BCY_ADDEND
 #undef BCY_MULTIPLY_8
 #undef BCY_MULTIPLY_16
 #undef BCY_MULTIPLY_32
@@ -210,9 +210,9 @@ __device__ __forceinline__ void warpgroup_multiply(float (&sums)[Tokens / 8][4],
 template <int Tokens>
 __device__ __forceinline__ void warpgroup_wait(float (&)[Tokens / 8][4]) {}
 
-template <int Tokens, int Parts>
+template <int Tokens, int Addends>
 __device__ __forceinline__ void warpgroup_multiply_codes(int (&sums)[Tokens / 8][4],
-                                                         const uint32_t (&parts)[Parts][4],
+                                                         const uint32_t (&addends)[Addends][4],
                                                          uint32_t codes) {
   const uint32_t here = (codes & 0x3fff) * 16 + threadIdx.x % 32 * 4;
 #pragma unroll
@@ -222,7 +222,7 @@ __device__ __forceinline__ void warpgroup_multiply_codes(int (&sums)[Tokens / 8]
     const uint32_t b[2] = {load_shared_word(here + n * 128),
                            load_shared_word(here + (codes >> 16) * 16 + n * 128)};
 #pragma unroll
-    for (const auto& a : parts) mma_group<false>(sums[n], a, b);
+    for (const auto& a : addends) mma_group<false>(sums[n], a, b);
   }
 }
 

@@ -90,7 +90,7 @@ class LaneTile : public TileDefaults {
     for (int token = 0; token < Tokens; ++token) {
       records_[token] = memory + (token * int(staged.units) + first_unit) * Record::kBytes;
     }
-    if constexpr (gives_turns<Format>) table_ = in_registers(in_two_parts(Format::table()));
+    if constexpr (gives_turns<Format>) table_ = in_registers(in_two_addends(Format::table()));
   }
 
   __device__ __forceinline__ void clear(int64_t) {
@@ -184,15 +184,15 @@ class LaneTile : public TileDefaults {
     }
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      // In one part or two, which add up to the codes.
-      constexpr int kParts = gives_turns<Format> ? 2 : 1;
-      uint32_t codes[kParts][2];
+      // One or two, which add up to the codes.
+      constexpr int kAddends = gives_turns<Format> ? 2 : 1;
+      uint32_t codes[kAddends][2];
       if constexpr (gives_turns<Format>) {
-        const TurnsInParts parts = look_up_in_parts(table_, Format::nibbles(block, g, t));
-        codes[0][0] = parts.first.x;
-        codes[0][1] = parts.first.y;
-        codes[1][0] = parts.second.x;
-        codes[1][1] = parts.second.y;
+        const TurnsInAddends addends = look_up_in_addends(table_, Format::nibbles(block, g, t));
+        codes[0][0] = addends.first.x;
+        codes[0][1] = addends.first.y;
+        codes[1][0] = addends.second.x;
+        codes[1][1] = addends.second.y;
       } else {
         codes[0][0] = Format::codes(block, g, 0, t);
         codes[0][1] = Format::codes(block, g, 1, t);
@@ -205,8 +205,8 @@ class LaneTile : public TileDefaults {
           const uint32_t word = Which ? (half ? words.w : words.z) : (half ? words.y : words.x);
           int& dot = dots[token][kHalves ? half : 0];
 #pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            dot = dot_of_four<Format::kUnsignedCodes>(codes[part][half], word, dot);
+          for (int i = 0; i < kAddends; ++i) {
+            dot = dot_of_four<Format::kUnsignedCodes>(codes[i][half], word, dot);
           }
         }
       }
@@ -257,7 +257,7 @@ class LaneTile : public TileDefaults {
   }
 
   const uint8_t* records_[Tokens];  // of this warp's first unit
-  Table16 table_;                   // in two parts, of formats that have one
+  Table16 table_;                   // in two addends, of formats that have one
   float partial_[Tokens];
 };
 

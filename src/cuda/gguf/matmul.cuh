@@ -168,7 +168,7 @@ class StagedTile : public TileDefaults {
   static constexpr bool kMany = Tokens > kTileTokens;
   static constexpr bool kHalves = multiplies_halves<Format, kMany>;
   // More products than that take longer than what they save.
-  static constexpr int kParts = gives_turns<Format> && Tokens <= 16 ? 2 : 1;
+  static constexpr int kAddends = gives_turns<Format> && Tokens <= 16 ? 2 : 1;
 
   using Record = StagedRecord<Tokens == 1 ? 1 : kTileTokens, kSums>;
 
@@ -217,9 +217,10 @@ class StagedTile : public TileDefaults {
     return x;
   }
 
-  // Integer sums of a unit, high and low parts, and what scales them, of tokens 2 t and 2 t + 1.
+  // Integer sums of a unit, high and low bytes of four, and what scales them, of tokens 2 t and 2 t
+  // + 1.
   struct Sums {
-    uint2 parts;
+    uint2 bytes;
     float2 scales;
   };
   __device__ __forceinline__ Sums load_sums(uint32_t offset, int n) const {
@@ -276,8 +277,8 @@ class StagedTile : public TileDefaults {
   __device__ __forceinline__ void add_row_tile(float (&partial)[kTiles][4], Block upper,
                                                Block lower, int g, const Activations& x,
                                                int in_pair) {
-    uint32_t parts[kParts][4];
-    load_operands<Format, kMany>(upper, lower, g, table_, parts);
+    uint32_t addends[kAddends][4];
+    load_operands<Format, kMany>(upper, lower, g, table_, addends);
     const int shift = operand_shift<Format, kMany>(g), start = int(sum_start(shift));
     const float row_scales[2] = {operand_scale<Format, kMany>(upper, g),
                                  operand_scale<Format, kMany>(lower, g)};
@@ -303,7 +304,7 @@ class StagedTile : public TileDefaults {
       float values[4];
       if constexpr (kHalves) {
         int second[4] = {start, start, start, start};
-        const auto& a = parts[0];
+        const auto& a = addends[0];
         mma_half<Format::kUnsignedCodes>(dots, a[0], a[1], b[0]);
         mma_half<Format::kUnsignedCodes>(second, a[2], a[3], b[1]);
         // Exact, as the sum of integers is: all are below 2^24.
@@ -315,7 +316,7 @@ class StagedTile : public TileDefaults {
         }
       } else {
 #pragma unroll
-        for (const auto& a : parts) mma_group<Format::kUnsignedCodes>(dots, a, b);
+        for (const auto& a : addends) mma_group<Format::kUnsignedCodes>(dots, a, b);
 #pragma unroll
         for (int i = 0; i < 4; ++i) values[i] = scales[i / 2].times(dots[i]);
       }
@@ -352,8 +353,8 @@ class StagedTile : public TileDefaults {
       for (int i = 0; i < RowTiles; ++i) {
         constexpr int kStart = int(sum_start(0));
         int high[4] = {}, dots[4] = {kStart, kStart, kStart, kStart};
-        mma_half<true>(high, minima[2 * i], minima[2 * i + 1], sums.parts.x);
-        mma_half<true>(dots, minima[2 * i], minima[2 * i + 1], sums.parts.y);
+        mma_half<true>(high, minima[2 * i], minima[2 * i + 1], sums.bytes.x);
+        mma_half<true>(dots, minima[2 * i], minima[2 * i + 1], sums.bytes.y);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (j % 2 >= kColumns) continue;
@@ -368,7 +369,7 @@ class StagedTile : public TileDefaults {
   int to_floats_;                 // from there to its floats, less what they are into the record
   int to_sums_;                   // and to its integer sums
   uint8_t* memory_;               // that holds activations that stay
-  Table16 table_ = operand_table<Format, kParts>();
+  Table16 table_ = operand_table<Format, kAddends>();
   Activations next_;
   float partial_[RowTiles][kTiles][4];
 };

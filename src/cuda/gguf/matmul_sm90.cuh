@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(GgufBoxes<Format, Tokens, Parts>::kThreads, 1)
     return Row(stage_at + (row_here + 8 * i) * B::kPitch + ahead);
   };
 
-  const Table16 table = operand_table<Format, plain_parts<Format>>();
-  uint32_t operands[2][plain_parts<Format>][4];
+  const Table16 table = operand_table<Format, plain_addends<Format>>();
+  uint32_t operands[2][plain_addends<Format>][4];
   const auto unpack = [&](Row upper, Row lower, int group) {
     const int offset = group / kBlockGroups * Format::kBytes;
     load_plain_operands<Format>(upper + offset, lower + offset, group % kBlockGroups, table,

@@ -87,34 +87,34 @@ __device__ __forceinline__ uint32_t scaled_codes(Block block, int g, int half, i
   }
 }
 
-// What codes are looked up in, of formats that have a table. In two parts, whose products are
+// What codes are looked up in, of formats that have a table. As two addends, whose products are
 // added, that takes fewer instructions, but twice as many products.
-template <class Format, int Parts>
+template <class Format, int Addends>
 __device__ __forceinline__ Table16 operand_table() {
   if constexpr (gives_turns<Format>) {
-    return Parts == 2 ? in_registers(in_two_parts(Format::table())) : Format::table();
+    return Addends == 2 ? in_registers(in_two_addends(Format::table())) : Format::table();
   }
   return {};
 }
 
 // Group g of two rows, as mma_group wants it: codes, or codes times scales.
-template <class Format, bool ManyTokens, class Block, int Parts>
+template <class Format, bool ManyTokens, class Block, int Addends>
 __device__ __forceinline__ void load_operands(Block upper, Block lower, int g,
                                               [[maybe_unused]] const Table16& table,
-                                              uint32_t (&parts)[Parts][4]) {
+                                              uint32_t (&addends)[Addends][4]) {
   const int t = threadIdx.x % 4;
-  auto& a = parts[0];
+  auto& a = addends[0];
   if constexpr (gives_turns<Format>) {
     const Block rows[2] = {upper, lower};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t nibbles = Format::nibbles(rows[i], g, t);
-      if constexpr (Parts == 2) {
-        const TurnsInParts turns = look_up_in_parts(table, nibbles);
+      if constexpr (Addends == 2) {
+        const TurnsInAddends turns = look_up_in_addends(table, nibbles);
         a[i] = turns.first.x;
         a[i + 2] = turns.first.y;
-        parts[1][i] = turns.second.x;
-        parts[1][i + 2] = turns.second.y;
+        addends[1][i] = turns.second.x;
+        addends[1][i + 2] = turns.second.y;
       } else {
         const uint2 turns = look_up_by_turns(table, nibbles);
         a[i] = turns.x;
@@ -135,32 +135,33 @@ __device__ __forceinline__ void load_operands(Block upper, Block lower, int g,
   }
 }
 
-// The same of many tokens without the factor. What codes lack is a part of its own, which takes
+// The same of many tokens without the factor. What codes lack is an addend of its own, which takes
 // fewer instructions than to subtract it from each.
 template <class Format>
 constexpr int operand_offset =
     !Format::kUnsignedCodes && operand_shift<Format, true>(0) > 0 ? -(128 >> Format::shift(0)) : 0;
 template <class Format>
-constexpr int plain_parts = gives_turns<Format> || operand_offset<Format> != 0 ? 2 : 1;
+constexpr int plain_addends = gives_turns<Format> || operand_offset<Format> != 0 ? 2 : 1;
 
 template <class Format, class Block>
 __device__ __forceinline__ void load_plain_operands(Block upper, Block lower, int g,
                                                     const Table16& table,
-                                                    uint32_t (&parts)[plain_parts<Format>][4]) {
+                                                    uint32_t (&addends)[plain_addends<Format>][4]) {
   if constexpr (operand_offset<Format> != 0) {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      parts[0][2 * half] = Format::template codes<false>(upper, g, half, t) >> Format::shift(g);
-      parts[0][2 * half + 1] = Format::template codes<false>(lower, g, half, t) >> Format::shift(g);
+      addends[0][2 * half] = Format::template codes<false>(upper, g, half, t) >> Format::shift(g);
+      addends[0][2 * half + 1] =
+          Format::template codes<false>(lower, g, half, t) >> Format::shift(g);
     }
 #pragma unroll
-    for (uint32_t& offsets : parts[1]) offsets = uint8_t(operand_offset<Format>) * 0x01010101u;
+    for (uint32_t& offsets : addends[1]) offsets = uint8_t(operand_offset<Format>) * 0x01010101u;
   } else {
-    load_operands<Format, true>(upper, lower, g, table, parts);
+    load_operands<Format, true>(upper, lower, g, table, addends);
     // Unsigned codes, whose lower bits are zero.
 #pragma unroll
-    for (uint32_t& codes : parts[0]) codes >>= operand_shift<Format, true>(g);
+    for (uint32_t& codes : addends[0]) codes >>= operand_shift<Format, true>(g);
   }
 }
 

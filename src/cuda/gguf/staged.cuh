@@ -64,9 +64,9 @@ struct StagedRecord {
   static BCY_INLINE int sum_at(int token, int group) {
     return kSumsAt + group / 2 * kScales + in_pair(token, group);
   }
-  // Of integer i: part 0 is its high byte, part 1 its low one.
-  static BCY_INLINE uint8_t* sum_part(uint8_t* record, int token, int i, int part) {
-    return record + kSumsAt + token * 32 + i / 4 * 8 + part * 4 + i % 4;
+  // Of integer i: byte 0 is its high one, byte 1 its low one.
+  static BCY_INLINE uint8_t* sum_byte(uint8_t* record, int token, int i, int byte) {
+    return record + kSumsAt + token * 32 + i / 4 * 8 + byte * 4 + i % 4;
   }
   static BCY_INLINE int sum_scale_at(int token) { return kSumScalesAt + in_pair(token, 0); }
 
@@ -100,8 +100,8 @@ struct WarpgroupRecord {
   static BCY_INLINE int sum_at(int token, int group) {
     return kSumsAt + group * kScales + in_group(token);
   }
-  static BCY_INLINE uint8_t* sum_part(uint8_t* record, int token, int i, int part) {
-    return record + kIntegersAt + (part * Tokens + token) * 16 + i;
+  static BCY_INLINE uint8_t* sum_byte(uint8_t* record, int token, int i, int byte) {
+    return record + kIntegersAt + (byte * Tokens + token) * 16 + i;
   }
   static BCY_INLINE int sum_scale_at(int token) { return kSumsAt + in_group(token); }
 
@@ -264,14 +264,14 @@ __device__ __forceinline__ void stage_unit(const ProductArgs& args, const Staged
   } else {
     const GroupScale unit_scale = scale_of_groups(sums);
     if (g == 0) put(Record::sum_scale_at(in_tile), unit_scale.scale);
-    // Each lane puts one part of the group's first integer or of the other, which is 0 of eight.
-    const int i = t / 2, part = t % 2;
+    // Each lane puts one byte of the group's first integer or of the other, which is 0 of eight.
+    const int i = t / 2, byte = t % 2;
     const int place = kSums == 16 ? 2 * g + i : kSums * i + g;
     const float sum = i == 0 ? sums[0] : kSums == 16 ? sums[1] : 0.0f;
     // As sum_to_integer gives it, but where the scale is NaN.
     const uint32_t integer = rounded(sum, unit_scale);
-    *Record::sum_part(record, in_tile, place, part) =
-        uint8_t(part == 0 ? integer >> kLowSumBits : integer & ((1u << kLowSumBits) - 1));
+    *Record::sum_byte(record, in_tile, place, byte) =
+        uint8_t(byte == 0 ? integer >> kLowSumBits : integer & ((1u << kLowSumBits) - 1));
   }
 }
 

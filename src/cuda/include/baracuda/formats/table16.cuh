@@ -35,34 +35,35 @@ __device__ __forceinline__ uint2 look_up_by_turns(const Table16& table, uint32_t
 
 // The halves of a table so that an entry is the sum of what permute_or_fill makes of both: where
 // one picks a byte, the other fills in 0 or -1.
-BCY_INLINE constexpr Table16 in_two_parts(const Table16& table) {
-  Table16 parts = {};
+BCY_INLINE constexpr Table16 in_two_addends(const Table16& table) {
+  Table16 addends = {};
   for (int i = 0; i < 8; ++i) {
     const uint32_t first = table.words[i / 4] >> 8 * (i % 4) & 0xffu;
     const uint32_t second = table.words[2 + i / 4] >> 8 * (i % 4) & 0xffu;
     for (uint32_t tops = 0; tops < 4; ++tops) {
       const uint32_t a = first + tops / 2 & 0xffu, b = second + tops % 2 & 0xffu;
       if (a >> 7 != tops % 2 || b >> 7 != tops / 2) continue;
-      parts.words[i / 4] |= a << 8 * (i % 4);
-      parts.words[2 + i / 4] |= b << 8 * (i % 4);
+      addends.words[i / 4] |= a << 8 * (i % 4);
+      addends.words[2 + i / 4] |= b << 8 * (i % 4);
       break;
     }
   }
-  return parts;
+  return addends;
 }
 
-// What look_up_by_turns gives, in two parts to be added: fewer instructions where sums are taken
+// What look_up_by_turns gives, as two addends: fewer instructions where sums are taken
 // anyway.
-struct TurnsInParts {
+struct TurnsInAddends {
   uint2 first;
   uint2 second;
 };
-__device__ __forceinline__ TurnsInParts look_up_in_parts(const Table16& parts, uint32_t bytes) {
+__device__ __forceinline__ TurnsInAddends look_up_in_addends(const Table16& addends,
+                                                             uint32_t bytes) {
   const uint32_t other = bytes ^ 0x88888888u;
-  return {{permute_or_fill(parts.words[0], parts.words[1], bytes),
-           permute_or_fill(parts.words[0], parts.words[1], bytes >> 16)},
-          {permute_or_fill(parts.words[2], parts.words[3], other),
-           permute_or_fill(parts.words[2], parts.words[3], other >> 16)}};
+  return {{permute_or_fill(addends.words[0], addends.words[1], bytes),
+           permute_or_fill(addends.words[0], addends.words[1], bytes >> 16)},
+          {permute_or_fill(addends.words[2], addends.words[3], other),
+           permute_or_fill(addends.words[2], addends.words[3], other >> 16)}};
 }
 
 #endif
