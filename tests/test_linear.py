@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear, dequantize and quantize as people type them, with every kind of array."""
 
-import importlib
 import mmap
 import os
 import signal
@@ -552,35 +551,6 @@ def test_quantize_on_the_gpu():
 
 
 # ---- the package ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "",
-        "._cpu",
-        "._cuda",
-        ".dlpack",
-        ".files.gguf",
-        ".formats",
-        ".gguf",
-        ".memory",
-        ".ops",
-        ".plan",
-        ".sku",
-        ".stream",
-        ".tensor",
-    ],
-)
-def test_examples_of_the_documentation_run(module):
-    import doctest
-
-    tested = importlib.import_module(f"baracuda_cy{module}")
-    finder = doctest.DocTestFinder(exclude_empty=True)
-    runner = doctest.DocTestRunner()
-    for test in finder.find(tested, globs={}, module=False if module == "" else tested):
-        runner.run(test)
-    assert runner.summarize(verbose=False).failed == 0
 
 
 def test_command_line(capsys):

@@ -140,8 +140,12 @@ def open_bitsandbytes(path: str | os.PathLike[str]) -> BitsandbytesFile:
 
     Examples
     --------
-    >>> with open_bitsandbytes("llama-bnb-4bit") as model:  # doctest: +SKIP
-    ...     w = model["model.layers.0.mlp.up_proj.weight"].to("cuda")
+    >>> import baracuda_cy as bcy
+    >>> with bcy.open_bitsandbytes("llama-bnb-4bit") as model:
+    ...     w = model["model.layers.0.mlp.up_proj.weight"]
+    >>> w.device
+    'cpu'
+    >>> w = w.to("cuda")  # doctest: +SKIP
     """
     return BitsandbytesFile(path)
 
@@ -192,7 +196,7 @@ def save_bitsandbytes(
     >>> import numpy as np
     >>> import baracuda_cy as bcy
     >>> w = bcy.quantize(np.eye(64, dtype=np.float32), "nf4")
-    >>> bcy.save_bitsandbytes("model.safetensors", {"layer.weight": w})  # doctest: +SKIP
+    >>> bcy.save_bitsandbytes("model.safetensors", {"layer.weight": w})
     """
     from baracuda_cy.files.quant_state import STORAGE, outputs_of, parts_of
     from baracuda_cy.files.safetensors import output_of, write

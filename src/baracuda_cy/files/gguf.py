@@ -145,7 +145,11 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
 
     Examples
     --------
-    >>> with open_gguf("model.gguf") as model:  # doctest: +SKIP
-    ...     w = model["blk.0.ffn_up.weight"].to("cuda")
+    >>> import baracuda_cy as bcy
+    >>> with bcy.open_gguf("model.gguf") as model:
+    ...     w = model["blk.0.ffn_up.weight"]
+    >>> w.device
+    'cpu'
+    >>> w = w.to("cuda")  # doctest: +SKIP
     """
     return GgufFile(path)
