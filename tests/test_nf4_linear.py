@@ -275,7 +275,7 @@ def nest(absmax):
     """bitsandbytes' rule for 8 bits: codes, scales and offset."""
     f32 = np.float32
     offset = f32(np.mean(absmax, dtype=np.float64)) if absmax.size else f32(0)
-    code = dynamic_code()
+    code = reference.NESTED_CODE
     middles = (code[:-1] + code[1:]) * f32(0.5)
     codes, scales = np.zeros(absmax.size, np.uint8), []
     for at in range(0, absmax.size, 256):
@@ -303,7 +303,7 @@ def test_quantize_nested(kind, size):
     np.testing.assert_array_equal(seen(kind, w.data), plain.data)
     np.testing.assert_array_equal(seen(kind, w.nested.absmax), scales)
     np.testing.assert_array_equal(seen(kind, w.absmax), codes)
-    np.testing.assert_array_equal(seen(kind, w.nested.code), dynamic_code())
+    np.testing.assert_array_equal(seen(kind, w.nested.code), reference.NESTED_CODE)
     close = np.abs(w.to("cpu").unnest().absmax - plain.absmax)
     assert (close <= 0.01 * np.abs(plain.absmax - offset).max() + 1e-7).all()
 
@@ -718,35 +718,29 @@ def test_codebooks():
 
 
 def test_nested_code():
-    """Its values, as bitsandbytes' create_dynamic_map() gives them."""
-    import hashlib
-
     code = dynamic_code()
     assert (code.dtype, code.shape, code.flags.writeable) == (np.float32, (256,), False)
-    assert (np.diff(code) > 0).all()
-    assert (code[0], code[127], code[255]) == (np.float32(-0.99296874), 0, 1)
-    assert hashlib.sha256(code.astype("<f4").tobytes()).hexdigest() == (
-        "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
-    )
+    np.testing.assert_array_equal(code, reference.NESTED_CODE)
     assert dynamic_code() is code
 
 
-def rust_quantize_value(x, absmax):
+def specified_quantize_value(x, absmax):
     """The packer of the row-pair layout, step by step."""
     f32 = np.float32
+    values = reference.CODEBOOKS["NF4"]
     if absmax == 0:
         return 7
     with np.errstate(all="ignore"):
         scaled = f32(x) / f32(absmax)
-        best, distance = 0, abs(scaled - f32(bcy.NF4_CODEBOOK[0]))
+        best, distance = 0, abs(scaled - values[0])
         for code in range(1, 16):
-            d = abs(scaled - f32(bcy.NF4_CODEBOOK[code]))
+            d = abs(scaled - values[code])
             if d < distance:
                 best, distance = code, d
     return best
 
 
-def rust_pack_weight(weight, n, k, block_size):
+def specified_pack_weight(weight, n, k, block_size):
     absmax = np.zeros(n * k // block_size, np.float32)
     packed = np.zeros(n // 2 * k, np.uint8)
     for row in range(n):
@@ -759,21 +753,23 @@ def rust_pack_weight(weight, n, k, block_size):
             absmax[row * (k // block_size) + b] = a
             for j in range(block_size):
                 at = b * block_size + j
-                code = rust_quantize_value(weight[row * k + at], a)
+                code = specified_quantize_value(weight[row * k + at], a)
                 packed[row // 2 * k + at] |= code << (4 * (row & 1))
     return packed, absmax
 
 
 def test_quantize_value():
     rng = np.random.default_rng(0)
-    values = np.array(bcy.NF4_CODEBOOK, np.float32)
+    values = reference.CODEBOOKS["NF4"]
     middles = (values[:-1] + values[1:]) / np.float32(2)
     special = [0, -0.0, 1e-45, 1e38, -1e38, np.inf, -np.inf, np.nan]
     xs = [*values, *middles, *np.nextafter(middles, np.float32(1)), *special, *rng.normal(0, 1, 50)]
     for absmax in (1.0, 0.0, -0.0, 3.0, -1.0, 1e-45, np.inf, np.nan, 0.3):
         for x in xs:
             x = np.float32(x)
-            assert bcy.nf4_quantize_value(x, absmax) == rust_quantize_value(x, np.float32(absmax))
+            assert bcy.nf4_quantize_value(x, absmax) == specified_quantize_value(
+                x, np.float32(absmax)
+            )
     assert bcy.nf4_quantize_value(float("nan"), 1.0) == 0
     assert bcy.nf4_quantize_value(float("inf"), 1.0) == 0
     assert type(bcy.nf4_quantize_value(1.0, 1.0)) is int
@@ -796,7 +792,7 @@ def test_pack_weight():
             weight[:block_size] = 0
             weight[40], weight[41], weight[100] = np.nan, np.inf, -np.inf
         packed, absmax = bcy.nf4_pack_weight(weight.reshape(n, k), n, k, block_size)
-        want_packed, want_absmax = rust_pack_weight(weight, n, k, block_size)
+        want_packed, want_absmax = specified_pack_weight(weight, n, k, block_size)
         assert (packed.dtype, absmax.dtype) == (np.uint8, np.float32)
         np.testing.assert_array_equal(packed, want_packed)
         np.testing.assert_array_equal(absmax, want_absmax)
