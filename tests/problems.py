@@ -157,40 +157,26 @@ class Backend:
         return self.get(y)
 
 
+def _plan(kind, descriptor, device, name, nrows, ncols, preference=None, **fields):
+    problem = descriptor(nrows=nrows, ncols=ncols, block_format=name, **fields)
+    return kind.select(device, problem, preference)
+
+
 def staged_plan(device, name, nrows, ncols, m, activation="float32", output="float32", **more):
-    pref = more.pop("pref", None)
-    descriptor = bcy.GgufMmvqMultiMDescriptor(
-        nrows=nrows,
-        ncols=ncols,
-        m=m,
-        block_format=name,
-        activation=activation,
-        output=output,
-        **more,
-    )
-    return bcy.GgufMmvqMultiMPlan.select(device, descriptor, pref)
+    more |= {"m": m, "activation": activation, "output": output}
+    kind = (bcy.GgufMmvqMultiMPlan, bcy.GgufMmvqMultiMDescriptor)
+    return _plan(*kind, device, name, nrows, ncols, **more)
 
 
 def float_plan(device, name, nrows, ncols, m, activation="float32", output=None, **more):
-    pref = more.pop("pref", None)
-    descriptor = bcy.GgufMmvqDescriptor(
-        nrows=nrows,
-        ncols=ncols,
-        m=m,
-        block_format=name,
-        activation=activation,
-        output=output,
-        **more,
-    )
-    return bcy.GgufMmvqPlan.select(device, descriptor, pref)
+    more |= {"m": m, "activation": activation, "output": output}
+    kind = (bcy.GgufMmvqPlan, bcy.GgufMmvqDescriptor)
+    return _plan(*kind, device, name, nrows, ncols, **more)
 
 
 def dequantize_plan(device, name, nrows, ncols, output="float32", **more):
-    pref = more.pop("pref", None)
-    descriptor = bcy.GgufDequantizeDescriptor(
-        nrows=nrows, ncols=ncols, block_format=name, output=output, **more
-    )
-    return bcy.GgufDequantizePlan.select(device, descriptor, pref)
+    kind = (bcy.GgufDequantizePlan, bcy.GgufDequantizeDescriptor)
+    return _plan(*kind, device, name, nrows, ncols, output=output, **more)
 
 
 # ---- beside the test -----------------------------------------------------------------------------
@@ -302,18 +288,28 @@ class Nf4Weight:
         )
         return base if m is None else bcy.Nf4MmvqMultiMDescriptor(base=base, m=m)
 
-    def plan(self, device, m, activation="float32", output=None, bias=False, pref=None):
+    def plan(self, device, m, activation="float32", output=None, bias=False, preference=None):
         descriptor = self.descriptor(m, activation=activation, output=output, bias=bias)
-        return bcy.Nf4MmvqMultiMPlan.select(device, descriptor, pref)
+        return bcy.Nf4MmvqMultiMPlan.select(device, descriptor, preference)
 
     def product(
-        self, backend, x, output=None, bias=None, padding=(0, 0), pref=None, weight=None, plan=None
+        self,
+        backend,
+        x,
+        output=None,
+        bias=None,
+        padding=(0, 0),
+        preference=None,
+        weight=None,
+        plan=None,
     ):
         """A product on NumPy arrays; a NumPy result."""
         activation = next(name for name, dtype in FLOATS.items() if x.dtype == dtype)
         m = x.shape[0]
         output = output or activation
-        plan = plan or self.plan(backend.device, m, activation, output, bias is not None, pref)
+        plan = plan or self.plan(
+            backend.device, m, activation, output, bias is not None, preference
+        )
         y = backend.empty((m, self.n), output, padding[1])
         plan.run(
             self.tensor(backend) if weight is None else weight,

@@ -174,8 +174,8 @@ def test_threads_do_not_change_the_bits(path, name, m):
     weight, x = random_weight(name, n, k), random_activations(m, k)
 
     def product(threads):
-        pref = bcy.PlanPreference(threads=threads)
-        return bits(CPU.run(PATHS[path]("cpu", name, n, k, m, pref=pref), weight, x))
+        preference = bcy.PlanPreference(threads=threads)
+        return bits(CPU.run(PATHS[path]("cpu", name, n, k, m, preference=preference), weight, x))
 
     alone = product(1)
     for threads in (2, 3, 8, 200):
@@ -187,8 +187,10 @@ def test_threads_do_not_change_what_is_dequantized():
     weight, results = random_weight("Q5_K", n, k), []
     for threads in (1, 5):
         y = CPU.empty((n, k), "bfloat16")
-        pref = bcy.PlanPreference(threads=threads)
-        problems.dequantize_plan("cpu", "Q5_K", n, k, "bfloat16", pref=pref).run(weight, y)
+        preference = bcy.PlanPreference(threads=threads)
+        problems.dequantize_plan("cpu", "Q5_K", n, k, "bfloat16", preference=preference).run(
+            weight, y
+        )
         results.append(bits(y))
     np.testing.assert_array_equal(*results)
 
@@ -208,7 +210,9 @@ def threads_of_this_process():
 
 
 def started_threads(n, k, threads):
-    plan = problems.staged_plan("cpu", "Q8_0", n, k, 1, pref=bcy.PlanPreference(threads=threads))
+    plan = problems.staged_plan(
+        "cpu", "Q8_0", n, k, 1, preference=bcy.PlanPreference(threads=threads)
+    )
     weight, x = random_weight("Q8_0", n, k), random_activations(1, k)
     before = threads_of_this_process()
     CPU.run(plan, weight, x)
@@ -228,8 +232,8 @@ def test_plans_of_all_kinds_at_once():
     cases = []
     for i, name in enumerate(FORMATS):
         n, k, m = 257, 768, 1 + i % 3
-        pref = bcy.PlanPreference(threads=2 + i % 3)
-        plan = list(PATHS.values())[i % 2]("cpu", name, n, k, m, pref=pref)
+        preference = bcy.PlanPreference(threads=2 + i % 3)
+        plan = list(PATHS.values())[i % 2]("cpu", name, n, k, m, preference=preference)
         weight, x = random_weight(name, n, k), random_activations(m, k)
         cases.append((plan, weight, x, bits(CPU.run(plan, weight, x))))
     wrong, barrier = [], threading.Barrier(len(cases))
@@ -327,15 +331,15 @@ def test_the_callers_environment_changes_nothing_and_is_given_back(name, path, t
     n, k = 1000, 1024
     weight = random_weight(name, n, k)
     x = random_activations(1, k) * np.float32(2.0**-118)
-    pref = bcy.PlanPreference(threads=threads)
+    preference = bcy.PlanPreference(threads=threads)
     if path == "dequantize":
         if name == "MXFP4":
             weight.reshape(-1, 17)[:, 0] = 1  # values of 2^-127
-        plan = problems.dequantize_plan("cpu", name, n, k, "float16", pref=pref)
+        plan = problems.dequantize_plan("cpu", name, n, k, "float16", preference=preference)
         y = CPU.empty((n, k), "float16")
         run = functools.partial(plan.run, weight, y)
     else:
-        plan = PATHS[path]("cpu", name, n, k, 1, pref=pref)
+        plan = PATHS[path]("cpu", name, n, k, 1, preference=preference)
         y = CPU.empty((1, n), "float32")
         run = functools.partial(plan.run, weight, x, y, workspace=CPU.workspace(plan))
     run()

@@ -202,7 +202,7 @@ def test_many_rows_at_any_address(cpu, gpu, name, m):
                     "cuda",
                     *arguments,
                     w_start_byte_offset=block_format.alignment,
-                    pref=preference,
+                    preference=preference,
                 )
                 np.testing.assert_array_equal(bits(gpu.run(plan, memory, x)), expected)
 
@@ -280,7 +280,7 @@ def test_staging_inside_and_outside(cpu, gpu, name):
             assert (plan.workspace_size == 0) == (some and m == 1 and ncols <= most)
             if m == 2:
                 plan = expect_same_bits(
-                    cpu, gpu, problems.staged_plan, name, nrows, ncols, m, pref=overlapping
+                    cpu, gpu, problems.staged_plan, name, nrows, ncols, m, preference=overlapping
                 )
                 inside = two and ncols == 4096 and nrows == 32 * processors - 5
                 assert (plan.workspace_size == 0) == inside
@@ -333,8 +333,8 @@ def test_overlapping_calls(gpu, name, make, m):
     starts = [gpu.put(random_activations(m, ncols, seed=seed)) for seed in range(5)]
 
     def chain(preference):
-        forth = make("cuda", name, nrows, ncols, m, pref=preference)
-        home = make("cuda", name, ncols, nrows, m, pref=preference)
+        forth = make("cuda", name, nrows, ncols, m, preference=preference)
+        home = make("cuda", name, ncols, nrows, m, preference=preference)
         size = max(forth.workspace_size, home.workspace_size, 1)
         workspace = bcy.Workspace(size, device="cuda")
         stream = bcy.Stream()
@@ -357,9 +357,9 @@ def test_overlapping_calls(gpu, name, make, m):
 def test_overlap_in_a_graph(gpu):
     cupy = pytest.importorskip("cupy", reason="needs CuPy")
     name, n, m = "Q4_K", 2048, 2
-    pref = bcy.PlanPreference(overlap=True)
+    preference = bcy.PlanPreference(overlap=True)
     weights = [cupy.asarray(random_weight(name, n, n, seed)) for seed in range(6)]
-    plans = [problems.staged_plan("cuda", name, n, n, m, pref=p) for p in (pref, None)]
+    plans = [problems.staged_plan("cuda", name, n, n, m, preference=p) for p in (preference, None)]
     x = cupy.asarray(random_activations(m, n))
     stream = cupy.cuda.Stream(non_blocking=True)
 

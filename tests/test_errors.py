@@ -672,9 +672,13 @@ def test_a_plan_that_was_not_selected(kind):
 
 def test_preference_for_the_other_path():
     with pytest.raises(InvalidProblem, match=r"preference: .*select a GgufMmvqMultiMPlan"):
-        problems.float_plan("cpu", "Q8_0", N, K, M, pref=bcy.PlanPreference(activations="staged"))
+        problems.float_plan(
+            "cpu", "Q8_0", N, K, M, preference=bcy.PlanPreference(activations="staged")
+        )
     with pytest.raises(InvalidProblem, match=r"preference: .*select a GgufMmvqPlan"):
-        problems.staged_plan("cpu", "Q8_0", N, K, M, pref=bcy.PlanPreference(activations="float"))
+        problems.staged_plan(
+            "cpu", "Q8_0", N, K, M, preference=bcy.PlanPreference(activations="float")
+        )
 
 
 # ---- packed tensors ------------------------------------------------------------------------------

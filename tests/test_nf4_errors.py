@@ -55,9 +55,9 @@ def refused(plan, arguments, error, match, **changed):
         assert plan.can_implement(**arguments) is False
 
 
-def select(kind, descriptor, match, pref=None, error=InvalidProblem):
+def select(kind, descriptor, match, preference=None, error=InvalidProblem):
     with pytest.raises(error, match=match) as caught:
-        kind.select("cpu", descriptor, pref)
+        kind.select("cpu", descriptor, preference)
     assert SHAPE.match(str(caught.value)), caught.value
 
 

@@ -147,12 +147,12 @@ def test_linear_has_the_bits_of_the_plan(backend):
     """On the fast path too."""
     weight = Nf4Weight(40, 1024, nested=256)
     w = weight.tensor(backend)
-    for pref in (None, EXACT):
+    for preference in (None, EXACT):
         for dtype in FLOATS:
             x = random_activations(9, 1024, dtype)
-            want = weight.product(backend, x, pref=pref)
+            want = weight.product(backend, x, preference=preference)
             y = backend.empty((9, 40), dtype)
-            bcy.linear(backend.put(x), w, out=y, preference=pref)
+            bcy.linear(backend.put(x), w, out=y, preference=preference)
             np.testing.assert_array_equal(bits(backend.get(y)), bits(want))
 
 
@@ -690,12 +690,12 @@ def test_a_plan_of_a_tensor_is_where_the_tensor_is():
 def test_a_plan_of_a_tensor():
     weight = Nf4Weight(8, 96, 32, "FP4", nested=4)
     w = weight.tensor()
-    pref = bcy.PlanPreference(threads=2)
-    plan = w.plan(3, "bfloat16", "float32", pref, bias=True)
+    preference = bcy.PlanPreference(threads=2)
+    plan = w.plan(3, "bfloat16", "float32", preference, bias=True)
     assert plan.descriptor == weight.descriptor(
         3, activation="bfloat16", output="float32", bias=True
     )
-    assert plan.preference is pref
+    assert plan.preference is preference
     assert w.plan().descriptor == weight.descriptor(1)
     assert w.plan().descriptor.base.activation is bcy.ElementKind.F16
 

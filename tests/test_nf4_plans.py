@@ -87,7 +87,7 @@ def test_product_has_the_specified_bits(backend, codebook, layout, nested, activ
             product = weight.exact_product(x)
             for output in {activation, "float32"}:
                 bias = bias_of(n, output) if m % 2 else None
-                y = weight.product(backend, x, output, bias, pref=exact(backend))
+                y = weight.product(backend, x, output, bias, preference=exact(backend))
                 want = reference.finish(product, bias, output)
                 np.testing.assert_array_equal(bits(y), want, f"{n}x{k} {block_size=} {m=} {output}")
 
@@ -99,7 +99,7 @@ def test_product_of_every_block_size(backend, codebook, block_size):
         weight = Nf4Weight(n, k, block_size, codebook, nested=64)
         x = random_activations(2, k)
         want = reference.finish(weight.exact_product(x))
-        got = weight.product(backend, x, pref=exact(backend))
+        got = weight.product(backend, x, preference=exact(backend))
         np.testing.assert_array_equal(bits(got), want)
 
 
@@ -141,18 +141,18 @@ def test_scales_of_every_bit_pattern(backend, codebook, layout):
             want = reference.finish(values, None, output)
             np.testing.assert_array_equal(bits(backend.get(y)), want)
         x = random_activations(3, 192)
-        y = weight.product(backend, x, pref=exact(backend))
+        y = weight.product(backend, x, preference=exact(backend))
         want = reference.finish(weight.exact_product(x))
     np.testing.assert_array_equal(bits(y), want)
 
 
 def test_not_a_number_stays_in_its_row_and_token(path):
-    backend, pref = path
+    backend, preference = path
     weight = Nf4Weight(9, 256)
     weight.absmax[4 * 5 + 1] = np.nan
     x = random_activations(4, 256, "float16")
     x[2, 7] = np.inf
-    y = weight.product(backend, x, "float32", pref=pref)
+    y = weight.product(backend, x, "float32", preference=preference)
     wrong = ~np.isfinite(y)
     assert wrong[:, 5].all()
     assert wrong[2].all()
@@ -165,7 +165,7 @@ def test_not_a_number_stays_in_its_row_and_token(path):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("codebook", ["nf4", "fp4"])
 def test_error_is_within_bounds(path, codebook, nested):
-    backend, pref = path
+    backend, preference = path
     dense, x = gaussian()
     host = bcy.quantize(dense, codebook, nested=nested)
     parts = None
@@ -181,7 +181,7 @@ def test_error_is_within_bounds(path, codebook, nested):
         stored = x.astype(FLOATS[activation])
         product = stored.astype(np.float64) @ values.T
         y = backend.empty((16, len(dense)), output)
-        w.plan(16, activation, output, pref).run(w, backend.put(stored), y)
+        w.plan(16, activation, output, preference).run(w, backend.put(stored), y)
         return np.linalg.norm(backend.get(y) - product) / np.linalg.norm(product)
 
     assert error("float32", "float32") <= 5e-7
@@ -195,7 +195,7 @@ def test_error_is_within_bounds(path, codebook, nested):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_error_of_odd_shapes(path, layout, activation):
     """Whatever kernel takes them, the product is the product."""
-    backend, pref = path
+    backend, preference = path
     for n, k, block_size in SHAPES[layout]:
         weight = Nf4Weight(n, k, block_size, layout=layout, nested=256)
         values = weight.values()
@@ -204,7 +204,7 @@ def test_error_of_odd_shapes(path, layout, activation):
             product = x.astype(np.float64) @ values.astype(np.float64).T
             size = np.abs(x.astype(np.float64)) @ np.abs(values.astype(np.float64)).T
             bias = bias_of(n, "float32")
-            y = weight.product(backend, x, "float32", bias, pref=pref)
+            y = weight.product(backend, x, "float32", bias, preference=preference)
             assert (np.abs(y - (product + bias)) <= 2e-6 * (size + np.abs(bias)) + 1e-30).all()
 
 
@@ -215,11 +215,11 @@ def test_error_of_odd_shapes(path, layout, activation):
 @pytest.mark.parametrize("padding", [(5, 0), (0, 3), (32, 64)])
 @pytest.mark.parametrize("m", [1, 2, 9])
 def test_padded_rows(path, padding, m, layout):
-    backend, pref = path
+    backend, preference = path
     for k in (96, 512):
         weight, x = Nf4Weight(12, k, 32, layout=layout), random_activations(m, k, "float16")
-        plain = weight.product(backend, x, pref=pref)
-        moved = weight.product(backend, x, pref=pref, padding=padding)
+        plain = weight.product(backend, x, preference=preference)
+        moved = weight.product(backend, x, preference=preference, padding=padding)
         np.testing.assert_array_equal(bits(moved), bits(plain))
 
 
@@ -240,12 +240,14 @@ def test_padding_of_an_output_is_left_alone():
 
 
 def test_a_token_may_be_a_vector(path):
-    backend, pref = path
+    backend, preference = path
     weight, x = Nf4Weight(9, 192), random_activations(1, 192, "bfloat16")
     w = weight.tensor(backend)
-    single = bcy.Nf4MmvqPlan.select(backend.device, weight.descriptor(activation="bfloat16"), pref)
-    want = weight.product(backend, x, pref=pref)
-    for plan in (single, weight.plan(backend.device, 1, "bfloat16", pref=pref)):
+    single = bcy.Nf4MmvqPlan.select(
+        backend.device, weight.descriptor(activation="bfloat16"), preference
+    )
+    want = weight.product(backend, x, preference=preference)
+    for plan in (single, weight.plan(backend.device, 1, "bfloat16", preference=preference)):
         y = backend.empty((9,), "bfloat16")
         plan.run(w, backend.put(x[0]), y)
         np.testing.assert_array_equal(bits(backend.get(y)), bits(want[0]))
@@ -277,13 +279,13 @@ def at_offset(backend, array, offset):
 @pytest.mark.parametrize("activation", list(FLOATS))
 def test_another_alignment(path, activation, layout, nested):
     """Codes at any byte; scales, activations, bias and output at any element."""
-    backend, pref = path
+    backend, preference = path
     item = np.dtype(FLOATS[activation]).itemsize
     for k in (200, 512):
         weight = Nf4Weight(38, k, 8 if layout == "row_pair" else 64, "NF4", layout, nested)
         for m in (1, 5):
             x, bias = random_activations(m, k, activation), bias_of(38, activation)
-            plan = weight.plan(backend.device, m, activation, bias=True, pref=pref)
+            plan = weight.plan(backend.device, m, activation, bias=True, preference=preference)
             first = weight.product(backend, x, bias=bias, plan=plan)
             for step in (1, 2, 3, 7, 9, 16):
                 outer = None
@@ -349,14 +351,14 @@ def test_codes_of_any_rank_and_storage(backend, shape, dtype):
 
 
 def test_parts_are_as_good_as_a_tensor(path):
-    backend, pref = path
+    backend, preference = path
     for nested in (None, 256):
         weight, x = Nf4Weight(9, 192, nested=nested), random_activations(3, 192, "float16")
         data, absmax, outer = weight.parts(backend)
-        plan = weight.plan(backend.device, 3, "float16", pref=pref)
+        plan = weight.plan(backend.device, 3, "float16", preference=preference)
         y = backend.empty((3, 9), "float16")
         plan.run(data, backend.put(x), y, absmax=absmax, nested=outer)
-        want = weight.product(backend, x, pref=pref)
+        want = weight.product(backend, x, preference=preference)
         np.testing.assert_array_equal(bits(backend.get(y)), bits(want))
 
 
@@ -371,11 +373,11 @@ def test_buffers_are_weights():
 
 def test_a_workspace_changes_no_bits(path):
     """None is needed. Where one is of use, a kernel runs that divides K otherwise."""
-    backend, pref = path
+    backend, preference = path
     for n, k, m, nested in ((8, 64, 2, None), (300, 1344, 3, 256), (70, 5120, 1, None)):
         weight, x = Nf4Weight(n, k, nested=nested), random_activations(m, k)
         w = weight.tensor(backend)
-        plan = weight.plan(backend.device, m, pref=pref)
+        plan = weight.plan(backend.device, m, preference=preference)
         assert plan.workspace_size % 4 == 0
         y = backend.empty((m, n), "float32")
         plan.run(w, backend.put(x), y)
@@ -398,8 +400,8 @@ def test_tokens_that_share_a_workspace_by_turns(overlap):
     backend, (m, n, k) = Backend("cuda"), (33, 131077, 320)
     weight, x = Nf4Weight(n, k), random_activations(m, k, "float16")
     w, x = weight.tensor(backend), backend.put(x)
-    pref = bcy.PlanPreference(overlap=overlap, bit_stable_across_hardware=True)
-    plan = weight.plan("cuda", m, "float16", pref=pref)
+    preference = bcy.PlanPreference(overlap=overlap, bit_stable_across_hardware=True)
+    plan = weight.plan("cuda", m, "float16", preference=preference)
     assert 0 < plan.workspace_size < m * n * 2 * 4
     results = []
     for workspace in (None, backend.workspace(plan)):
@@ -425,22 +427,24 @@ def test_unpacking_asks_for_no_workspace(backend):
 @pytest.mark.parametrize("nested", [None, 256])
 @pytest.mark.parametrize("activation", ["float32", "float16"])
 def test_no_columns_gives_zeros_and_bias(path, activation, nested, layout):
-    backend, pref = path
+    backend, preference = path
     weight, x = Nf4Weight(6, 0, 64, "NF4", layout, nested), np.zeros((3, 0), FLOATS[activation])
-    y = weight.product(backend, x, pref=pref)
+    y = weight.product(backend, x, preference=preference)
     np.testing.assert_array_equal(bits(y), np.zeros((3, 6), bits(y).dtype))
     bias = bias_of(6, activation)
-    y = weight.product(backend, x, bias=bias, pref=pref)
+    y = weight.product(backend, x, bias=bias, preference=preference)
     np.testing.assert_array_equal(bits(y), np.tile(bits(bias), (3, 1)))
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (6, 0), (0, 0)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_rows_and_no_tokens(path, layout, n, m):
-    backend, pref = path
+    backend, preference = path
     for nested in (None, 256):
         weight = Nf4Weight(n, 64, 64, "FP4", layout, nested)
-        assert weight.product(backend, np.zeros((m, 64), np.float16), pref=pref).shape == (m, n)
+        assert weight.product(
+            backend, np.zeros((m, 64), np.float16), preference=preference
+        ).shape == (m, n)
 
 
 def test_no_elements_to_dequantize(backend):
@@ -473,14 +477,14 @@ def problems(draw):
     return (n, k, block_size, codebook, layout, nested), m, activation, output, biased
 
 
-def check_problem(backend, problem, pref):
+def check_problem(backend, problem, preference):
     arguments, m, activation, output, biased = problem
     weight = Nf4Weight(*arguments, seed=3)
     values = weight.values()
     x = random_activations(m, weight.k, activation)
     bias = bias_of(weight.n, output) if biased else None
-    y = weight.product(backend, x, output, bias, pref=pref)
-    plan = weight.plan(backend.device, m, activation, output, biased, pref)
+    y = weight.product(backend, x, output, bias, preference=preference)
+    plan = weight.plan(backend.device, m, activation, output, biased, preference)
     if plan.precision_guarantee.bit_stable_across_hardware:
         want = reference.finish(weight.exact_product(x), bias, output)
         np.testing.assert_array_equal(bits(y), want)
@@ -509,9 +513,9 @@ def test_any_problem_on_the_cpu(problem):
 
 @pytest.mark.gpu
 @settings(max_examples=300)
-@given(problem=problems(), pref=st.sampled_from([None, EXACT]))
-def test_any_problem_on_cuda(problem, pref):
-    check_problem(Backend("cuda"), problem, pref)
+@given(problem=problems(), preference=st.sampled_from([None, EXACT]))
+def test_any_problem_on_cuda(problem, preference):
+    check_problem(Backend("cuda"), problem, preference)
 
 
 # ---- deterministic, bit_stable_on_same_hardware --------------------------------------------------
@@ -520,9 +524,11 @@ N, K = 37, 2304
 
 
 def product(path, m=5, n=N, k=K, activation="float16", output=None):
-    backend, pref = path
+    backend, preference = path
     weight = Nf4Weight(n, k, 64, nested=256)
-    return bits(weight.product(backend, random_activations(m, k, activation), output, pref=pref))
+    return bits(
+        weight.product(backend, random_activations(m, k, activation), output, preference=preference)
+    )
 
 
 def load(device):
@@ -537,23 +543,25 @@ def load(device):
 
 
 def test_flags(path):
-    backend, pref = path
+    backend, preference = path
     for activation in FLOATS:
         for k in (K, K + 3):
             guarantee = (
-                Nf4Weight(N, k).plan(backend.device, 5, activation, pref=pref).precision_guarantee
+                Nf4Weight(N, k)
+                .plan(backend.device, 5, activation, preference=preference)
+                .precision_guarantee
             )
             assert guarantee.deterministic
             assert guarantee.bit_stable_on_same_hardware
             assert guarantee.batch_invariant
             assert guarantee.accumulator is bcy.ElementKind.F32
             own = not guarantee.bit_stable_across_hardware
-            assert not own or (backend.device == "cuda" and pref is None)
+            assert not own or (backend.device == "cuda" and preference is None)
             math = bcy.ElementKind.of(activation).name if own else "F32"
             assert guarantee.math_precision is bcy.MathPrecision[math]
     for output in FLOATS:
         plan = bcy.Nf4DequantizePlan.select(
-            backend.device, Nf4Weight(N, K).descriptor(output=output), pref
+            backend.device, Nf4Weight(N, K).descriptor(output=output), preference
         )
         assert plan.precision_guarantee.bit_stable_across_hardware
         assert plan.precision_guarantee.deterministic
@@ -561,10 +569,11 @@ def test_flags(path):
 
 def test_flags_do_not_depend_on_tokens(path):
     """Else a batch would change the bits of a token."""
-    backend, pref = path
+    backend, preference = path
     for activation in FLOATS:
         plans = [
-            Nf4Weight(N, K).plan(backend.device, m, activation, pref=pref) for m in (0, 1, 2, 8, 99)
+            Nf4Weight(N, K).plan(backend.device, m, activation, preference=preference)
+            for m in (0, 1, 2, 8, 99)
         ]
         assert len({plan.precision_guarantee for plan in plans}) == 1
 
@@ -587,21 +596,23 @@ def test_deterministic_beside_load(path):
 
 
 def test_another_process(path):
-    backend, pref = path
-    call = f"t.product((t.Backend({backend.device!r}), {'t.EXACT' if pref else None})).tolist()"
+    backend, preference = path
+    call = (
+        f"t.product((t.Backend({backend.device!r}), {'t.EXACT' if preference else None})).tolist()"
+    )
     for threads in ("1", "3"):
         got = in_another_process("test_nf4_plans", call, BARACUDA_THREADS=threads)
         np.testing.assert_array_equal(got, product(path))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pref", [None, EXACT])
+@pytest.mark.parametrize("preference", [None, EXACT])
 @pytest.mark.parametrize("m", [1, 5, 33])
-def test_another_stream(pref, m):
+def test_another_stream(preference, m):
     backend, weight = Backend("cuda"), Nf4Weight(N, K, nested=256)
     x = random_activations(m, K, "float16")
-    first = bits(weight.product(backend, x, pref=pref))
-    plan, w = weight.plan("cuda", m, "float16", pref=pref), weight.tensor(backend)
+    first = bits(weight.product(backend, x, preference=preference))
+    plan, w = weight.plan("cuda", m, "float16", preference=preference), weight.tensor(backend)
     for stream in (bcy.Stream(), bcy.Stream(priority=-1), bcy.PER_THREAD_DEFAULT_STREAM):
         y = backend.empty((m, N), "float16")
         plan.run(w, backend.put(x), y, stream=stream)
@@ -610,14 +621,14 @@ def test_another_stream(pref, m):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pref", [None, EXACT, bcy.PlanPreference(overlap=True)])
+@pytest.mark.parametrize("preference", [None, EXACT, bcy.PlanPreference(overlap=True)])
 @pytest.mark.parametrize("m", [1, 5, 33])
-def test_graph_replay(pref, m):
+def test_graph_replay(preference, m):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if not torch.cuda.is_available():
         pytest.skip("this torch has no GPU")
     backend, weight = Backend("cuda"), Nf4Weight(N, K, nested=256)
-    plan, w = weight.plan("cuda", m, "float16", pref=pref), weight.tensor(backend)
+    plan, w = weight.plan("cuda", m, "float16", preference=preference), weight.tensor(backend)
     x = torch.zeros(m, K, device="cuda", dtype=torch.float16)
     y = torch.zeros(m, N, device="cuda", dtype=torch.float16)
     dense = torch.zeros(N, K, device="cuda", dtype=torch.float32)
@@ -632,7 +643,7 @@ def test_graph_replay(pref, m):
         y.fill_(77)
         dense.fill_(77)
         graph.replay()
-        want = weight.product(backend, fresh, pref=pref)
+        want = weight.product(backend, fresh, preference=preference)
         np.testing.assert_array_equal(bits(y.cpu().numpy()), bits(want))
         np.testing.assert_array_equal(dense.cpu().numpy(), weight.values())
 
@@ -644,8 +655,8 @@ def test_products_that_overlap(m):
     backend, weight = Backend("cuda"), Nf4Weight(512, 512)
     w, x = weight.tensor(backend), random_activations(m, 512, "bfloat16")
 
-    def chain(pref):
-        plan = weight.plan("cuda", m, "bfloat16", pref=pref)
+    def chain(preference):
+        plan = weight.plan("cuda", m, "bfloat16", preference=preference)
         arrays = [backend.put(x)] + [backend.empty((m, 512), "bfloat16") for _ in range(20)]
         for source, target in itertools.pairwise(arrays):
             plan.run(w, source, target)
@@ -663,11 +674,11 @@ def test_products_that_overlap(m):
 )
 @pytest.mark.parametrize("activation", list(FLOATS))
 def test_batch_invariant(path, activation, layout, k):
-    backend, pref = path
+    backend, preference = path
     weight = Nf4Weight(38, k, 64 if k == 2304 else 32, "NF4", layout, 256)
     w, x = weight.tensor(backend), random_activations(100, k, activation)
     single = bcy.Nf4MmvqPlan.select(
-        backend.device, weight.descriptor(activation=activation, output="float32"), pref
+        backend.device, weight.descriptor(activation=activation, output="float32"), preference
     )
 
     def alone(token):
@@ -676,7 +687,7 @@ def test_batch_invariant(path, activation, layout, k):
         return bits(backend.get(y))
 
     def run(tokens):
-        return bits(weight.product(backend, tokens, "float32", pref=pref, weight=w))
+        return bits(weight.product(backend, tokens, "float32", preference=preference, weight=w))
 
     each = np.stack([alone(token) for token in x])
     for m in [*range(34), 64, 100]:
@@ -687,14 +698,14 @@ def test_batch_invariant(path, activation, layout, k):
 @pytest.mark.parametrize("m", [1, 5, 20])
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 36])
 def test_a_row_does_not_depend_on_the_others(path, rows, m):
-    backend, pref = path
+    backend, preference = path
     whole = Nf4Weight(N, K)
     part = Nf4Weight(rows, K)
     part.data = whole.data[: rows * K // 2]
     part.absmax = whole.absmax[: rows * K // 64]
     x = random_activations(m, K, "float16")
-    want = whole.product(backend, x, pref=pref)[:, :rows]
-    np.testing.assert_array_equal(bits(part.product(backend, x, pref=pref)), bits(want))
+    want = whole.product(backend, x, preference=preference)[:, :rows]
+    np.testing.assert_array_equal(bits(part.product(backend, x, preference=preference)), bits(want))
 
 
 # A multiprocessor has so many weights where a kernel for many takes over, on Hopper.
@@ -800,8 +811,8 @@ def test_gpu_and_cpu_agree(layout, activation):
             for output in {activation, "float32"}:
                 bias = bias_of(n, output)
                 results = [
-                    bits(weight.product(Backend(device), x, output, bias, pref=pref))
-                    for device, pref in (("cpu", None), ("cuda", EXACT))
+                    bits(weight.product(Backend(device), x, output, bias, preference=preference))
+                    for device, preference in (("cpu", None), ("cuda", EXACT))
                 ]
                 np.testing.assert_array_equal(*results, f"{n=} {k=} {m=} {output=}")
 
@@ -814,8 +825,8 @@ def test_gpu_and_cpu_agree_on_every_bit_pattern(codebook):
     weight.absmax = rng.integers(0, 2**32, weight.absmax.size, np.uint32).view(np.float32)
     x = rng.integers(0, 2**32, (9, 2304), np.uint32).view(np.float32)
     results = [
-        bits(weight.product(Backend(device), x, pref=pref))
-        for device, pref in (("cpu", None), ("cuda", EXACT))
+        bits(weight.product(Backend(device), x, preference=preference))
+        for device, preference in (("cpu", None), ("cuda", EXACT))
     ]
     np.testing.assert_array_equal(*results)
 
@@ -860,11 +871,13 @@ def test_every_instruction_set_of_the_cpu_agrees(isa):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_do_not_change_the_bits(threads):
-    backend, pref = Backend("cpu"), bcy.PlanPreference(threads=threads)
+    backend, preference = Backend("cpu"), bcy.PlanPreference(threads=threads)
     for layout in LAYOUTS:
         weight, x = Nf4Weight(204, 1024, 64, "NF4", layout), random_activations(5, 1024)
         plain = weight.product(backend, x)
-        np.testing.assert_array_equal(bits(weight.product(backend, x, pref=pref)), bits(plain))
+        np.testing.assert_array_equal(
+            bits(weight.product(backend, x, preference=preference)), bits(plain)
+        )
 
 
 def test_flush_to_zero_of_the_caller_changes_nothing():
@@ -883,9 +896,9 @@ def test_flush_to_zero_of_the_caller_changes_nothing():
 
 
 def test_threads_share_a_plan(path):
-    backend, pref = path
+    backend, preference = path
     weight = Nf4Weight(N, K)
-    plan = weight.plan(backend.device, 5, "float16", pref=pref)
+    plan = weight.plan(backend.device, 5, "float16", preference=preference)
     tokens = [random_activations(5, K, "float16", seed=seed) for seed in range(8)]
     want = [bits(weight.product(backend, x, plan=plan)) for x in tokens]
     barrier, wrong = threading.Barrier(8), []
@@ -946,8 +959,8 @@ def test_sku_on_the_cpu():
 @pytest.mark.gpu
 def test_sku_on_cuda():
     major, minor = _cuda.compute_capability(0)
-    for pref in (None, EXACT):
-        sku = Nf4Weight(8, 64).plan("cuda", 4, pref=pref).sku
+    for preference in (None, EXACT):
+        sku = Nf4Weight(8, 64).plan("cuda", 4, preference=preference).sku
         assert sku.backend is bcy.BackendKind.BESPOKE
         assert sku.arch == 10 * major + minor
         assert sku.isa is None
@@ -955,8 +968,8 @@ def test_sku_on_cuda():
 
 def test_repr_of_a_plan():
     weight = Nf4Weight(8, 64, 64, "NF4", "bitsandbytes", 256)
-    pref = bcy.PlanPreference(threads=2)
-    text = repr(weight.plan("cpu", 4, "float16", "float32", bias=True, pref=pref))
+    preference = bcy.PlanPreference(threads=2)
+    text = repr(weight.plan("cpu", 4, "float16", "float32", bias=True, preference=preference))
     assert text.startswith(
         "Nf4MmvqMultiMPlan(NF4 8x64, block size 64, bitsandbytes layout, nested absmax, m=4, "
         "float16 -> float32 with bias, cpu "
@@ -977,7 +990,7 @@ def test_a_plan_keeps_what_it_was_made_from():
         bcy.PlanPreference(threads=2, bit_stable_across_hardware=True),
         Nf4Weight(8, 64),
     )
-    plan = weight.plan("cpu", 2, pref=preference)
+    plan = weight.plan("cpu", 2, preference=preference)
     assert plan.descriptor == weight.descriptor(2, activation="float32")
     assert plan.preference is preference
     for name in ("descriptor", "sku", "workspace_size", "device", "precision_guarantee"):
@@ -991,7 +1004,7 @@ def test_a_plan_keeps_what_it_was_made_from():
 def test_a_plan_pickles_as_its_selection():
     weight = Nf4Weight(8, 64, nested=256)
     for plan in (
-        weight.plan("cpu", 2, "bfloat16", bias=True, pref=bcy.PlanPreference(threads=2)),
+        weight.plan("cpu", 2, "bfloat16", bias=True, preference=bcy.PlanPreference(threads=2)),
         bcy.Nf4MmvqPlan.select("cpu", weight.descriptor()),
         bcy.Nf4DequantizePlan.select("cpu", weight.descriptor(output="float32")),
     ):
@@ -1002,9 +1015,9 @@ def test_a_plan_pickles_as_its_selection():
 
 
 def test_validate_runs_nothing(path):
-    backend, pref = path
+    backend, preference = path
     weight, x = Nf4Weight(8, 64), backend.put(random_activations(2, 64))
-    plan, w = weight.plan(backend.device, 2, pref=pref), weight.tensor(backend)
+    plan, w = weight.plan(backend.device, 2, preference=preference), weight.tensor(backend)
     y = backend.empty((2, 8), "float32")
     plan.validate(w, x, y)
     assert plan.can_implement(w, x, y) is True

@@ -451,7 +451,7 @@ def test_a_plan_prints_as_one_line():
         "GgufMmvqMultiMPlan(Q4_K 4096x4096, m=8, float16 -> float32, staged int8, "
         f"{machine}; {promises})"
     )
-    plan = problems.float_plan("cpu", "Q8_0", 3, 64, 1, pref=bcy.PlanPreference(threads=2))
+    plan = problems.float_plan("cpu", "Q8_0", 3, 64, 1, preference=bcy.PlanPreference(threads=2))
     assert repr(plan) == (
         "GgufMmvqPlan(Q8_0 3x64, m=1, float32 -> float32, float activations, "
         f"{machine}, 2 threads; {promises})"
@@ -547,7 +547,7 @@ def test_device_of_a_cuda_plan():
 
 def test_a_plan_keeps_what_it_was_made_from():
     preference = bcy.PlanPreference(threads=2)
-    plan = problems.staged_plan("cpu", "Q8_0", 4, 64, 2, pref=preference)
+    plan = problems.staged_plan("cpu", "Q8_0", 4, 64, 2, preference=preference)
     assert plan.descriptor == bcy.GgufMmvqMultiMDescriptor(
         nrows=4, ncols=64, m=2, block_format="Q8_0"
     )
@@ -559,7 +559,7 @@ def test_a_plan_keeps_what_it_was_made_from():
 
 def test_a_plan_pickles_as_its_selection():
     for plan in (
-        problems.staged_plan("cpu", "Q8_0", 4, 64, 2, pref=bcy.PlanPreference(threads=2)),
+        problems.staged_plan("cpu", "Q8_0", 4, 64, 2, preference=bcy.PlanPreference(threads=2)),
         problems.float_plan("cpu", "Q8_0", 4, 64, 2, "float16"),
         problems.dequantize_plan("cpu", "Q8_0", 4, 64),
     ):
@@ -575,7 +575,7 @@ def test_threads_do_not_change_the_bits(threads):
     preference = bcy.PlanPreference(threads=threads)
     for make in (problems.staged_plan, problems.float_plan):
         plain = backend.run(make("cpu", "Q4_K", 203, 1024, 5), weight, x)
-        plan = make("cpu", "Q4_K", 203, 1024, 5, pref=preference)
+        plan = make("cpu", "Q4_K", 203, 1024, 5, preference=preference)
         np.testing.assert_array_equal(bits(backend.run(plan, weight, x)), bits(plain))
 
 
