@@ -204,24 +204,34 @@ class Load:
             thread.join()
 
 
+def child(code, *, expect=0, **environment):
+    """What code prints in a process of its own that can import the tests; nothing on stderr.
+
+    None takes a variable out of the environment.
+    """
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env={name: value for name, value in environment.items() if value is not None},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (expect, ""), f"{done.returncode}: {done.stderr}"
+    return done.stdout.strip()
+
+
 def in_another_process(module, expression, **environment):
     """What an expression over a test module, called `t`, is in a process of its own, by JSON."""
     code = f"""
-        import json, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import json
         import {module} as t
         from baracuda_cy import _cpu
         print(json.dumps({expression}))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(child(code, **environment))
 
 
 # ---- NF4 and FP4 ---------------------------------------------------------------------------------
@@ -346,24 +356,25 @@ class Ggml:
     def _pointer(array):
         return array.ctypes.data_as(ctypes.c_void_p)
 
-    def dequantize(self, name, data, count):
+    def dequantize(self, name, data, shape):
         # The symbols are q4_0 and iq4_nl, but q4_K and iq4_xs.
         symbol = name.lower().replace("_k", "_K")
-        out = np.empty(count, np.float32)
+        data, out = np.ascontiguousarray(data), np.empty(shape, np.float32)
         function = getattr(self.library, f"dequantize_row_{symbol}")
-        function(self._pointer(data), self._pointer(out), ctypes.c_int64(count))
+        function(self._pointer(data), self._pointer(out), ctypes.c_int64(out.size))
         return out
 
     def quantize(self, name, array):
+        """Packed bytes, a row of them for each row, without an importance matrix."""
         array = np.ascontiguousarray(array, np.float32)
         nrows, ncols = array.shape
-        data = np.zeros(packed_bytes(name, nrows, ncols), np.uint8)
-        if name == "Q8_K":
+        data = np.zeros((nrows, packed_bytes(name, 1, ncols)), np.uint8)
+        if name == "Q8_K":  # ggml_quantize_chunk has no such case
             self.library.quantize_row_q8_K_ref(
                 self._pointer(array), self._pointer(data), ctypes.c_int64(array.size)
             )
             return data
-        self.library.ggml_quantize_chunk(
+        written = self.library.ggml_quantize_chunk(
             ctypes.c_int(reference.FORMATS[name][0]),
             self._pointer(array),
             self._pointer(data),
@@ -372,4 +383,5 @@ class Ggml:
             ctypes.c_int64(ncols),
             None,
         )
+        assert written == data.size
         return data

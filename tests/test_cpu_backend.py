@@ -4,16 +4,22 @@
 import ctypes
 import functools
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 
 import numpy as np
 import problems
 import pytest
 import reference
-from problems import FLOATS, FORMATS, Backend, bits, block_size, random_activations, random_weight
+from problems import (
+    FLOATS,
+    FORMATS,
+    Backend,
+    bits,
+    block_size,
+    child,
+    random_activations,
+    random_weight,
+)
 
 import baracuda_cy as bcy
 from baracuda_cy import _cpu
@@ -27,31 +33,12 @@ ISAS = ["baseline", "avx2", "avx512_vnni"]
 COLUMNS = [32, 96, 256, 288, 512, 768, 1024, 1056, 1280, 1792, 2048, 2080, 2304, 4096, 4352, 6176]
 
 
-def child(code, *, expect=0, **environment):
-    """Run code in a fresh process that can import these tests; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == expect, f"exit status {done.returncode}\n{done.stderr}"
-    return done.stdout.strip()
-
-
 # ---- instruction sets ----------------------------------------------------------------------------
 
 
 @functools.cache
 def best_isa():
-    environment = {key: value for key, value in os.environ.items() if key != "BARACUDA_CPU_ISA"}
-    code = "from baracuda_cy import _cpu; print(_cpu.isa())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+    return child("from baracuda_cy import _cpu; print(_cpu.isa())", BARACUDA_CPU_ISA=None)
 
 
 def need(isa):

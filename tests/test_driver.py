@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Machines whose driver is too old, played by a libcuda of the test's own."""
 
-import os
 import shutil
 import subprocess
-import sys
-import textwrap
 
+import problems
 import pytest
 
 from baracuda_cy import _cuda
@@ -47,23 +45,11 @@ def old_driver(tmp_path):
     source.write_text(DRIVER)
     library = tmp_path / "libcuda.so.1"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
-    return {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
-
-
-def run(environment, program):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return {"LD_LIBRARY_PATH": str(tmp_path)}
 
 
 def test_a_driver_too_old_is_named_with_what_is_needed(old_driver):
-    said = run(
-        old_driver,
+    said = problems.child(
         """
         import baracuda_cy as bcy
 
@@ -78,6 +64,7 @@ def test_a_driver_too_old_is_named_with_what_is_needed(old_driver):
             except bcy.Unsupported as error:
                 print(error)
         """,
+        **old_driver,
     )
     needed = ".".join(map(str, _cuda.toolkit_version()))
     lines = said.splitlines()
@@ -88,8 +75,7 @@ def test_a_driver_too_old_is_named_with_what_is_needed(old_driver):
 
 
 def test_the_cpu_works_under_a_driver_too_old(old_driver):
-    said = run(
-        old_driver,
+    said = problems.child(
         """
         import numpy as np
         import baracuda_cy as bcy
@@ -97,5 +83,6 @@ def test_the_cpu_works_under_a_driver_too_old(old_driver):
         w = bcy.quantize(np.eye(64, dtype=np.float32), "Q8_0")
         print(bcy.linear(np.ones((2, 64), np.float32), w).sum())
         """,
+        **old_driver,
     )
     assert float(said) == pytest.approx(128, rel=1e-2)

@@ -3,37 +3,18 @@ import copy
 import gc
 import os
 import pickle
-import subprocess
 import sys
-import textwrap
 import threading
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
+from problems import child
 from producers import LegacyProducer, Producer, held
 
 import baracuda_cy as bcy
 from baracuda_cy import DeviceArray, DeviceBuffer, Event, PinnedBuffer, Stream, Workspace
 from baracuda_cy.dlpack import describe, empty_like, inspect, pending
-
-TESTS = Path(__file__).parent
-
-
-def run_python(program):
-    """Run a program in a process of its own; it must end well and say nothing on stderr."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=TESTS,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return done.stdout
-
 
 # ---- what a look at an array leaves behind ---------------------------------------------------
 
@@ -221,7 +202,7 @@ def test_threads_share_arrays():
 
 
 def test_shutdown_with_objects_alive():
-    run_python(
+    child(
         """
         import numpy as np
         from producers import Producer
@@ -242,7 +223,7 @@ def test_shutdown_with_objects_alive():
 
 
 def test_import_touches_no_driver():
-    out = run_python(
+    out = child(
         """
         import sys, baracuda_cy
         from pathlib import Path
@@ -280,7 +261,7 @@ FORK = """
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_fork():
-    run_python(FORK.format(before="", inside="", after="inspect(kept[0])"))
+    child(FORK.format(before="", inside="", after="inspect(kept[0])"))
 
 
 # ---- on a GPU --------------------------------------------------------------------------------
@@ -289,7 +270,7 @@ def test_fork():
 @pytest.mark.gpu(real="an emulated one outlives a fork")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_fork_leaves_the_parents_cuda_alone():
-    run_python(
+    child(
         FORK.format(
             before="""
     from baracuda_cy import DeviceBuffer, Event, PinnedBuffer, Stream, Unsupported
@@ -318,7 +299,7 @@ def test_fork_leaves_the_parents_cuda_alone():
 
 @pytest.mark.gpu
 def test_shutdown_with_cuda_objects_alive():
-    run_python(
+    child(
         """
         import numpy as np
         from baracuda_cy import DeviceArray, DeviceBuffer, Event, PinnedBuffer, Stream, Workspace

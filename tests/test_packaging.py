@@ -10,10 +10,10 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import problems
 import pytest
 
 import baracuda_cy
@@ -23,19 +23,6 @@ SOURCE = ROOT / "src" / "baracuda_cy"
 INSTALLED = Path(baracuda_cy.__file__).parent
 EXTENSIONS = sorted(path.stem for path in SOURCE.glob("*.pyx"))
 FRAMEWORKS = {"torch", "jax", "jaxlib", "cupy", "tensorflow", "gguf", "ml_dtypes", "safetensors"}
-
-
-def python(code, **environment):
-    """The JSON that a fresh interpreter prints."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def binary(name):
@@ -53,7 +40,7 @@ def test_one_version():
 
 
 def test_import_loads_no_framework():
-    loaded = python("import json, sys, baracuda_cy; print(json.dumps(sorted(sys.modules)))")
+    loaded = problems.child("import sys, baracuda_cy; print(*sys.modules)").split()
     assert FRAMEWORKS.isdisjoint(name.partition(".")[0] for name in loaded)
 
 
@@ -67,8 +54,8 @@ def test_all_names_exist_and_are_sorted():
 
 
 def test_without_a_device_the_cpu_works_and_cuda_says_why():
-    said = python(
-        """if True:
+    said = problems.child(
+        """
         import json, numpy as np, baracuda_cy as bcy
         from baracuda_cy import _cuda
         weight = bcy.quantize(np.ones((2, 32), np.float32), "Q8_0")
@@ -81,7 +68,7 @@ def test_without_a_device_the_cpu_works_and_cuda_says_why():
         """,
         CUDA_VISIBLE_DEVICES="",
     )
-    product, reason, message = said
+    product, reason, message = json.loads(said)
     assert product == [[pytest.approx(32, rel=1e-2)] * 2]
     assert reason
     assert message

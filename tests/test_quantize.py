@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packing on the CPU, against ggml's own C code."""
 
-import ctypes
 import functools
 import importlib.util
 import json
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from problems import Ggml
 
 import baracuda_cy as bcy
 from baracuda_cy import GgufBlockFormat, GgufTensor, InvalidProblem
@@ -22,45 +22,9 @@ FORMATS = EXACT + SEARCHED
 LARGEST = float(np.finfo(np.float32).max)
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def ggml():
-    package = pytest.importorskip("libggml", reason="libggml-python has no wheel for this machine")
-    library = ctypes.CDLL(str(Path(package.__file__).parent / "lib64" / "libggml-base.so"))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
-        *([ctypes.c_int64] * 3),
-        ctypes.c_void_p,
-    ]
-    return library
-
-
-def ggml_quantize(x, name):
-    """ggml's bytes of float32 x [rows, columns], without an importance matrix."""
-    block_format = GgufBlockFormat[name]
-    out = np.zeros((len(x), block_format.row_bytes(x.shape[1])), np.uint8)
-    if name == "Q8_K":  # ggml_quantize_chunk has no such case
-        ggml().quantize_row_q8_K_ref(
-            ctypes.c_void_p(x.ctypes.data),
-            ctypes.c_void_p(out.ctypes.data),
-            ctypes.c_int64(x.size),
-        )
-    else:
-        written = ggml().ggml_quantize_chunk(
-            block_format, x.ctypes.data, out.ctypes.data, 0, *x.shape, None
-        )
-        assert written == out.size
-    return out
-
-
-def ggml_dequantize(data, name, shape):
-    data = np.ascontiguousarray(data)
-    y = np.empty(shape, np.float32)
-    spelling = name.lower().replace("_k", "_K") if "_K" in name else name.lower()
-    getattr(ggml(), f"dequantize_row_{spelling}")(
-        ctypes.c_void_p(data.ctypes.data), ctypes.c_void_p(y.ctypes.data), ctypes.c_int64(y.size)
-    )
-    return y
+    return Ggml()
 
 
 def packed(x, name, **options):
@@ -149,16 +113,16 @@ FAMILIES = {
 
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("name", EXACT)
-def test_bytes_are_those_of_ggml(name, edge):
+def test_bytes_are_those_of_ggml(ggml, name, edge):
     x = np.ascontiguousarray(EDGES[edge](), np.float32)
-    np.testing.assert_array_equal(packed(x, name), ggml_quantize(x, name))
+    np.testing.assert_array_equal(packed(x, name), ggml.quantize(name, x))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", EXACT)
-def test_bytes_of_weights_are_those_of_ggml(name, family):
+def test_bytes_of_weights_are_those_of_ggml(ggml, name, family):
     x = FAMILIES[family](gaussian(), np.random.default_rng(5)).astype(np.float32)
-    np.testing.assert_array_equal(packed(x, name), ggml_quantize(x, name))
+    np.testing.assert_array_equal(packed(x, name), ggml.quantize(name, x))
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -171,10 +135,10 @@ def test_bytes_are_those_of_gguf_py(name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", SEARCHED)
-def test_error_is_at_most_that_of_ggml(name, family):
+def test_error_is_at_most_that_of_ggml(ggml, name, family):
     x = FAMILIES[family](gaussian(64), np.random.default_rng(6)).astype(np.float32)
-    ours = squared_error(x, ggml_dequantize(packed(x, name), name, x.shape))
-    theirs = squared_error(x, ggml_dequantize(ggml_quantize(x, name), name, x.shape))
+    ours = squared_error(x, ggml.dequantize(name, packed(x, name), x.shape))
+    theirs = squared_error(x, ggml.dequantize(name, ggml.quantize(name, x), x.shape))
     assert ours <= theirs
 
 
@@ -200,21 +164,21 @@ def encoder():
 
 
 @pytest.mark.parametrize("name", SEARCHED)
-def test_error_on_the_encoder_is_at_most_that_of_ggml(name):
+def test_error_on_the_encoder_is_at_most_that_of_ggml(ggml, name):
     ratios = {}
     for key, x in encoder().items():
         x = np.ascontiguousarray(x)
-        ours = squared_error(x, ggml_dequantize(packed(x, name), name, x.shape))
-        theirs = squared_error(x, ggml_dequantize(ggml_quantize(x, name), name, x.shape))
+        ours = squared_error(x, ggml.dequantize(name, packed(x, name), x.shape))
+        theirs = squared_error(x, ggml.dequantize(name, ggml.quantize(name, x), x.shape))
         ratios[key] = ours / theirs
     assert max(ratios.values()) <= 1, max(ratios, key=ratios.get)
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
-def test_small_weights_are_not_lost(name):
+def test_small_weights_are_not_lost(ggml, name):
     # d would round to zero; the smallest float16 still serves them.
     x = (gaussian() * 1e-7).astype(np.float32)
-    y = ggml_dequantize(packed(x, name), name, x.shape)
+    y = ggml.dequantize(name, packed(x, name), x.shape)
     assert squared_error(x, y) < 0.2 * squared_error(x, 0)
 
 
@@ -226,10 +190,10 @@ def test_large_weights_are_cut_off_not_lost(name, value):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_reads_back_as_ggml_reads_it(name):
+def test_reads_back_as_ggml_reads_it(ggml, name):
     x = gaussian().astype(np.float32)
     w = bcy.quantize(x, name)
-    expected = ggml_dequantize(w.data, name, x.shape)
+    expected = ggml.dequantize(name, w.data, x.shape)
     np.testing.assert_array_equal(np.asarray(bcy.dequantize(w)).view("u4"), expected.view("u4"))
 
 
