@@ -5,6 +5,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -86,6 +87,10 @@ def gaussian():
 
 def bits(array):
     return np.asarray(array).view({2: np.uint16, 4: np.uint32}[np.asarray(array).dtype.itemsize])
+
+
+def bias_of(n, dtype):
+    return np.random.default_rng(n).standard_normal(n).astype(FLOATS[dtype])
 
 
 class _Strided:
@@ -177,6 +182,31 @@ def float_plan(device, name, nrows, ncols, m, activation="float32", output=None,
 def dequantize_plan(device, name, nrows, ncols, output="float32", **more):
     kind = (bcy.GgufDequantizePlan, bcy.GgufDequantizeDescriptor)
     return _plan(*kind, device, name, nrows, ncols, output=output, **more)
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+# What every message says: which argument, what was expected, what was given, what to do.
+SHAPE = re.compile(r"^[\w.]+: expected .+, got .+; .+", re.DOTALL)
+
+
+def refused(plan, arguments, error, match, **changed):
+    """The call with one argument changed raises, as `validate` does, and writes nothing."""
+    arguments = {**arguments, **changed}
+    output = arguments["output"]
+    before = np.array(output) if isinstance(output, np.ndarray) else None
+    with pytest.raises(error, match=match) as caught:
+        plan.run(**arguments)
+    assert SHAPE.match(str(caught.value)), caught.value
+    assert isinstance(caught.value, bcy.BaracudaError)
+    if before is not None:
+        np.testing.assert_array_equal(np.array(output), before)
+    only_run = {"workspace", "stream"}
+    if not only_run & changed.keys():
+        checked = {name: value for name, value in arguments.items() if name not in only_run}
+        with pytest.raises(error, match=match):
+            plan.validate(**checked)
+        assert plan.can_implement(**checked) is False
 
 
 # ---- beside the test -----------------------------------------------------------------------------

@@ -2,18 +2,16 @@
 """Bad input gets a typed error naming argument, expected, given and remedy, and changes nothing."""
 
 import pickle
-import re
 
 import numpy as np
 import problems
 import pytest
-from problems import random_activations, random_weight
+from problems import SHAPE, random_activations, random_weight, refused
 
 import baracuda_cy as bcy
 from baracuda_cy import InvalidProblem, ReadOnlyArray, Unsupported, WorkspaceTooSmall
 
 N, K, M = 8, 64, 3
-SHAPE = re.compile(r"^\w+: expected .+, got .+; .+", re.DOTALL)
 
 
 @pytest.fixture(params=["staged", "float"])
@@ -36,25 +34,6 @@ def arguments(plan):
         "output": np.full((M, N), 77, np.float32),
         "workspace": bcy.Workspace(max(plan.workspace_size, 1), device="cpu"),
     }
-
-
-def refused(plan, arguments, error, match, **changed):
-    """The call with one argument changed raises, as `validate` does, and writes nothing."""
-    arguments = {**arguments, **changed}
-    output = arguments["output"]
-    before = np.array(output) if isinstance(output, np.ndarray) else None
-    with pytest.raises(error, match=match) as caught:
-        plan.run(**arguments)
-    assert SHAPE.match(str(caught.value)), caught.value
-    assert isinstance(caught.value, bcy.BaracudaError)
-    if before is not None:
-        np.testing.assert_array_equal(np.array(output), before)
-    only_run = {"workspace", "stream"}
-    if not only_run & changed.keys():
-        checked = {name: value for name, value in arguments.items() if name not in only_run}
-        with pytest.raises(error, match=match):
-            plan.validate(**checked)
-        assert plan.can_implement(**checked) is False
 
 
 def test_the_right_call_is_right(plan, arguments):

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input to NF4 and FP4 gets a typed error naming what was wrong, and changes nothing."""
 
-import re
-
 import numpy as np
 import pytest
-from problems import Backend, Nf4Weight, random_activations
+from problems import SHAPE, Backend, Nf4Weight, random_activations, refused
 
 import baracuda_cy as bcy
 from baracuda_cy import InvalidProblem, NotAnArray, ReadOnlyArray
 
 N, K, M = 8, 100, 3  # 13 blocks of 64, the last one short, across the ends of rows
 BLOCKS, BYTES = 13, 400
-SHAPE = re.compile(r"^[\w.]+: expected .+, got .+; .+", re.DOTALL)
 
 
 @pytest.fixture(params=["plain", "nested"])
@@ -36,23 +33,6 @@ def arguments(weight):
         "activations": random_activations(M, K),
         "output": np.full((M, N), 77, np.float32),
     }
-
-
-def refused(plan, arguments, error, match, **changed):
-    """The call with one argument changed raises, as `validate` does, and writes nothing."""
-    arguments = {**arguments, **changed}
-    output = arguments["output"]
-    before = np.array(output) if isinstance(output, np.ndarray) else None
-    with pytest.raises(error, match=match) as caught:
-        plan.run(**arguments)
-    assert SHAPE.match(str(caught.value)), caught.value
-    assert isinstance(caught.value, bcy.BaracudaError)
-    if before is not None:
-        np.testing.assert_array_equal(np.array(output), before)
-    if "stream" not in changed:
-        with pytest.raises(error, match=match):
-            plan.validate(**arguments)
-        assert plan.can_implement(**arguments) is False
 
 
 def select(kind, descriptor, match, preference=None, error=InvalidProblem):

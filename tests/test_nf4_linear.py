@@ -14,6 +14,7 @@ from hypothesis import example, given
 from problems import (
     BACKENDS,
     CODEBOOKS,
+    EXACT,
     FLOATS,
     LAYOUTS,
     Backend,
@@ -29,7 +30,6 @@ from baracuda_cy.codebooks import CODEBOOKS as VALUES
 from baracuda_cy.codebooks import dynamic_code
 
 N, K = 24, 515  # no multiple of a group: on every device the bits of the CPU
-EXACT = bcy.PlanPreference(bit_stable_across_hardware=True)
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: "-".join(kind))

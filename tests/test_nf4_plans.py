@@ -22,6 +22,7 @@ from problems import (
     Backend,
     Load,
     Nf4Weight,
+    bias_of,
     bits,
     gaussian,
     in_another_process,
@@ -64,10 +65,6 @@ def path(request):
 
 def exact(backend):
     return None if backend.device == "cpu" else EXACT
-
-
-def bias_of(n, dtype):
-    return np.random.default_rng(n).standard_normal(n).astype(FLOATS[dtype])
 
 
 # ---- bits ----------------------------------------------------------------------------------------

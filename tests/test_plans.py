@@ -9,7 +9,16 @@ import numpy as np
 import problems
 import pytest
 import reference
-from problems import BACKENDS, FLOATS, FORMATS, Backend, bits, random_activations, random_weight
+from problems import (
+    BACKENDS,
+    FLOATS,
+    FORMATS,
+    Backend,
+    bias_of,
+    bits,
+    random_activations,
+    random_weight,
+)
 
 import baracuda_cy as bcy
 
@@ -41,10 +50,6 @@ def expected(name, nrows, ncols, m, activation, path):
     if path == "staged":
         return reference.staged_product(weight, x)
     return reference.float_product(weight, x)
-
-
-def bias_of(nrows, dtype):
-    return np.random.default_rng(nrows).standard_normal(nrows).astype(FLOATS[dtype])
 
 
 # ---- bits ----------------------------------------------------------------------------------------
