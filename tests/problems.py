@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights, activations and backends to test with, and ggml's own C code through ctypes."""
 
+import copy
 import ctypes
 import functools
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import typing
 from pathlib import Path
 
 import ml_dtypes
@@ -264,13 +266,95 @@ def in_another_process(module, expression, **environment):
     return json.loads(child(code, **environment))
 
 
-# ---- NF4 and FP4 ---------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 CODEBOOKS = ["NF4", "FP4"]
 LAYOUTS = ["bitsandbytes", "row_pair"]
 
 
-class Nf4Weight:
+class Weight:
+    """A weight [n, k] in NumPy arrays, what it stands for, and products with it."""
+
+    def product(
+        self,
+        backend,
+        x,
+        output=None,
+        bias=None,
+        padding=(0, 0),
+        preference=None,
+        tensor=None,
+        plan=None,
+        stream=None,
+    ):
+        """A product on NumPy arrays; a NumPy result."""
+        activation = next(name for name, dtype in FLOATS.items() if x.dtype == dtype)
+        m = x.shape[0]
+        output = output or activation
+        if plan is None:
+            plan = self.plan(backend.device, m, activation, output, bias is not None, preference)
+        y = backend.empty((m, self.n), output, padding[1])
+        plan.run(
+            self.tensor(backend) if tensor is None else tensor,
+            backend.put(x, padding[0]),
+            y,
+            bias=None if bias is None else backend.put(bias),
+            workspace=backend.workspace(plan),
+            stream=stream,
+        )
+        if stream is not None:
+            stream.synchronize()
+        return backend.get(y)
+
+
+def _is_float(preference):
+    return preference is not None and preference.activations == "float"
+
+
+class GgufWeight(Weight):
+    """Blocks of every bit pattern with scales of ordinary size."""
+
+    def __init__(self, n, k, name="Q4_K", seed=0):
+        self.n, self.k, self.name = n, k, name
+        self.data = random_weight(name, n, k, seed)
+
+    def any_scales(self, rng):
+        """Make scales, and all else, of any bits."""
+        self.data = rng.integers(0, 256, self.data.size, np.uint8)
+
+    def rows(self, first, count):
+        """Some rows of it."""
+        part = copy.copy(self)
+        part.n, size = count, packed_bytes(self.name, 1, self.k)
+        part.data = self.data[first * size : (first + count) * size]
+        return part
+
+    def _decoded(self):
+        return reference.decode(self.data, self.name, self.n, self.k)
+
+    def values(self):
+        return self._decoded().values()
+
+    def exact_product(self, x, preference=None):
+        """What the kernels give before bias and rounding."""
+        rule = reference.float_product if _is_float(preference) else reference.staged_product
+        return rule(self._decoded(), x.astype(np.float32))
+
+    def tensor(self, backend=None):
+        data = (backend or Backend("cpu")).put(self.data)
+        return bcy.GgufTensor(data, self.name, (self.n, self.k))
+
+    def plan(self, device, m, activation="float32", output=None, bias=False, preference=None):
+        """It takes a bias or none."""
+        make = float_plan if _is_float(preference) else staged_plan
+        output = output or activation
+        return make(device, self.name, self.n, self.k, m, activation, output, preference=preference)
+
+    def unpacking(self, device, output="float32"):
+        return dequantize_plan(device, self.name, self.n, self.k, output)
+
+
+class Nf4Weight(Weight):
     """Codes of every value with scales of ordinary size, in NumPy arrays, and what they stand for.
 
     `nested` is the block size of the nested scales.
@@ -292,6 +376,23 @@ class Nf4Weight:
             scales = rng.uniform(0.01, 0.03, -(-blocks // nested)).astype(np.float32)
             self.nested = (code, scales, np.float32(0.05), nested)
 
+    def any_scales(self, rng):
+        """Make scales of any bits."""
+        self.absmax = rng.integers(0, 2**32, self.absmax.size, np.uint32).view(np.float32)
+
+    def rows(self, first, count):
+        """Some rows of it, which are whole blocks."""
+        part = copy.copy(self)
+        part.n, begin, size = count, first * self.k, count * self.k
+        part.data = self.data[begin // 2 : (begin + size) // 2]
+        begin, blocks = begin // self.block_size, size // self.block_size
+        part.absmax = self.absmax[begin : begin + blocks]
+        if self.nested:
+            code, scales, offset, block = self.nested
+            begin, count = begin // block, -(-blocks // block)
+            part.nested = (code, scales[begin : begin + count], offset, block)
+        return part
+
     @property
     def how(self):
         return {
@@ -306,8 +407,8 @@ class Nf4Weight:
     def values(self):
         return self.reference(reference.nf4_values)
 
-    def exact_product(self, x):
-        """What the float32 kernels give before bias and rounding."""
+    def exact_product(self, x, preference=None):
+        """What the kernels with the bits of the CPU give before bias and rounding."""
         return reference.codes_product(*self.reference(reference.nf4_parts), x)
 
     def parts(self, backend):
@@ -332,33 +433,8 @@ class Nf4Weight:
         descriptor = self.descriptor(m, activation=activation, output=output, bias=bias)
         return bcy.Nf4MmvqMultiMPlan.select(device, descriptor, preference)
 
-    def product(
-        self,
-        backend,
-        x,
-        output=None,
-        bias=None,
-        padding=(0, 0),
-        preference=None,
-        weight=None,
-        plan=None,
-    ):
-        """A product on NumPy arrays; a NumPy result."""
-        activation = next(name for name, dtype in FLOATS.items() if x.dtype == dtype)
-        m = x.shape[0]
-        output = output or activation
-        plan = plan or self.plan(
-            backend.device, m, activation, output, bias is not None, preference
-        )
-        y = backend.empty((m, self.n), output, padding[1])
-        plan.run(
-            self.tensor(backend) if weight is None else weight,
-            backend.put(x, padding[0]),
-            y,
-            bias=None if bias is None else backend.put(bias),
-            workspace=backend.workspace(plan),
-        )
-        return backend.get(y)
+    def unpacking(self, device, output="float32"):
+        return bcy.Nf4DequantizePlan.select(device, self.descriptor(output=output))
 
 
 EXACT = bcy.PlanPreference(bit_stable_across_hardware=True)
@@ -368,6 +444,52 @@ NF4_PATHS = [
     pytest.param(("cuda", None), id="cuda", marks=pytest.mark.gpu),
     pytest.param(("cuda", EXACT), id="cuda-exact", marks=pytest.mark.gpu),
 ]
+
+
+# ---- ways to multiply ----------------------------------------------------------------------------
+
+
+class Product(typing.NamedTuple):
+    """A kind of weight, the preference it is multiplied with, and activations that it is for."""
+
+    name: str
+    weight: typing.Callable  # of n, k and a seed
+    preference: bcy.PlanPreference | None = None
+    activation: str = "float32"
+
+    def tokens(self, m, k, seed=1):
+        return random_activations(m, k, self.activation, seed)
+
+    def plan(self, device, weight, m):
+        return weight.plan(device, m, self.activation, preference=self.preference)
+
+    def run(self, backend, weight, x, *arguments, **more):
+        """The bits of a product."""
+        return bits(weight.product(backend, x, *arguments, preference=self.preference, **more))
+
+
+def gguf_products(*names):
+    """On both paths."""
+    for name in names:
+        weight = functools.partial(GgufWeight, name=name)
+        yield Product(f"{name}-staged", weight)
+        yield Product(f"{name}-float", weight, bcy.PlanPreference(activations="float"))
+
+
+def nf4_product(name="nf4", preference=None, activation="float16", **how):
+    return Product(name, functools.partial(Nf4Weight, **how), preference, activation)
+
+
+PRODUCTS = [
+    *gguf_products("Q4_K"),
+    nf4_product(nested=256),
+    nf4_product("nf4-exact", EXACT, nested=256),
+]
+
+
+def each(argument, products):
+    """Parametrize a test with products."""
+    return pytest.mark.parametrize(argument, products, ids=lambda product: product.name)
 
 
 # ---- ggml ----------------------------------------------------------------------------------------

@@ -11,10 +11,19 @@ import threading
 import numpy as np
 import pytest
 import reference
-from problems import FLOATS, FORMATS, bits, random_activations, random_weight
+from problems import (
+    EXACT,
+    FLOATS,
+    FORMATS,
+    GgufWeight,
+    Nf4Weight,
+    bits,
+    random_activations,
+    random_weight,
+)
 
 import baracuda_cy as bcy
-from baracuda_cy import InvalidProblem, gguf
+from baracuda_cy import InvalidProblem, gguf, nf4
 
 
 class Kind:
@@ -87,47 +96,64 @@ def dtypes_of(kind):
     return tuple(FLOATS)
 
 
-def weight_for(kind, name="Q4_K", nrows=24, ncols=512):
-    data = random_weight(name, nrows, ncols)
-    return bcy.GgufTensor(data, name, (nrows, ncols)).to(kind.device)
+# NF4 has the bits of the CPU everywhere where K is no multiple of a group.
+WEIGHTS = {
+    "GGUF": GgufWeight(24, 512),
+    "NF4": Nf4Weight(24, 515),
+    "NF4-nested": Nf4Weight(24, 515, nested=256),
+    "FP4": Nf4Weight(24, 515, codebook="FP4"),
+    "NF4-row_pair": Nf4Weight(24, 515, 103, layout="row_pair"),
+    "FP4-row_pair": Nf4Weight(24, 515, 103, "FP4", "row_pair"),
+}
+GGUF = WEIGHTS["GGUF"]
 
 
-def staged(name, nrows, ncols, x, bias=None, output="float32"):
-    decoded = reference.decode(random_weight(name, nrows, ncols), name, nrows, ncols)
-    product = reference.staged_product(decoded, x.reshape(-1, ncols).astype(np.float32))
-    return reference.finish(product, bias, output).reshape(*x.shape[:-1], nrows)
+@pytest.fixture(params=WEIGHTS)
+def weight(request):
+    return WEIGHTS[request.param]
+
+
+def weight_for(kind):
+    """In memory of our own."""
+    return GGUF.tensor().to(kind.device)
+
+
+def expected(weight, x, bias=None, output="float32", preference=None):
+    tokens = np.ascontiguousarray(x).reshape(-1, weight.k)
+    product = weight.exact_product(tokens, preference)
+    return reference.finish(product, bias, output).reshape(*x.shape[:-1], weight.n)
 
 
 # ---- linear --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5), (2, 1, 3), (0,), (2, 0)])
-def test_linear_gives_back_its_own_kind(kind, shape):
-    w = weight_for(kind)
+def test_linear_gives_back_its_own_kind(kind, weight, shape):
+    w = weight.tensor(kind)
     for dtype in dtypes_of(kind):
         m = int(np.prod(shape))
-        x = random_activations(m, 512, dtype).reshape(*shape, 512)
+        x = random_activations(m, weight.k, dtype).reshape(*shape, weight.k)
         y = bcy.linear(kind.put(x), w)
         assert kind.is_mine(y)
         got = kind.get(y)
         assert got.dtype == FLOATS[dtype]
         assert got.shape == (*shape, 24)
-        np.testing.assert_array_equal(bits(got), staged("Q4_K", 24, 512, x, output=dtype))
+        np.testing.assert_array_equal(bits(got), expected(weight, x, output=dtype))
 
 
-def test_linear_with_bias(kind):
-    w = weight_for(kind)
+def test_linear_with_bias(kind, weight):
+    w = weight.tensor(kind)
     for dtype in dtypes_of(kind):
-        x = random_activations(3, 512, dtype)
+        x = random_activations(3, weight.k, dtype)
         bias = np.linspace(-2, 2, 24).astype(FLOATS[dtype])
         y = kind.get(bcy.linear(kind.put(x), w, bias=kind.put(bias)))
-        np.testing.assert_array_equal(bits(y), staged("Q4_K", 24, 512, x, bias, dtype))
+        np.testing.assert_array_equal(bits(y), expected(weight, x, bias, dtype))
 
 
 @pytest.mark.parametrize("output", ["float32", "float16"])
-def test_linear_into_an_output(kind, output):
-    w = weight_for(kind)
-    x = random_activations(6, 512, "float16").reshape(2, 3, 512)
+def test_linear_into_an_output(kind, weight, output):
+    w = weight.tensor(kind)
+    x = random_activations(6, weight.k, "float16").reshape(2, 3, weight.k)
     out = kind.put(np.full((2, 3, 24), 77, FLOATS[output]))
     if kind.name == "jax":
         with pytest.raises(bcy.ReadOnlyArray, match="out: expected a writable array"):
@@ -136,30 +162,27 @@ def test_linear_into_an_output(kind, output):
         return
     y = bcy.linear(kind.put(x), w, out=out)
     assert y is out
-    np.testing.assert_array_equal(bits(kind.get(out)), staged("Q4_K", 24, 512, x, output=output))
+    np.testing.assert_array_equal(bits(kind.get(out)), expected(weight, x, output=output))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_linear_on_the_float_path(kind, name):
-    w = weight_for(kind, name)
-    x = random_activations(3, 512)
-    y = bcy.linear(kind.put(x), w, preference=bcy.PlanPreference(activations="float"))
-    decoded = reference.decode(random_weight(name, 24, 512), name, 24, 512)
-    np.testing.assert_array_equal(
-        bits(kind.get(y)), reference.finish(reference.float_product(decoded, x))
-    )
+    weight, x = GgufWeight(24, 512, name), random_activations(3, 512)
+    preference = bcy.PlanPreference(activations="float")
+    y = bcy.linear(kind.put(x), weight.tensor(kind), preference=preference)
+    np.testing.assert_array_equal(bits(kind.get(y)), expected(weight, x, preference=preference))
 
 
-def test_linear_of_a_slice(kind):
+def test_linear_of_a_slice(kind, weight):
     """Rows at one stride need no copy."""
     if kind.name == "jax":
         pytest.skip("a slice of a JAX array is a copy")
-    w = weight_for(kind)
+    w, part = weight.tensor(kind), slice(8, 8 + weight.k)
     wide = random_activations(12, 600).reshape(3, 4, 600)
-    y = bcy.linear(kind.put(wide)[:, :, 8:520], w)
-    np.testing.assert_array_equal(bits(kind.get(y)), staged("Q4_K", 24, 512, wide[:, :, 8:520]))
-    y = bcy.linear(kind.put(wide)[:, 1, 8:520], w)
-    np.testing.assert_array_equal(bits(kind.get(y)), staged("Q4_K", 24, 512, wide[:, 1, 8:520]))
+    y = bcy.linear(kind.put(wide)[:, :, part], w)
+    np.testing.assert_array_equal(bits(kind.get(y)), expected(weight, wide[:, :, part]))
+    y = bcy.linear(kind.put(wide)[:, 1, part], w)
+    np.testing.assert_array_equal(bits(kind.get(y)), expected(weight, wide[:, 1, part]))
 
 
 def test_linear_of_rows_at_no_stride(kind):
@@ -173,15 +196,21 @@ def test_linear_of_rows_at_no_stride(kind):
     assert bcy.linear(y, w).shape == (6, 24)
 
 
-def test_linear_takes_any_plan_from_its_cache(kind):
-    gguf.select_product.cache_clear()
-    w = weight_for(kind)
-    x = kind.put(random_activations(3, 512))
-    for _ in range(5):
+def test_linear_takes_any_plan_from_its_cache(kind, weight):
+    select = (gguf if weight is GGUF else nf4).select_product
+    select.cache_clear()
+    w, same = weight.tensor(kind), weight.tensor(kind)
+    x = kind.put(random_activations(3, weight.k))
+    for _ in range(3):
         bcy.linear(x, w)
-    assert gguf.select_product.cache_info().misses == 1
-    assert gguf.select_product.cache_info().hits == 4
-    assert gguf.select_product.cache_info().maxsize is not None
+        bcy.linear(x, same)
+    assert (select.cache_info().misses, select.cache_info().hits) == (1, 5)
+    bcy.linear(x, w, preference=EXACT)
+    assert select.cache_info().misses == 2
+    bcy.linear(x, w, bias=kind.put(np.zeros(24, np.float32)))
+    # A plan of NF4 knows whether there is a bias.
+    assert select.cache_info().misses == (2 if weight is GGUF else 3)
+    assert select.cache_info().maxsize is not None
 
 
 def test_two_frameworks_share_one_weight():
@@ -200,7 +229,7 @@ def test_a_weight_in_jax():
     data = random_weight("Q4_K", 24, 512)
     w = bcy.GgufTensor(jnp.asarray(data), "Q4_K", (24, 512))
     x = random_activations(2, 512)
-    np.testing.assert_array_equal(bits(bcy.linear(x, w)), staged("Q4_K", 24, 512, x))
+    np.testing.assert_array_equal(bits(bcy.linear(x, w)), expected(GGUF, x))
 
 
 @pytest.mark.gpu
@@ -227,7 +256,7 @@ def test_a_weight_in_a_buffer(wrap, tmp_path):
         buffer = wrap(data.tobytes())
     x = random_activations(2, 512)
     w = bcy.GgufTensor(buffer, "Q4_K", (24, 512))
-    np.testing.assert_array_equal(bits(bcy.linear(x, w)), staged("Q4_K", 24, 512, x))
+    np.testing.assert_array_equal(bits(bcy.linear(x, w)), expected(GGUF, x))
 
 
 @pytest.mark.parametrize(
@@ -312,7 +341,7 @@ def test_linear_without_any_framework():
     w = weight_for(Kind("numpy", "cpu")).to("cuda")
     y = bcy.linear(bcy.DeviceArray.from_host(x), w)
     assert isinstance(y, bcy.DeviceArray)
-    np.testing.assert_array_equal(bits(y.to_host()), staged("Q4_K", 24, 512, x))
+    np.testing.assert_array_equal(bits(y.to_host()), expected(GGUF, x))
 
 
 @pytest.mark.gpu
@@ -323,7 +352,7 @@ def test_linear_on_a_stream(kind):
     stream = bcy.Stream()
     y = bcy.linear(kind.put(x), w, stream=stream)
     stream.synchronize()
-    np.testing.assert_array_equal(bits(kind.get(y)), staged("Q4_K", 24, 512, x))
+    np.testing.assert_array_equal(bits(kind.get(y)), expected(GGUF, x))
 
 
 def test_linear_in_threads():
@@ -333,7 +362,7 @@ def test_linear_in_threads():
 
     def work(m):
         barrier.wait()
-        want = staged("Q4_K", 24, 512, problems_of[m])
+        want = expected(GGUF, problems_of[m])
         runs = (bits(bcy.linear(problems_of[m], w)) for _ in range(50))
         wrong.extend(m for y in runs if not (y == want).all())
 

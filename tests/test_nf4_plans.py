@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plans of NF4 and FP4 compute, and what PrecisionGuarantee promises of them."""
+"""What the plans of NF4 and FP4 compute, and what only they promise."""
 
 import hashlib
 import itertools
 import pickle
-import threading
 
 import hypothesis.strategies as st
 import numpy as np
@@ -14,13 +13,11 @@ from hypothesis import example, given, settings
 from problems import (
     BACKENDS,
     CODEBOOKS,
-    EMULATED,
     EXACT,
     FLOATS,
     LAYOUTS,
     NF4_PATHS,
     Backend,
-    Load,
     Nf4Weight,
     bias_of,
     bits,
@@ -236,19 +233,24 @@ def test_padding_of_an_output_is_left_alone():
     np.testing.assert_array_equal(dense[:, 3:67], weight.values())
 
 
-def test_a_token_may_be_a_vector(path):
+@pytest.mark.parametrize("activation", list(FLOATS))
+@pytest.mark.parametrize(
+    ("layout", "block_size", "k"),
+    [("bitsandbytes", 64, 192), ("bitsandbytes", 32, 1003), ("row_pair", 64, 2304)],
+)
+def test_a_token_may_be_a_vector(path, layout, block_size, k, activation):
     backend, preference = path
-    weight, x = Nf4Weight(9, 192), random_activations(1, 192, "bfloat16")
-    w = weight.tensor(backend)
+    weight = Nf4Weight(38, k, block_size, layout=layout, nested=256)
+    w, x = weight.tensor(backend), random_activations(1, k, activation)
     single = bcy.Nf4MmvqPlan.select(
-        backend.device, weight.descriptor(activation="bfloat16"), preference
+        backend.device, weight.descriptor(activation=activation), preference
     )
     want = weight.product(backend, x, preference=preference)
-    for plan in (single, weight.plan(backend.device, 1, "bfloat16", preference=preference)):
-        y = backend.empty((9,), "bfloat16")
+    for plan in (single, weight.plan(backend.device, 1, activation, preference=preference)):
+        y = backend.empty((38,), activation)
         plan.run(w, backend.put(x[0]), y)
         np.testing.assert_array_equal(bits(backend.get(y)), bits(want[0]))
-        y = backend.empty((1, 9), "bfloat16")
+        y = backend.empty((1, 38), activation)
         plan.run(w, backend.put(x), y)
         np.testing.assert_array_equal(bits(backend.get(y)), bits(want))
 
@@ -339,7 +341,7 @@ def test_codes_of_any_rank_and_storage(backend, shape, dtype):
     plan.run(codes, backend.put(x), y, absmax=absmax)
     np.testing.assert_array_equal(backend.get(y), plain)
     w = bcy.Nf4Tensor(codes, absmax, (8, 64), 32)
-    np.testing.assert_array_equal(weight.product(backend, x, weight=w), plain)
+    np.testing.assert_array_equal(weight.product(backend, x, tensor=w), plain)
     y = backend.empty((8, 64), "float32")
     bcy.Nf4DequantizePlan.select(backend.device, weight.descriptor(output="float32")).run(
         codes, y, absmax=absmax
@@ -515,28 +517,9 @@ def test_any_problem_on_cuda(problem, preference):
     check_problem(Backend("cuda"), problem, preference)
 
 
-# ---- deterministic, bit_stable_on_same_hardware --------------------------------------------------
+# ---- what is promised ----------------------------------------------------------------------------
 
 N, K = 37, 2304
-
-
-def product(path, m=5, n=N, k=K, activation="float16", output=None):
-    backend, preference = path
-    weight = Nf4Weight(n, k, 64, nested=256)
-    return bits(
-        weight.product(backend, random_activations(m, k, activation), output, preference=preference)
-    )
-
-
-def load(device):
-    def work(seed):
-        backend, weight = Backend(device), Nf4Weight(256, 1024, seed=seed)
-        w, x = weight.tensor(backend), backend.put(random_activations(8, 1024, "float16"))
-        plan, y = weight.plan(device, 8, "float16"), backend.empty((8, 256), "float16")
-        stream = None if device == "cpu" else bcy.Stream()
-        return lambda: plan.run(w, x, y, stream=stream)
-
-    return Load(work)
 
 
 def test_flags(path):
@@ -575,76 +558,6 @@ def test_flags_do_not_depend_on_tokens(path):
         assert len({plan.precision_guarantee for plan in plans}) == 1
 
 
-@pytest.mark.parametrize("activation", list(FLOATS))
-@pytest.mark.parametrize("m", [1, 5, 20])
-def test_deterministic(path, activation, m):
-    first = product(path, m, activation=activation)
-    for _ in range(10 if EMULATED else 100):
-        np.testing.assert_array_equal(product(path, m, activation=activation), first)
-
-
-def test_deterministic_beside_load(path):
-    if EMULATED:
-        pytest.skip("needs a real GPU: an emulated one does one thing after the other")
-    first = product(path)
-    with load(path[0].device):
-        for _ in range(100):
-            np.testing.assert_array_equal(product(path), first)
-
-
-def test_another_process(path):
-    backend, preference = path
-    call = (
-        f"t.product((t.Backend({backend.device!r}), {'t.EXACT' if preference else None})).tolist()"
-    )
-    for threads in ("1", "3"):
-        got = in_another_process("test_nf4_plans", call, BARACUDA_THREADS=threads)
-        np.testing.assert_array_equal(got, product(path))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("preference", [None, EXACT])
-@pytest.mark.parametrize("m", [1, 5, 33])
-def test_another_stream(preference, m):
-    backend, weight = Backend("cuda"), Nf4Weight(N, K, nested=256)
-    x = random_activations(m, K, "float16")
-    first = bits(weight.product(backend, x, preference=preference))
-    plan, w = weight.plan("cuda", m, "float16", preference=preference), weight.tensor(backend)
-    for stream in (bcy.Stream(), bcy.Stream(priority=-1), bcy.PER_THREAD_DEFAULT_STREAM):
-        y = backend.empty((m, N), "float16")
-        plan.run(w, backend.put(x), y, stream=stream)
-        stream.synchronize()
-        np.testing.assert_array_equal(bits(backend.get(y)), first)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("preference", [None, EXACT, bcy.PlanPreference(overlap=True)])
-@pytest.mark.parametrize("m", [1, 5, 33])
-def test_graph_replay(preference, m):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    if not torch.cuda.is_available():
-        pytest.skip("this torch has no GPU")
-    backend, weight = Backend("cuda"), Nf4Weight(N, K, nested=256)
-    plan, w = weight.plan("cuda", m, "float16", preference=preference), weight.tensor(backend)
-    x = torch.zeros(m, K, device="cuda", dtype=torch.float16)
-    y = torch.zeros(m, N, device="cuda", dtype=torch.float16)
-    dense = torch.zeros(N, K, device="cuda", dtype=torch.float32)
-    unpack = bcy.Nf4DequantizePlan.select("cuda", weight.descriptor(output="float32"))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        plan.run(w, x, y)
-        unpack.run(w, dense)
-    for seed in range(3):
-        fresh = random_activations(m, K, "float16", seed=seed)
-        x.copy_(torch.from_numpy(fresh))
-        y.fill_(77)
-        dense.fill_(77)
-        graph.replay()
-        want = weight.product(backend, fresh, preference=preference)
-        np.testing.assert_array_equal(bits(y.cpu().numpy()), bits(want))
-        np.testing.assert_array_equal(dense.cpu().numpy(), weight.values())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 8, 20])
 def test_products_that_overlap(m):
@@ -663,46 +576,7 @@ def test_products_that_overlap(m):
         np.testing.assert_array_equal(got, want)
 
 
-# ---- batch_invariant -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layout", "k"), [("bitsandbytes", 2304), ("bitsandbytes", 1003), ("row_pair", 2304)]
-)
-@pytest.mark.parametrize("activation", list(FLOATS))
-def test_batch_invariant(path, activation, layout, k):
-    backend, preference = path
-    weight = Nf4Weight(38, k, 64 if k == 2304 else 32, "NF4", layout, 256)
-    w, x = weight.tensor(backend), random_activations(100, k, activation)
-    single = bcy.Nf4MmvqPlan.select(
-        backend.device, weight.descriptor(activation=activation, output="float32"), preference
-    )
-
-    def alone(token):
-        y = backend.empty((38,), "float32")
-        single.run(w, backend.put(token), y)
-        return bits(backend.get(y))
-
-    def run(tokens):
-        return bits(weight.product(backend, tokens, "float32", preference=preference, weight=w))
-
-    each = np.stack([alone(token) for token in x])
-    for m in [*range(34), 64, 100]:
-        np.testing.assert_array_equal(run(x[:m]), each[:m], f"{m=}")
-    np.testing.assert_array_equal(run(x[::-1].copy()), each[::-1])
-
-
-@pytest.mark.parametrize("m", [1, 5, 20])
-@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 36])
-def test_a_row_does_not_depend_on_the_others(path, rows, m):
-    backend, preference = path
-    whole = Nf4Weight(N, K)
-    part = Nf4Weight(rows, K)
-    part.data = whole.data[: rows * K // 2]
-    part.absmax = whole.absmax[: rows * K // 64]
-    x = random_activations(m, K, "float16")
-    want = whole.product(backend, x, preference=preference)[:, :rows]
-    np.testing.assert_array_equal(bits(part.product(backend, x, preference=preference)), bits(want))
+# ---- kernels of their own for many weights -------------------------------------------------------
 
 
 # A multiprocessor has so many weights where a kernel for many takes over, on Hopper.
@@ -716,18 +590,11 @@ def assert_has_workspace(plan):
 
 def expect_bits_of_few_rows(whole, activation, m, some=512):
     """All rows at once have the bits of some at a time, by a kernel that needs no workspace."""
-    backend, k, nested = Backend("cuda"), whole.k, whole.nested
-    x = random_activations(m, k, activation)
+    backend, x = Backend("cuda"), random_activations(m, whole.k, activation)
     assert_has_workspace(whole.plan("cuda", m, activation))
     got = whole.product(backend, x)
     for first in range(0, whole.n, some):
-        part = Nf4Weight(min(some, whole.n - first), k)
-        part.data = whole.data[first * k // 2 :][: part.n * k // 2]
-        part.absmax = whole.absmax[first * k // 64 :][: part.n * k // 64]
-        if nested:
-            code, scales, offset, block = nested
-            begin, count = first * k // 64 // block, -(-len(part.absmax) // block)
-            part.nested = (code, scales[begin : begin + count], offset, block)
+        part = whole.rows(first, min(some, whole.n - first))
         y = backend.empty((m, part.n), activation)
         part.plan("cuda", m, activation).run(part.tensor(backend), backend.put(x), y)
         want = backend.get(y)
@@ -797,37 +664,6 @@ def test_blocks_that_meet_more_than_once():
 # ---- bit_stable_across_hardware ------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("activation", list(FLOATS))
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gpu_and_cpu_agree(layout, activation):
-    for n, k in ((2, 64), (38, 2304), (258, 4096), (64, 14336), (20, 1088)):
-        weight = Nf4Weight(n, k, 64, "NF4", layout, 256)
-        for m in (1, 5, 8, 17, 33):
-            x = random_activations(m, k, activation)
-            for output in {activation, "float32"}:
-                bias = bias_of(n, output)
-                results = [
-                    bits(weight.product(Backend(device), x, output, bias, preference=preference))
-                    for device, preference in (("cpu", None), ("cuda", EXACT))
-                ]
-                np.testing.assert_array_equal(*results, f"{n=} {k=} {m=} {output=}")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("codebook", CODEBOOKS)
-def test_gpu_and_cpu_agree_on_every_bit_pattern(codebook):
-    rng = np.random.default_rng(8)
-    weight = Nf4Weight(64, 2304, 64, codebook)
-    weight.absmax = rng.integers(0, 2**32, weight.absmax.size, np.uint32).view(np.float32)
-    x = rng.integers(0, 2**32, (9, 2304), np.uint32).view(np.float32)
-    results = [
-        bits(weight.product(Backend(device), x, preference=preference))
-        for device, preference in (("cpu", None), ("cuda", EXACT))
-    ]
-    np.testing.assert_array_equal(*results)
-
-
 def digests():
     """One digest of what every kernel of the CPU gives, for each codebook and layout."""
     backend, results = Backend("cpu"), {}
@@ -875,42 +711,6 @@ def test_threads_do_not_change_the_bits(threads):
         np.testing.assert_array_equal(
             bits(weight.product(backend, x, preference=preference)), bits(plain)
         )
-
-
-def test_flush_to_zero_of_the_caller_changes_nothing():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    backend, weight = Backend("cpu"), Nf4Weight(N, 512)
-    weight.absmax *= np.float32(2.0**-118)
-    x = random_activations(2, 512) * np.float32(2.0**-10)
-    first = bits(weight.product(backend, x))
-    assert ((first & 0x7F800000 == 0) & (first & 0x7FFFFF != 0)).any()  # subnormals in the result
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this CPU cannot flush to zero")
-    try:
-        np.testing.assert_array_equal(bits(weight.product(backend, x)), first)
-    finally:
-        torch.set_flush_denormal(False)
-
-
-def test_threads_share_a_plan(path):
-    backend, preference = path
-    weight = Nf4Weight(N, K)
-    plan = weight.plan(backend.device, 5, "float16", preference=preference)
-    tokens = [random_activations(5, K, "float16", seed=seed) for seed in range(8)]
-    want = [bits(weight.product(backend, x, plan=plan)) for x in tokens]
-    barrier, wrong = threading.Barrier(8), []
-
-    def work(i):
-        barrier.wait()
-        runs = (bits(weight.product(backend, tokens[i], plan=plan)) for _ in range(20))
-        wrong.extend(i for y in runs if (y != want[i]).any())
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 # ---- what a plan says ----------------------------------------------------------------------------
