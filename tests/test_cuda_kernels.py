@@ -139,6 +139,17 @@ def test_blocks_that_meet_more_than_once(cpu, gpu, name, m):
     assert expect_same_bits_of_many(cpu, gpu, name, 1_100_000, m, nrows, "float16")
 
 
+@pytest.mark.parametrize("m", [9, 16, 17, 32])
+@pytest.mark.parametrize("name", FORMATS)
+def test_tokens_of_few_rows(cpu, gpu, name, m):
+    """Tiles of 16 rows and of eight tokens or sixteen, so that more multiprocessors have one."""
+    block_format = bcy.GgufBlockFormat(name)
+    for tokens in (8, 16):
+        nrows = 16 * (_cuda.multiprocessors() // -(-m // tokens)) - 3
+        for ncols in (2048 + 256 + block_format.block_size, 4096):
+            expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
+
+
 @pytest.mark.parametrize("m", [1, 2, 3, 16, 17])
 def test_many_rows_without_columns(gpu, m):
     nrows = 3 * 32 * _cuda.multiprocessors() + 5
@@ -154,7 +165,7 @@ def test_ends_of_rows(cpu, gpu, name, m):
     for ncols in widths(name):
         expect_same_bits(cpu, gpu, problems.staged_plan, name, 33, ncols, m)
         expect_same_bits(cpu, gpu, problems.float_plan, name, 33, ncols, min(m, 5))
-        if m in (2, 3, 16):  # not by 16 rows to a thread block
+        if m in (2, 3, 16, 33):  # not by 16 rows to a thread block, nor by eight tokens
             nrows = 16 * _cuda.multiprocessors() + 3
             expect_same_bits(cpu, gpu, problems.staged_plan, name, nrows, ncols, m)
 

@@ -622,6 +622,25 @@ def test_warpgroups_that_divide_k(tiles, m, activation):
         expect_bits_of_few_rows(Nf4Weight(n, k, nested=nested), activation, m)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("nested", [None, 256])
+@pytest.mark.parametrize("m", [9, 13, 33])
+def test_tiles_of_more_tokens(m, nested):
+    """Few rows have tiles of eight tokens or sixteen, more rows of 16 or 32."""
+    backend, x = Backend("cuda"), random_activations(m, 1024, "float16")
+    whole = Nf4Weight(48 * _cuda.multiprocessors() + 5, 1024, nested=nested)
+
+    def product(weight):
+        y = backend.empty((m, weight.n), "float16")
+        weight.plan("cuda", m, "float16").run(weight.tensor(backend), backend.put(x), y)
+        return bits(backend.get(y))
+
+    want = product(whole)
+    for tokens in (8, 16):
+        rows = 16 * (_cuda.multiprocessors() // -(-m // tokens)) - 3
+        np.testing.assert_array_equal(product(whole.rows(0, rows)), want[:, :rows])
+
+
 def expect_bits_without_workspace(n, k, block_size, nested, m):
     """A product has the bits of one by the kernels that need no workspace, again and again."""
     backend = Backend("cuda")

@@ -987,7 +987,7 @@ cdef class PinnedBuffer:
     >>> with Stream() as stream:                                        # doctest: +SKIP
     ...     staging = PinnedBuffer(1 << 20)
     ...     buffer = DeviceBuffer(1 << 20, stream=stream)
-    ...     buffer.copy_from_host(staging)      # returns at once
+    ...     copied = buffer.copy_from_host(staging)     # returns at once
     """
 
     def __init__(self, nbytes):

@@ -550,7 +550,7 @@ cdef class Event:
     >>> with Stream() as stream:            # doctest: +SKIP
     ...     start = stream.record(Event(timing=True))
     ...     plan.run(weight, x, y, workspace=workspace, stream=stream)
-    ...     stream.record(Event(timing=True)).elapsed_ms(start)
+    ...     milliseconds = stream.record(Event(timing=True)).elapsed_ms(start)
     """
 
     def __cinit__(self):

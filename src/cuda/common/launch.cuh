@@ -84,6 +84,15 @@ inline bool has_few_rows(const ProductArgs& args, const Device& device) {
   return args.nrows <= 16 * int64_t{device.processors};
 }
 
+// Tokens that tiles of 16 rows had best have: 8, 16 or, where those make more tiles than there are
+// multiprocessors, 32. Rows so few are in the L2 cache when other tokens ask for them again.
+inline int tokens_of_tile(const ProductArgs& args, const Device& device) {
+  const int64_t tiles = ceil_div(args.nrows, 16);
+  int tokens = 8;
+  while (tokens < 32 && tiles * ceil_div(args.m, tokens) > device.processors) tokens *= 2;
+  return tokens;
+}
+
 // Looks a device up once in the process; it is current.
 int look_at_device(int device, Device& found);
 

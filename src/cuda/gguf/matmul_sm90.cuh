@@ -55,7 +55,8 @@ struct GgufBoxes : PartWarps<Parts> {
 
 // Whether the kernel is ever the faster one, and whether it is, as measured. It gains most where a
 // group takes many instructions for each of many tokens, or unpacking takes few; what it lacks is
-// rows that keep all multiprocessors busy. share: of all weights a multiprocessor's.
+// rows that keep all multiprocessors busy. share: of all weights a multiprocessor's. busy_tiles:
+// percent of their time that tiles of 16 rows keep them busy.
 template <class Format>
 constexpr bool ever_worth_it(bool more_than_16) {
   if (multiplies_halves<Format>) return false;
@@ -64,13 +65,14 @@ constexpr bool ever_worth_it(bool more_than_16) {
   return more_than_16 && (kStagedSums<Format> > 1 || bits == 4 || bits >= 8);
 }
 template <class Format>
-bool worth_it(bool more_than_16, int64_t share, const DividedK& divided) {
-  constexpr int64_t kFew = 190000, kSome = 400000, kMany = 1000000;
+bool worth_it(bool more_than_16, int64_t share, const DividedK& divided, int64_t busy_tiles) {
+  constexpr int64_t kFew = 185000, kSome = 400000, kMany = 1000000;
   constexpr int kBits = kWholeBits<Format>, kSums = kStagedSums<Format>;
   const bool alone = divided.log2_blocks == 0;  // a block has all of K
   if (!more_than_16) return share >= (kSums == 1 && alone ? kSome : kMany);
   if (kBits >= 8) return share >= (alone ? kFew : kSome);
-  if (kSums == 1 || kSums == 8) return share >= kFew;
+  if (kSums == 8) return share >= 100000 && 10 * divided.busy >= 6 * busy_tiles;
+  if (kSums == 1) return share >= kFew;
   if (!alone) return share >= kMany;
   if (kSums > 1 || gives_turns<Format>) return share >= kFew && divided.busy >= 70;
   return share >= kSome && divided.busy >= 85;
@@ -115,6 +117,7 @@ Division divide_gguf(const ProductArgs& args, const Device& device) {
   }
   const int64_t units = args.ncols / kUnit;
   const int64_t share = args.nrows * args.ncols / device.processors;
+  const int64_t busy_tiles = divide_k(ceil_div(args.nrows, 16), 1, 1, device.processors, 0, 0).busy;
   int64_t least = INT64_MAX;
   const auto consider = [&](auto boxes) {
     using B = decltype(boxes);
@@ -126,7 +129,7 @@ Division divide_gguf(const ProductArgs& args, const Device& device) {
     const int64_t takes = divided.takes + (B::kParts == 2 ? 20 : 0);
     // A part unpacks its next unit before it leaves this one.
     if (stages < 2 * B::kParts || takes >= least ||
-        !worth_it<Format>(args.m > 16, share, divided)) {
+        !worth_it<Format>(args.m > 16, share, divided, busy_tiles)) {
       return int(BCY_OK);
     }
     least = takes;

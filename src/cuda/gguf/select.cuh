@@ -42,12 +42,7 @@ class TiledProduct {
         alone_(alone),
         on_boundaries_(rows_on_boundaries<Format>(args)),
         few_rows_(has_few_rows(args, device)),
-        stream_(stream) {
-    // Of a few more tiles of 32 rows than multiprocessors some take two and most one; of tiles of
-    // 16 rows they all take two or three.
-    const int64_t tiles = ceil_div(args.nrows, 2 * kTileRows);
-    uneven_ = tiles > device.processors && 4 * tiles <= 5 * device.processors;
-  }
+        stream_(stream) {}
 
   int launch() const {
     if (device_.arch < 800) {
@@ -55,8 +50,10 @@ class TiledProduct {
                           : launch_direct(tile<NarrowTile<Format, 8>>, args_, staged_, stream_);
     }
     if (takes_lanes<Format>(args_, device_)) return in_lanes();
-    if (args_.m > 16) return many_tokens();
-    if (args_.m > 8) return some_tokens();
+    // Eight tokens at a time take longer where they are unpacked for again.
+    const int tokens = std::max(tokens_of_tile(args_, device_), kWholeBits<Format> < 5 ? 8 : 16);
+    if (args_.m > 16 && tokens > 16) return many_tokens();
+    if (args_.m > 8 && tokens > 8) return some_tokens();
     return few_tokens();
   }
 
@@ -89,6 +86,15 @@ class TiledProduct {
   template <class Tile>
   bool fits(const Tile* of, int64_t extra = 0) const {
     return with_rows(of, [&](auto* ring) { return holds<Tile>(ring, 2, extra, device_); });
+  }
+
+  // Whether tiles of 32 rows are a few more than the multiprocessors, up to `most` times as many:
+  // then some take one more than the others, and of tiles of 16 rows they all take as many or one
+  // more, of half the size.
+  bool uneven(int most) const {
+    const int64_t tiles = ceil_div(args_.nrows, 2 * kTileRows), processors = device_.processors;
+    const int64_t left = tiles % processors;
+    return left > 0 && 4 * left <= processors && tiles > processors && tiles / processors <= most;
   }
 
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side, which
@@ -126,7 +132,10 @@ class TiledProduct {
 
   int some_tokens() const {
     auto* const wide = tile<WideTile<Format, 16, 2>>;
-    if (few_rows_ || uneven_ || !fits(wide)) return by_rows(tile<WideTile<Format, 16, 1>>);
+    // Narrow ones read the activations twice as often, which shows least where codes take long to
+    // arrive.
+    const bool narrow = few_rows_ || uneven(kWholeBits<Format> >= 5 ? 2 : 1) || !fits(wide);
+    if (narrow) return by_rows(tile<WideTile<Format, 16, 1>>);
     // 32 rows of scales of halves leave no registers for the places in boxes.
     if constexpr (!multiplies_halves<Format>) {
       if (boxed(wide)) return run(wide, kBoxes, fused_bytes());
@@ -152,7 +161,7 @@ class TiledProduct {
     // With float minima a few registers spill, which costs less.
     if constexpr (!kLarge || kStagedSums<Format> == 1) {
       auto* const wide = tile<WideTile<Format, 32, 2>>;
-      const bool by_sixteen = few_rows_ || (uneven_ && !kLarge) || !fits(wide);
+      const bool by_sixteen = few_rows_ || (uneven(1) && !kLarge) || !fits(wide);
       if (!by_sixteen) return by_rows(wide);
     }
     return by_rows(tile<WideTile<Format, 32, 1>>);
@@ -165,7 +174,7 @@ class TiledProduct {
   Staged staged_;
   bool early_, alone_;
   bool on_boundaries_;
-  bool few_rows_, uneven_;
+  bool few_rows_;
   cudaStream_t stream_;
 };
 

@@ -88,8 +88,13 @@ int nf4_matmul(const bcy_nf4_matmul_args& args, const Device& device, cudaStream
       using Absmax = typename decltype(absmax)::type;
       const auto regular = [&](auto* tile) { return streamed(tile, inputs); };
       if (args.m == 1) return regular(static_cast<Nf4RegularTile<X, 1, 16, Absmax>*>(nullptr));
-      if (args.m <= 8) return regular(static_cast<Nf4RegularTile<X, 8, 16, Absmax>*>(nullptr));
-      if (args.m > 16) return regular(static_cast<Nf4RegularTile<X, 32, 16, Absmax>*>(nullptr));
+      const int tokens = tokens_of_tile(rows, device);
+      if (args.m <= 8 || tokens == 8) {
+        return regular(static_cast<Nf4RegularTile<X, 8, 16, Absmax>*>(nullptr));
+      }
+      if (args.m > 16 && tokens > 16) {
+        return regular(static_cast<Nf4RegularTile<X, 32, 16, Absmax>*>(nullptr));
+      }
       // Twice the rows share what is read of 16 tokens. For others there are no registers, or no
       // room for two thread blocks.
       using Wide = Nf4RegularTile<X, 16, 32, Absmax>;
