@@ -36,8 +36,8 @@ def _check_preference(preference: Any) -> None:
 def linear(
     x: Any,
     w: GgufTensor | Nf4Tensor,
-    *,
     bias: Any = None,
+    *,
     out: Any = None,
     stream: Stream | Any = None,
     preference: PlanPreference | None = None,
