@@ -24,8 +24,10 @@ from producers import (
 from baracuda_cy import (
     LEGACY_DEFAULT_STREAM,
     ElementKind,
+    GgufTensor,
     InvalidProblem,
     NotAnArray,
+    OutOfMemory,
     Unsupported,
     Workspace,
     linear,
@@ -799,3 +801,126 @@ def test_empty_like_on_the_gpu(torch_cuda, cupy, jax_cuda, dtype):
     result = empty_like(DeviceArray.empty((3,), "f32"), (2, 5), dtype)
     assert isinstance(result, DeviceArray)
     assert describe(result) == f"{dtype}[2, 5] on cuda:0"
+
+
+# ---- code of others that runs between two arguments ----------------------------------------------
+
+
+class Shared:
+    """A NumPy array whose library does something else first."""
+
+    def __init__(self, array, first):
+        self.array, self.first = array, first
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, **arguments):
+        self.first()
+        return self.array.__dlpack__(**arguments)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "nf4"])
+@pytest.mark.parametrize("argument", ["out", "bias", "torch's bias"])
+@pytest.mark.parametrize("way", ["linear", "plan"])
+def test_memory_taken_between_two_arguments_is_not_read(way, argument, name):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    w = quantize(np.eye(64, dtype=np.float32), name)
+    x, out, bias = torch.ones(8, 64), np.empty((8, 64), np.float32), np.zeros(64, np.float32)
+
+    def take():
+        x.set_(torch.empty(0))
+
+    class Hooked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            take()
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    if argument == "out":
+        out = Shared(out, take)
+    elif argument == "bias":
+        bias = Shared(bias, take)
+    else:
+        bias = torch.zeros(64).as_subclass(Hooked)
+    plan = w.plan(8, bias=True)
+    scratch = Workspace(plan.workspace_size)
+    call = {
+        "linear": lambda: linear(x, w, bias, out=out),
+        "plan": lambda: plan.run(w, x, out, bias=bias, workspace=scratch),
+    }[way]
+    with pytest.raises(InvalidProblem, match=r"expected shape \[8, 64\], got float32\[0\] on cpu"):
+        call()
+
+
+def test_an_array_that_changes_its_class_between_two_arguments_is_read_as_what_it_is():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Plain(torch.Tensor):
+        __dlpack_c_exchange_api__ = None
+
+    w = quantize(np.eye(64, dtype=np.float32), "Q8_0")
+    x, out = torch.ones(8, 64), np.empty((8, 64), np.float32)
+    linear(x, w, out=Shared(out, lambda: setattr(x, "__class__", Plain)))
+    assert type(x) is Plain
+    np.testing.assert_array_equal(out, linear(np.ones((8, 64), np.float32), w))
+
+
+def test_an_output_taken_before_a_weight_is_unpacked_is_not_written():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    out = torch.empty(64, 64)
+    codes = quantize(np.eye(64, dtype=np.float32), "Q8_0").data
+    w = GgufTensor(Shared(codes, lambda: None), "Q8_0", (64, 64))
+    w.data.first = lambda: out.set_(torch.empty(0))
+    with pytest.raises(InvalidProblem, match=r"^out: expected shape \[64, 64\], got float32\[0\]"):
+        w.dequantize(out=out)
+
+
+# ---- tensors of torch that are more than their memory --------------------------------------------
+
+
+# torch compiles what it needs by means that it has deprecated itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode_is_refused():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    forward_ad = torch.autograd.forward_ad
+    w = quantize(np.eye(64, dtype=np.float32), "Q8_0")
+    x, row, y = torch.ones(2, 64), torch.ones(64), torch.empty(2, 64)
+    square = torch.ones(64, 64)
+    plan = w.plan(2)
+    scratch = Workspace(plan.workspace_size)
+    with forward_ad.dual_level():
+        dual, dual_row = forward_ad.make_dual(x, x), forward_ad.make_dual(row, row)
+        for use, name in (
+            (lambda: linear(dual, w), "x"),
+            (lambda: linear(x, w, dual_row), "bias"),
+            (lambda: linear(x, w, out=forward_ad.make_dual(y, y)), "out"),
+            (lambda: plan.run(w, dual, y, workspace=scratch), "activations"),
+            (lambda: w.dequantize(out=forward_ad.make_dual(square, square)), "out"),
+            (lambda: quantize(dual, "nf4"), "array"),
+        ):
+            with pytest.raises(InvalidProblem, match=f"^{name}: expected a tensor without a tan"):
+                use()
+        assert torch.equal(linear(x, w), linear(forward_ad.unpack_dual(dual).primal, w))
+    assert linear(x, w).shape == (2, 64)
+
+
+def test_a_layer_of_torch_may_be_an_array():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Layer(torch.nn.Module):
+        def __dlpack_device__(self):
+            return 1, 0
+
+        def __dlpack__(self, **arguments):
+            return np.ones((2, 64), np.float32).__dlpack__(**arguments)
+
+    w = quantize(np.eye(64, dtype=np.float32), "Q8_0")
+    np.testing.assert_array_equal(linear(Layer(), w), linear(np.ones((2, 64), np.float32), w))
+
+
+def test_memory_that_torch_has_not_is_said_in_one_line():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    with pytest.raises(OutOfMemory, match=r"output: .*memory") as caught:
+        empty_like(torch.zeros(1), (1 << 60,), "uint8")
+    assert "\n" not in str(caught.value)

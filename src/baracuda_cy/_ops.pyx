@@ -9,6 +9,7 @@ from libc.string cimport memcpy, memset
 
 from baracuda_cy cimport _cpu, _cuda
 from baracuda_cy._native cimport (
+    BCY_ERROR_OUT_OF_MEMORY,
     bcy_gguf_quantize_args,
     bcy_nf4_nest_args,
     bcy_nf4_quantize_args,
@@ -16,8 +17,10 @@ from baracuda_cy._native cimport (
 from baracuda_cy.dlpack cimport (
     Allocation,
     ArrayView,
+    acquire_unless_borrowed,
     acquire_view,
     allocate_like,
+    borrow_view,
     check_no_grad,
     check_plain,
     check_sign,
@@ -25,6 +28,8 @@ from baracuda_cy.dlpack cimport (
     device_of,
     element_bytes,
     element_name,
+    hold_view,
+    is_borrowed,
     release_view,
 )
 from baracuda_cy.plan cimport (
@@ -49,6 +54,7 @@ from baracuda_cy.plan cimport (
     Plan,
     acquire,
     begin,
+    borrow,
     check_floating,
     collapse_rows,
     contiguous,
@@ -80,7 +86,7 @@ cdef object select_gguf = gguf.select_product
 cdef object select_nf4 = nf4.select_product
 
 
-cdef int check_out(object out, ArrayView* view, ArrayView* like, int64_t cols) except -1:
+cdef int check_shape(object out, ArrayView* view, ArrayView* like, int64_t cols) except -1:
     """An output given by the caller has the shape of `like`, its last dimension being `cols`."""
     cdef bint fits = view.ndim == like.ndim
     cdef int i
@@ -91,7 +97,14 @@ cdef int check_out(object out, ArrayView* view, ArrayView* like, int64_t cols) e
     if not fits:
         shape = [like.shape[i] for i in range(like.ndim - 1)] + [cols]
         raise invalid("out", f"shape {shape}", describe(out), "reshape it or leave it out")
-    return collapse(out, view, "out")
+    return 0
+
+
+cdef int look(object array, ArrayView* view, void* stream, bint cuda, str name) except -1:
+    """Acquire a view; one that is to be borrowed is only read for now."""
+    if not acquire_unless_borrowed(array, view, stream, cuda, name, True):
+        borrow_view(array, view, NULL, False, name)
+    return 0
 
 
 cdef int collapse(object array, ArrayView* view, str name) except -1:
@@ -107,11 +120,14 @@ def multiply(x, w, bias, out, stream, preference):
     """`linear` on a packed weight."""
     cdef Call call
     cdef ArrayView* view = &call.views[ACTIVATIONS]
+    cdef ArrayView* out_view = &call.views[OUTPUT]
     cdef ArrayView* scratch_view = &call.views[WORKSPACE]
+    cdef ArrayView matrix
     cdef int32_t device_type = HOST, device_id = 0
-    cdef int slot, i
+    cdef int slot, i, output
     cdef void* scratch = NULL
     cdef bint cuda
+    cdef bint borrowed = is_borrowed(x)
     cdef Plan plan
     cdef Allocation result = None, lent = None
     cdef object data = w.data, nothing = None, target
@@ -120,11 +136,17 @@ def multiply(x, w, bias, out, stream, preference):
     call.arrays[WEIGHT] = <PyObject*>data
     call.arrays[ACTIVATIONS] = <PyObject*>x
     check_no_grad(x, "x")
-    device_of(x, &device_type, &device_id, "x")
+    if borrowed:
+        # Read for now: it is borrowed last, like all such views.
+        borrow_view(x, view, NULL, False, "x")
+        device_type, device_id = view.device_type, view.device_id
+    else:
+        device_of(x, &device_type, &device_id, "x")
     cuda = device_type == CUDA
     find_stream(device_type, device_id, call.arrays, stream, &call.stream)
     try:
-        acquire_view(x, view, call.stream, cuda, "x")
+        if not borrowed:
+            acquire_view(x, view, call.stream, cuda, "x")
         if has_single_columns(view):
             check_sign(x, "x")
         if view.element not in (F32, F16, BF16):
@@ -134,36 +156,38 @@ def multiply(x, w, bias, out, stream, preference):
                 "x", f"shape [..., {w.ncols}]", describe(x),
                 f"its last dimension is the weight's columns ({w!r})",
             )
+        output = view.element
         if out is None:
             result = allocate_like(
                 x, tuple([view.shape[i] for i in range(view.ndim - 1)]) + (w.nrows,),
-                view.element, device_type, device_id, call.stream,
+                output, device_type, device_id, call.stream,
             )
             target = result.target
+            acquire_unless_borrowed(target, out_view, call.stream, cuda, "out", False)
         else:
             target = out
-        call.arrays[OUTPUT] = <PyObject*>target
-        check_no_grad(target, "out")
-        acquire_view(target, &call.views[OUTPUT], call.stream, cuda, "out")
-        if out is not None:
-            if has_single_columns(&call.views[OUTPUT]):
+            look(out, out_view, call.stream, cuda, "out")
+            if has_single_columns(out_view):
                 check_sign(out, "out")
-            if call.views[OUTPUT].element not in (F32, view.element):
+            output = out_view.element
+            if output not in (F32, view.element):
                 raise invalid(
                     "out", f"{element_name(view.element)} (x's type) or float32", describe(out),
                     "convert it",
                 )
-        check_out(target, &call.views[OUTPUT], view, w.nrows)
-        collapse(x, view, "x")
+            check_shape(out, out_view, view, w.nrows)
+        call.arrays[OUTPUT] = <PyObject*>target
+        matrix = view[0]
+        collapse(x, &matrix, "x")
         if PyType_IsSubtype(type(w), gguf_type):
             plan = select_gguf(
-                not cuda, device_id, <int>w.format, w.nrows, w.ncols, view.shape[0],
-                view.element, call.views[OUTPUT].element, preference,
+                not cuda, device_id, <int>w.format, w.nrows, w.ncols, matrix.shape[0],
+                view.element, output, preference,
             )
         else:
             plan = select_nf4(
-                not cuda, device_id, w._problem, view.shape[0], view.element,
-                call.views[OUTPUT].element, bias is not None, preference,
+                not cuda, device_id, w._problem, matrix.shape[0], view.element, output,
+                bias is not None, preference,
             )
         _owner = plan.lend(&call, w)  # held until the call returns
         if bias is not None:
@@ -171,23 +195,27 @@ def multiply(x, w, bias, out, stream, preference):
         for slot in range(plan.slots):
             if slot != ACTIVATIONS and slot != OUTPUT and call.arrays[slot] != NULL:
                 acquire(plan, &call, slot)
-        if plan.workspace_size:
-            if cuda:
-                lent = allocate_like(
-                    x, (plan.workspace_size,), U8, device_type, device_id, call.stream
-                )
-                call.arrays[WORKSPACE] = <PyObject*>lent.target
-                acquire_view(lent.target, scratch_view, call.stream, cuda, "workspace")
-            else:
-                if posix_memalign(&scratch, WORKSPACE_ALIGNMENT, plan.workspace_size):
-                    raise MemoryError(f"workspace: {plan.workspace_size} bytes of host memory")
-                call.arrays[WORKSPACE] = <PyObject*>nothing
-                scratch_view.data = <char*>scratch
-                scratch_view.ndim = 1
-                scratch_view.shape[0] = plan.workspace_size
-                scratch_view.strides[0] = 1
-                scratch_view.element = U8
-                scratch_view.device_type = HOST
+        if plan.workspace_size and cuda:
+            lent = allocate_like(
+                x, (plan.workspace_size,), U8, device_type, device_id, call.stream
+            )
+            call.arrays[WORKSPACE] = <PyObject*>lent.target
+            acquire_unless_borrowed(
+                lent.target, scratch_view, call.stream, cuda, "workspace", False
+            )
+        borrow(plan, &call)
+        collapse(x, view, "x")
+        collapse(target, out_view, "out")
+        if plan.workspace_size and not cuda:
+            if posix_memalign(&scratch, WORKSPACE_ALIGNMENT, plan.workspace_size):
+                _cuda.check(BCY_ERROR_OUT_OF_MEMORY, f"workspace: {plan.workspace_size} bytes")
+            call.arrays[WORKSPACE] = <PyObject*>nothing
+            scratch_view.data = <char*>scratch
+            scratch_view.ndim = 1
+            scratch_view.shape[0] = plan.workspace_size
+            scratch_view.strides[0] = 1
+            scratch_view.element = U8
+            scratch_view.device_type = HOST
         plan.check(&call)
         plan.start(&call)
     finally:
@@ -222,7 +250,7 @@ def unpack(w, dtype, out, stream, preference):
     find_stream(device_type, device_id, call.arrays, stream, &call.stream)
     try:
         if out is not None:
-            acquire_view(out, &call.views[OUTPUT], call.stream, cuda, "out")
+            look(out, &call.views[OUTPUT], call.stream, cuda, "out")
             if dtype is None and call.views[OUTPUT].element in (F32, F16, BF16):
                 dtype = call.views[OUTPUT].element
         element = ElementKind.F32 if dtype is None else ElementKind.of(dtype)
@@ -242,7 +270,7 @@ def unpack(w, dtype, out, stream, preference):
             result = allocate_like(data, w.shape, element, device_type, device_id, call.stream)
             target = result.target
             call.arrays[OUTPUT] = <PyObject*>target
-            acquire_view(target, &call.views[OUTPUT], call.stream, cuda, "out")
+            acquire_unless_borrowed(target, &call.views[OUTPUT], call.stream, cuda, "out", False)
         _owner = plan.lend(&call, w)  # held until the call returns
         for slot in range(plan.slots):
             if slot != OUTPUT and call.arrays[slot] != NULL:
@@ -250,7 +278,9 @@ def unpack(w, dtype, out, stream, preference):
         like.ndim = len(w.shape)
         for i in range(like.ndim):
             like.shape[i] = w.shape[i]
-        check_out(target, &call.views[OUTPUT], &like, w.ncols)
+        borrow(plan, &call)
+        check_shape(target, &call.views[OUTPUT], &like, w.ncols)
+        collapse(target, &call.views[OUTPUT], "out")
         plan.check(&call)
         plan.start(&call)
     finally:
@@ -277,7 +307,7 @@ cdef bint all_finite(const char* data, int64_t count, int element) noexcept nogi
 cdef int acquire_floats(object array, ArrayView* view, void* stream, bint cuda) except -1:
     """View what is to be quantized: floats of one dimension or more."""
     check_plain(array, "array")
-    acquire_view(array, view, stream, cuda, "array")
+    hold_view(array, view, stream, cuda, "array")
     if view.element not in (F32, F16, BF16):
         raise invalid(
             "array", "float32, float16 or bfloat16", describe(array),
@@ -491,7 +521,7 @@ def fetch(data, stream=None):
     # The copy runs in the order of the stream that the bytes are on, and is waited for.
     find_stream(device_type, device_id, arrays, stream, &handle)
     try:
-        acquire_view(data, &view, handle, device_type == CUDA, "data")
+        hold_view(data, &view, handle, device_type == CUDA, "data")
         nbytes = elements_of(&view) * element_bytes(view.element)
         result = np.empty(nbytes, np.uint8)
         to = <char*><uintptr_t>result.ctypes.data
@@ -535,7 +565,7 @@ def move(data, nbytes, device, stream):
     arrays[WEIGHT] = <PyObject*>data
     find_stream(CUDA, source_id, arrays, stream, &handle)
     try:
-        acquire_view(data, &source, handle, True, "data")
+        hold_view(data, &source, handle, True, "data")
         size = elements_of(&source) * element_bytes(source.element)
         if nbytes is not None:
             size = min(size, nbytes)

@@ -32,16 +32,32 @@ cdef enum:
 # failure it keeps nothing.
 cdef int acquire_view(
     object array, ArrayView* view, void* stream, bint on_cuda_stream, str name) except -1
+# The same, but never borrowed.
+cdef int hold_view(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name) except -1
+# The two halves of acquire_view, for calls of several arrays: whatever runs code of others, as the
+# first half may, can take the memory from a borrowed view, so that all of those are acquired last.
+# The first, which may check_no_grad as well, gives False where the view is to be borrowed; the
+# second runs no code but the array's own library's.
+cdef bint acquire_unless_borrowed(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name, bint no_grad
+) except -1
+cdef int borrow_view(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name) except -1
+cdef bint is_borrowed(object array) except -1
 # Idempotent; a zero-initialised view is fine. Needs the GIL.
 cdef void release_view(ArrayView* view) noexcept
 # Refuses torch tensors with requires_grad=True; costs a look at the type for all others.
 cdef int check_no_grad(object array, str name) except -1
+# Refuses those with a tangent, which there are in torch's forward mode only: asked once a call.
+cdef bint in_forward_mode() except -1
+cdef int check_no_tangent(object array, str name) except -1
 # Refuses those with the negative bit, whose memory has the opposite sign. Asking takes longer than
 # the other checks of an argument together, and torch sets the bit for imaginary parts of conjugates
 # alone: elements of those lie two apart but for what as_strided makes of them, so that a call asks
 # where rows have one element each.
 cdef int check_sign(object array, str name) except -1
-# Both, for what is looked at once.
+# All of it, for what is looked at once.
 cdef int check_plain(object array, str name) except -1
 # 1 when the array's framework says on which CUDA stream it works now (exchange API, torch, CuPy,
 # our buffers), else 0.

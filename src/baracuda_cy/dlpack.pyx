@@ -17,6 +17,7 @@ from cpython.buffer cimport (
     PyObject_CheckBuffer,
     PyObject_GetBuffer,
 )
+from cpython.dict cimport PyDict_GetItem
 from cpython.exc cimport PyErr_Fetch, PyErr_Restore
 from cpython.object cimport PyObject, Py_TYPE
 from cpython.pycapsule cimport (
@@ -51,6 +52,7 @@ from baracuda_cy._dlpack cimport (
     kDLInt,
     kDLUInt,
 )
+from baracuda_cy._native cimport BCY_ERROR_OUT_OF_MEMORY
 from baracuda_cy.stream cimport give_event, order_after, same_stream, stream_of, take_event
 
 import atexit
@@ -290,7 +292,8 @@ cdef Framework framework_of(object type_):
     for base in type_.__mro__:
         module = getattr(base, "__module__", None)
         package = module.partition(".")[0] if isinstance(module, str) else ""
-        if package == "torch":
+        # A layer of torch.nn is torch's too, but no tensor.
+        if package == "torch" and base.__name__ == "Tensor":
             return TORCH
         if package == "jax" or package == "jaxlib":
             return JAX
@@ -302,6 +305,7 @@ cdef Framework framework_of(object type_):
 
 
 cdef int classify(object array, Kind* kind) except -1:
+    global forward_variables
     cdef object type_ = type(array)
     cdef int i
     for i in range(own_types_used):
@@ -309,6 +313,9 @@ cdef int classify(object array, Kind* kind) except -1:
             kind[0] = own_types[i]
             return 0
     kind.framework = framework_of(type_)
+    if kind.framework == TORCH and forward_variables is None:
+        module = sys.modules.get("torch.autograd.forward_ad")
+        forward_variables = {} if module is None else vars(module)
     kind.api = exchange_api(type_)
     if kind.api != NULL:
         kind.route = EXCHANGE
@@ -843,27 +850,76 @@ cdef int acquire_bfloat16(object array, ArrayView* view, str name) except -1:
 cdef int acquire_view(
     object array, ArrayView* view, void* stream, bint on_cuda_stream, str name
 ) except -1:
+    if not acquire_unless_borrowed(array, view, stream, on_cuda_stream, name, False):
+        borrow_view(array, view, stream, on_cuda_stream, name)
+    return 0
+
+
+cdef int hold_view(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name
+) except -1:
+    empty_view(view)
+    if pending_count:
+        collect_now_and_then(stream, on_cuda_stream)
+    # By value: what was released, and what the producers run, may move the table.
+    return acquire_kept(array, view, stream, on_cuda_stream, name, kind_of(array)[0])
+
+
+cdef bint acquire_unless_borrowed(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name, bint no_grad
+) except -1:
     cdef Kind* kind
-    view.readonly = False
-    view.foreign_order = False
-    view.keep_kind = KEEP_NOTHING
-    view.keep = NULL
+    empty_view(view)
     if pending_count:
         collect_now_and_then(stream, on_cuda_stream)
     # Only now: what was released may have run code that moves the table.
     kind = kind_of(array)
-    if kind.route == EXCHANGE and kind.api.dltensor_from_py_object_no_sync != NULL:
-        return acquire_borrowed(array, view, stream, on_cuda_stream, name, kind.api)
-    try:
-        # By value: what the producers run may move the table.
-        acquire_kept(array, view, stream, on_cuda_stream, name, kind[0])
-    except BaseException:
-        release_view(view)
-        raise
-    return 0
+    if no_grad and kind.framework == TORCH:
+        refuse_grad(array, name)
+        kind = kind_of(array)
+    if lends(kind):
+        return False
+    acquire_kept(array, view, stream, on_cuda_stream, name, kind[0])
+    return True
+
+
+cdef int borrow_view(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name
+) except -1:
+    cdef Kind* kind = kind_of(array)
+    empty_view(view)
+    if not lends(kind):
+        # Code of others gave it another class meanwhile.
+        return acquire_kept(array, view, stream, on_cuda_stream, name, kind[0])
+    return acquire_borrowed(array, view, stream, on_cuda_stream, name, kind.api)
+
+
+cdef bint is_borrowed(object array) except -1:
+    return lends(kind_of(array))
+
+
+cdef inline bint lends(const Kind* kind) noexcept nogil:
+    return kind.route == EXCHANGE and kind.api.dltensor_from_py_object_no_sync != NULL
+
+
+cdef inline void empty_view(ArrayView* view) noexcept nogil:
+    view.readonly = False
+    view.foreign_order = False
+    view.keep_kind = KEEP_NOTHING
+    view.keep = NULL
 
 
 cdef int acquire_kept(
+    object array, ArrayView* view, void* stream, bint on_cuda_stream, str name, Kind kind
+) except -1:
+    try:
+        return acquire_by_route(array, view, stream, on_cuda_stream, name, kind)
+    except BaseException:
+        release_view(view)
+        raise
+
+
+cdef int acquire_by_route(
     object array, ArrayView* view, void* stream, bint on_cuda_stream, str name, Kind kind
 ) except -1:
     cdef Route route = route_of(array, &kind)
@@ -914,10 +970,40 @@ cdef void drop(int kind, void* keep) noexcept:
 
 
 cdef int check_no_grad(object array, str name) except -1:
-    if kind_of(array).framework == TORCH and array.requires_grad:
+    return refuse_grad(array, name) if kind_of(array).framework == TORCH else 0
+
+
+cdef int refuse_grad(object array, str name) except -1:
+    if array.requires_grad:
         raise InvalidProblem(
             f"{name}: expected a tensor that needs no gradient, got requires_grad=True; "
             "pass it as .detach()"
+        )
+    return 0
+
+
+# The variables of torch.autograd.forward_ad, once an array of torch was seen. One of them tells
+# whether forward-mode differentiation goes on: a look at it is all that it costs where none does.
+cdef dict forward_variables = None
+cdef object OUTSIDE = -1
+
+
+cdef bint in_forward_mode() except -1:
+    cdef PyObject* level
+    if forward_variables is None:
+        return False
+    level = PyDict_GetItem(forward_variables, "_current_level")
+    # The identity first: a comparison of integers takes longer.
+    return level != NULL and <object>level is not OUTSIDE and <object>level >= 0
+
+
+cdef int check_no_tangent(object array, str name) except -1:
+    if kind_of(array).framework != TORCH:
+        return 0
+    if sys.modules["torch.autograd.forward_ad"].unpack_dual(array).tangent is not None:
+        raise InvalidProblem(
+            f"{name}: expected a tensor without a tangent, got a dual one of forward-mode "
+            "differentiation; pass its primal, torch.autograd.forward_ad.unpack_dual(x).primal"
         )
     return 0
 
@@ -932,8 +1018,10 @@ cdef int check_sign(object array, str name) except -1:
 
 
 cdef int check_plain(object array, str name) except -1:
-    """Refuse a torch tensor that needs a gradient, or whose memory does not hold its values."""
+    """Refuse a torch tensor with a gradient or tangent, or whose memory is not its values."""
     check_no_grad(array, name)
+    if in_forward_mode():
+        check_no_tangent(array, name)
     return check_sign(array, name)
 
 
@@ -1391,9 +1479,11 @@ cdef object allocate_by_exchange(
     if api.managed_tensor_allocator(&prototype, &managed, <void*>errors, set_error) != 0:
         if not errors:
             raised()
+        # Some libraries append a native stack trace.
+        what = f"output: {errors[0].partition(chr(10))[0]}"
         if device_type == kDLCUDA:
-            raise OutOfMemory(2, "cudaErrorMemoryAllocation", f"output: {errors[0]}")
-        raise MemoryError(f"output: {errors[0]}")
+            raise OutOfMemory(2, "cudaErrorMemoryAllocation", what)
+        _cuda.check(BCY_ERROR_OUT_OF_MEMORY, what)
     if api.managed_tensor_to_py_object_no_sync(managed, &array) != 0:
         raised()
     result = <object>array

@@ -14,7 +14,6 @@ from posix.unistd cimport getpid
 cimport baracuda_cy._cuda as _cuda
 from baracuda_cy._dlpack cimport DLPACK_FLAG_IS_COPIED, kDLCPU, kDLCUDA, kDLCUDAHost
 from baracuda_cy.dlpack cimport (
-    KEEP_NOTHING,
     KEEP_OBJECT,
     ArrayView,
     acquire_view,
@@ -25,6 +24,7 @@ from baracuda_cy.dlpack cimport (
     element_of,
     hold_until_done,
     exporting_to_jax,
+    hold_view,
     make_capsule,
     numpy_dtype,
     register_type,
@@ -183,7 +183,7 @@ cdef int64_t span_of(ArrayView* view, str name, object array) except -1:
 
 cdef int acquire_host(object array, ArrayView* view, str name, bint writable) except -1:
     check_sign(array, name)
-    acquire_view(array, view, NULL, False, name)
+    hold_view(array, view, NULL, False, name)
     try:
         if view.device_type != kDLCPU:
             raise InvalidProblem(
@@ -1233,7 +1233,9 @@ cdef class Workspace:
     cdef int lend(self, object buffer) except -1:
         cdef LentMemory lent = LentMemory.__new__(LentMemory)
         lent.source = buffer
-        view_lent(buffer, &lent.view)
+        # Borrowed where that can be: what this holds could hold the workspace in turn.
+        acquire_view(buffer, &lent.view, NULL, False, "buffer")
+        use_lent(buffer, &lent.view)
         self.memory = lent
         return 0
 
@@ -1241,9 +1243,10 @@ cdef class Workspace:
         """View the usable bytes."""
         self.require_open()
         if isinstance(self.memory, LentMemory):
+            # Anew for each use, as its library may have moved it, and held for as long.
             source = (<LentMemory>self.memory).source
-            view_lent(source, view)
-            return keep_in_view(view, source) if view.keep_kind == KEEP_NOTHING else 0
+            hold_view(source, view, NULL, False, "buffer")
+            return use_lent(source, view)
         bytes_view(view, self.raw, self.size, self.device_type, self.device_id)
         return keep_in_view(view, self.memory)
 
@@ -1306,10 +1309,9 @@ cdef class Workspace:
         return f"Workspace({self.nbytes}, device={self.device!r})"
 
 
-cdef int view_lent(object source, ArrayView* view) except -1:
-    """View the aligned bytes of an array: anew for each use, as its library may have moved it."""
+cdef int use_lent(object source, ArrayView* view) except -1:
+    """Make the view of an array one of its aligned bytes."""
     cdef int64_t size, skipped
-    acquire_view(source, view, NULL, False, "buffer")
     try:
         if view.readonly:
             raise ReadOnlyArray(

@@ -112,7 +112,10 @@ cdef str name_of(Names names, int slot)
 cdef str message(str argument, str expected, str given, str remedy)
 cdef object invalid(str argument, str expected, str given, str remedy)
 cdef void begin(Call* call, int slots) noexcept nogil
+# In two passes over the slots: all views but the borrowed ones, each by `acquire`, then those at
+# once, after which no code of others runs: it could take the memory from a borrowed view.
 cdef int acquire(Plan plan, Call* call, int slot) except -1
+cdef int borrow(Plan plan, Call* call) except -1
 cdef int release_views(Call* call, int slots) noexcept
 # Keeps what was queued alive until it is done, where the arrays' owners do not order that.
 cdef int hold_foreign(Call* call, int slots, int device) except -1

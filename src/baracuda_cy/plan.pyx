@@ -14,8 +14,10 @@ from baracuda_cy cimport _cuda
 from baracuda_cy.dlpack cimport (
     KEEP_NOTHING,
     ArrayView,
+    acquire_unless_borrowed,
     acquire_view,
-    check_no_grad,
+    borrow_view,
+    check_no_tangent,
     check_plain,
     check_sign,
     current_stream_on,
@@ -24,6 +26,7 @@ from baracuda_cy.dlpack cimport (
     element_bytes,
     element_name,
     hold_until_done,
+    in_forward_mode,
     release_view,
 )
 from baracuda_cy.stream cimport cuda_ordinal, stream_of
@@ -470,17 +473,54 @@ cdef bint has_single_columns(const ArrayView* view) noexcept nogil:
     return view.ndim > 0 and view.shape[view.ndim - 1] == 1
 
 
+cdef bint holds_floats(Plan plan, int slot) noexcept:
+    # Only floats can require a gradient or have torch's negative bit.
+    return plan.operands[slot].role in (MATRIX, VECTOR, SCALES, NESTED)
+
+
 cdef int acquire(Plan plan, Call* call, int slot) except -1:
     cdef ArrayView* view = &call.views[slot]
     cdef str name = name_of(call.names, slot)
-    # Only floats can require a gradient.
-    cdef bint floats = plan.operands[slot].role in (MATRIX, VECTOR, SCALES, NESTED)
-    if floats:
-        check_no_grad(<object>call.arrays[slot], name)
-    acquire_view(<object>call.arrays[slot], view, call.stream, plan.device_type == CUDA, name)
-    if floats and has_single_columns(view):
-        check_sign(<object>call.arrays[slot], name)
+    cdef object array = <object>call.arrays[slot]
+    cdef bint floats = holds_floats(plan, slot)
+    if (
+        acquire_unless_borrowed(
+            array, view, call.stream, plan.device_type == CUDA, name, floats
+        )
+        and floats and has_single_columns(view)
+    ):
+        check_sign(array, name)
     return 0
+
+
+cdef int borrow(Plan plan, Call* call) except -1:
+    cdef int slot
+    if in_forward_mode():
+        for slot in range(plan.slots):
+            if holds_floats(plan, slot) and call.arrays[slot] != NULL:
+                check_no_tangent(<object>call.arrays[slot], name_of(call.names, slot))
+    if borrow_all(plan, call):
+        for slot in range(plan.slots):
+            if holds_floats(plan, slot) and has_single_columns(&call.views[slot]):
+                check_sign(<object>call.arrays[slot], name_of(call.names, slot))
+        # What was asked may have run code of others.
+        borrow_all(plan, call)
+    return 0
+
+
+cdef bint borrow_all(Plan plan, Call* call) except -1:
+    """Acquire what is to be borrowed; say whether a sign in it is in doubt."""
+    cdef bint in_doubt = False
+    cdef int slot
+    for slot in range(plan.slots):
+        if call.arrays[slot] != NULL and call.views[slot].keep_kind == KEEP_NOTHING:
+            borrow_view(
+                <object>call.arrays[slot], &call.views[slot], call.stream,
+                plan.device_type == CUDA, name_of(call.names, slot),
+            )
+            if has_single_columns(&call.views[slot]) and holds_floats(plan, slot):
+                in_doubt = True
+    return in_doubt
 
 
 cdef class Plan:
@@ -634,6 +674,7 @@ cdef class Plan:
             for slot in range(self.slots):
                 if call.arrays[slot] != NULL:
                     acquire(self, call, slot)
+            borrow(self, call)
             self.check(call)
             if start:
                 if self.needs_workspace and call.arrays[WORKSPACE] == NULL:
