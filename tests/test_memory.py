@@ -166,7 +166,7 @@ def test_closed_workspaces_are_refused():
 
 
 def test_more_memory_than_there_is():
-    with pytest.raises(MemoryError):
+    with pytest.raises(OutOfMemory, match=rf"allocating {1 << 62} bytes: the host has no memory"):
         Workspace(1 << 62)
 
 
@@ -550,3 +550,21 @@ def test_sources_live_until_the_copy_is_done(stream):
         assert live_bytes()["pinned"] > before
     assert set(buffer.copy_to_host()[:: n // 64]) == {3}
     assert held("pinned") == before
+
+
+@pytest.mark.gpu
+def test_an_array_is_made_once():
+    array = DeviceArray.from_host(np.arange(6, dtype=np.float32))
+    with pytest.raises(InvalidProblem, match="array: expected to be made once"):
+        array.__init__((2,), "uint8", DeviceBuffer(8))
+    with pytest.raises(InvalidProblem, match="array: expected to be made once"):
+        array.__init__((1 << 40,), "uint8", array.buffer)
+    np.testing.assert_array_equal(array.to_host(), np.arange(6, dtype=np.float32))
+
+
+@pytest.mark.gpu
+def test_more_pinned_memory_than_the_host_has():
+    with pytest.raises(
+        OutOfMemory, match=rf"allocating {1 << 62} bytes of pinned memory; the host"
+    ):
+        PinnedBuffer(1 << 62)

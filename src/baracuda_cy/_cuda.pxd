@@ -32,8 +32,8 @@ cdef int nf4_dequantize(const bcy_nf4_dequantize_args* args, void* stream) excep
 cdef int nf4_quantize(const bcy_nf4_quantize_args* args, void* stream) except -1 nogil
 cdef int nf4_nest(const bcy_nf4_nest_args* args, void* stream) except -1 nogil
 
-# Raise Unsupported, with the reason and the remedy, unless there is such a device, or this build's
-# kernels run on it.
+# Raise InvalidProblem unless there is such a device, and the other Unsupported, with the reason and
+# the remedy, unless this build's kernels run on it; both where there is no CUDA at all.
 cdef int require_ordinal(int device) except -1
 cdef int require_device(int device) except -1
 cdef int get_device(int* device) except -1 nogil

@@ -214,6 +214,17 @@ cdef int fail_allocation(int status, int64_t nbytes, int device) except -1 with 
     )
 
 
+cdef int fail_pinning(int status, int64_t nbytes) except -1 with gil:
+    what = f"allocating {nbytes} bytes of pinned memory"
+    if status != cudaErrorMemoryAllocation:
+        return check(status, what)
+    raise OutOfMemory(
+        status,
+        name_of(status),
+        f"{what}; the host cannot lock as much: free buffers, or use a smaller one",
+    )
+
+
 # ---- operations ----------------------------------------------------------------------------------
 
 
@@ -436,7 +447,7 @@ cdef int free_device(int device, void* pointer, void* stream) noexcept nogil:
 
 cdef int malloc_pinned(int64_t nbytes, void** pointer) except -1 nogil:
     cdef int status = bcy_cuda_malloc_host(nbytes, pointer)
-    return fail(status, b"allocating pinned host memory") if status else 0
+    return fail_pinning(status, nbytes) if status else 0
 
 
 cdef int free_pinned(void* pointer) noexcept nogil:

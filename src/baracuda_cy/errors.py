@@ -71,7 +71,10 @@ class CudaError(BaracudaError, RuntimeError):
 
 
 class OutOfMemory(CudaError, MemoryError):
-    """The device could not provide the memory that was asked for."""
+    """The device or the host could not provide the memory that was asked for.
+
+    Where it is the host's, and not CUDA's to give, `code` is negative: the native code's own.
+    """
 
 
 class FileFormatError(BaracudaError, ValueError):

@@ -13,6 +13,7 @@ from posix.unistd cimport getpid
 
 cimport baracuda_cy._cuda as _cuda
 from baracuda_cy._dlpack cimport DLPACK_FLAG_IS_COPIED, kDLCPU, kDLCUDA, kDLCUDAHost
+from baracuda_cy._native cimport BCY_ERROR_OUT_OF_MEMORY
 from baracuda_cy.dlpack cimport (
     KEEP_OBJECT,
     ArrayView,
@@ -146,7 +147,7 @@ cdef HostMemory allocate_host(int64_t nbytes):
     cdef HostMemory memory = HostMemory.__new__(HostMemory)
     if posix_memalign(&memory.raw, ALIGNMENT, nbytes if nbytes else 1):
         memory.raw = NULL
-        raise MemoryError(f"nbytes: the host has no {nbytes} bytes left")
+        _cuda.check(BCY_ERROR_OUT_OF_MEMORY, f"allocating {nbytes} bytes")
     memory.size = nbytes
     return memory
 
@@ -737,6 +738,8 @@ cdef class DeviceArray:
         cdef int64_t nbytes = 0
         cdef int64_t start
         cdef DeviceMemory memory
+        if self.memory is not None:
+            raise InvalidProblem("array: expected to be made once; make another DeviceArray")
         if not isinstance(buffer, DeviceBuffer):
             raise InvalidProblem(
                 f"buffer: expected a DeviceBuffer, got {type(buffer).__name__}; "
@@ -1175,9 +1178,7 @@ cdef class Workspace:
     ReadOnlyArray
         A buffer that cannot be written.
     OutOfMemory
-        The GPU has no such amount left.
-    MemoryError
-        The host has no such amount left.
+        The GPU or the host has no such amount left.
 
     Examples
     --------
