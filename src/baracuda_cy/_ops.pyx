@@ -69,6 +69,7 @@ from baracuda_cy.plan cimport (
 
 from baracuda_cy import gguf, nf4
 from baracuda_cy.codebooks import dynamic_code
+from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.formats import ElementKind
 from baracuda_cy.memory import DeviceBuffer
 from baracuda_cy.sku import GgufDequantizeDescriptor
@@ -331,11 +332,15 @@ cdef int check_finite(object array, const ArrayView* view) except -1:
                 view.data + row * view.strides[0] * item, view.shape[1], view.element
             )
     if not finite:
-        raise invalid(
-            "array", "finite values", f"NaN or infinity in {describe(array)}",
-            "replace them: a block's scale could not represent them",
-        )
+        raise not_finite(array)
     return 0
+
+
+cdef object not_finite(object array):
+    return invalid(
+        "array", "finite values", f"NaN or infinity in {describe(array)}",
+        "replace them: a block's scale could not represent them",
+    )
 
 
 def pack(array, block_format, threads):
@@ -367,7 +372,6 @@ def pack(array, block_format, threads):
                     f"strides ({view.strides[0]}, {view.strides[1]}) in {describe(array)}",
                     "copy it, as in .contiguous() or .copy()",
                 )
-            check_finite(array, &view)
         data = np.empty((*shape[:-1], row_bytes), np.uint8)
         acquire_view(data, &packed, NULL, False, "data")
         args.x = view.data
@@ -378,8 +382,12 @@ def pack(array, block_format, threads):
         args.format = block_format
         args.x_type = view.element
         if args.nrows and args.ncols:
-            with nogil:
-                _cpu.gguf_quantize(&args, workers)
+            try:
+                with nogil:
+                    _cpu.gguf_quantize(&args, workers)
+            except InvalidProblem:
+                # All else that it refuses was looked at above.
+                raise not_finite(array) from None
     finally:
         release_view(&view)
         release_view(&packed)
