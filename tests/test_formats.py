@@ -163,7 +163,7 @@ def test_enum_repr_evaluates_back(member):
     assert json.loads(json.dumps(member)) == member.value
 
 
-@pytest.mark.parametrize("ncols", [256.0, "256", None])
+@pytest.mark.parametrize("ncols", [256.0, "256", None, True])
 def test_row_bytes_of_no_integer(ncols):
     with pytest.raises(InvalidProblem, match="ncols: expected an integer"):
         bcy.GgufBlockFormat.Q4_K.row_bytes(ncols)

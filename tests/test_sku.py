@@ -265,3 +265,27 @@ def test_a_sku_says_only_what_it_can(field, value):
 def test_threads_out_of_range(threads):
     with pytest.raises(InvalidProblem, match="threads: expected 1 to 1024"):
         bcy.PlanPreference(threads=threads)
+
+
+def test_dictionaries_give_the_values_back():
+    w = bcy.quantize(np.eye(32, dtype=np.float32), "Q8_0")
+    n = bcy.quantize(np.eye(32, dtype=np.float32), "nf4")
+    for value in (
+        w.plan(2).sku,
+        n.plan(2).sku,
+        w.plan(2).descriptor,
+        n.plan(2, "float16").descriptor,
+        n.plan(2).descriptor.base,
+        w.plan(2).precision_guarantee,
+        w.plan(2).preference,
+    ):
+        assert type(value)(**json.loads(json.dumps(value.to_dict()))) == value
+
+
+def test_architecture_of_a_gpu_not_known_here_by_its_name():
+    arch = ArchSku("sm134")
+    assert arch is ArchSku(134) is ArchSku("SM134")
+    assert ArchSku(arch.name) is arch
+    for name in ("SM", "SM7", "SM07", "SM90a", "134"):
+        with pytest.raises(ValueError, match=name):
+            ArchSku(name)

@@ -244,18 +244,17 @@ class GgufBlockFormat(Named):
             `ncols` is no integer, negative or no multiple of the block size.
         """
         elements, size, _ = _BLOCK[self]
-        try:
-            ncols = operator.index(ncols)
-        except TypeError:
+        count = as_index(ncols)
+        if count is None:
             raise InvalidProblem(
                 f"ncols: expected an integer, got {ncols!r}; pass the number of columns"
-            ) from None
-        if ncols < 0 or ncols % elements:
+            )
+        if count < 0 or count % elements:
             raise InvalidProblem(
                 f"ncols: expected a multiple of {elements} (the block size of {self.name}), "
-                f"got {ncols}; pad the rows or choose a format with smaller blocks"
+                f"got {count}; pad the rows or choose a format with smaller blocks"
             )
-        return ncols // elements * size
+        return count // elements * size
 
 
 # elements per block, bytes per block, alignment in bytes

@@ -9,6 +9,8 @@ would take the type of the field for that of the argument.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -42,7 +44,7 @@ class OpCategory(Named):
 
 
 class QuantizeKind(Named):
-    """Operation within `OpCategory.QUANTIZATION`; not every one has a kernel in this version."""
+    """Operation within `OpCategory.QUANTIZATION`."""
 
     DEQUANTIZE_PER_GROUP = 23
     GGUF_DEQUANTIZE = 26
@@ -107,8 +109,12 @@ class ArchSku(Named):
     @classmethod
     def _missing_(cls, value: object) -> Named | None:
         known = super()._missing_(value)
+        if isinstance(value, str) and re.fullmatch(r"SM[1-9]\d{1,3}", value.upper()):
+            value = int(value[2:])
         if known is not None or not isinstance(value, int) or value < 75:
             return known
+        if value in cls._value2member_map_:
+            return cls(value)
         # A GPU that came after this list runs the build's PTX, so it gets a member all the same.
         member = int.__new__(cls, value)
         member._name_ = f"SM{value}"
@@ -347,7 +353,7 @@ class KernelSku(_Value):
     backend : BackendKind
         Whose kernel it is.
     precision_guarantee : PrecisionGuarantee
-        What its bits promise.
+        What its bits promise; made of a mapping, as `to_dict` gives one.
 
     Examples
     --------
@@ -389,7 +395,7 @@ class KernelSku(_Value):
             arch: ArchSku | str | int,
             isa: str | None = None,
             backend: BackendKind | str | int,
-            precision_guarantee: PrecisionGuarantee,
+            precision_guarantee: PrecisionGuarantee | Mapping[str, Any],
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -410,6 +416,8 @@ class KernelSku(_Value):
         for name in ("layout", "epilogue", "isa"):
             if not isinstance(getattr(self, name), str | None):
                 raise InvalidProblem(f"{name}: expected a str or None, got {getattr(self, name)!r}")
+        if isinstance(self.precision_guarantee, Mapping):
+            _set(self, "precision_guarantee", PrecisionGuarantee(**self.precision_guarantee))
         if not isinstance(self.precision_guarantee, PrecisionGuarantee):
             raise InvalidProblem(
                 "precision_guarantee: expected a PrecisionGuarantee, got "
@@ -720,7 +728,8 @@ class Nf4MmvqMultiMDescriptor(_Value):
     Parameters
     ----------
     base : Nf4Descriptor
-        The weight, and the types of activations and output.
+        The weight, and the types of activations and output; made of a mapping, as `to_dict` gives
+        one.
     m : int
         Number of activation vectors.
 
@@ -739,7 +748,15 @@ class Nf4MmvqMultiMDescriptor(_Value):
     base: Nf4Descriptor = Nf4Descriptor()
     m: int = 1
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self, *, base: Nf4Descriptor | Mapping[str, Any] = ..., m: int = 1
+        ) -> None: ...
+
     def __post_init__(self) -> None:
+        if isinstance(self.base, Mapping):
+            _set(self, "base", Nf4Descriptor(**self.base))
         if not isinstance(self.base, Nf4Descriptor):
             raise InvalidProblem(
                 f"base: expected an Nf4Descriptor, got {type(self.base).__name__}; "
