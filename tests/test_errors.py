@@ -440,7 +440,7 @@ def test_two_devices(plan, arguments, name, array):
     assert isinstance(caught.value, (InvalidProblem, bcy.CudaError, Unsupported))
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cuda0", "tpu:0", 0, None, object(), 1.5])
+@pytest.mark.parametrize("device", ["gpu", "", "cuda0", "tpu:0", True, None, object(), 1.5])
 def test_no_device(device):
     with pytest.raises(InvalidProblem, match='device: expected "cpu", "cuda", "cuda:1"'):
         problems.staged_plan(device, "Q8_0", N, K, M)
@@ -755,3 +755,60 @@ def test_errors_pickle(error):
     assert type(other) is type(error)
     assert str(other) == str(error)
     assert vars(other) == vars(error)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        bcy.GgufMmvqPlan,
+        bcy.GgufMmvqMultiMPlan,
+        bcy.GgufDequantizePlan,
+        bcy.Nf4MmvqPlan,
+        bcy.Nf4MmvqMultiMPlan,
+        bcy.Nf4DequantizePlan,
+    ],
+)
+def test_a_plan_that_was_never_selected(kind):
+    plan = kind.__new__(kind)
+    w = bcy.quantize(np.eye(32, dtype=np.float32), "nf4" if "Nf4" in kind.__name__ else "Q8_0")
+    x = np.ones((1, 32), np.float32)
+    arguments = (w, x) if "Dequantize" in kind.__name__ else (w, x, x.copy())
+    assert repr(plan) == f"{kind.__name__}(empty)"
+    assert not plan.can_implement(*arguments)
+    for use in (
+        lambda: plan.run(*arguments),
+        lambda: plan.validate(*arguments),
+        lambda: plan.device,
+        lambda: plan.precision_guarantee,
+        lambda: pickle.dumps(plan),
+    ):
+        with pytest.raises(
+            InvalidProblem, match="plan: expected one that select made, got an empty"
+        ):
+            use()
+
+
+def test_what_operations_advise_needs_no_plan():
+    w = bcy.quantize(np.eye(32, dtype=np.float32), "Q8_0")
+    x = np.ones((1, 32), np.float32)
+    for use in (
+        lambda: bcy.linear(x, w, np.ones(31, np.float32)),
+        lambda: bcy.linear(x, w, np.ones(32, np.float16)),
+        lambda: w.dequantize("float16", np.empty((32, 32), np.float32)),
+    ):
+        with pytest.raises(InvalidProblem, match=r"; (reshape|convert) it$"):
+            use()
+    with pytest.raises(InvalidProblem, match=r"dtype: .* got float64; choose one of them"):
+        bcy.dequantize(w, "float64")
+
+
+@pytest.mark.gpu
+def test_operations_on_two_devices_advise_to_move():
+    w = bcy.quantize(np.eye(32, dtype=np.float32), "Q8_0").to("cuda")
+    with pytest.raises(InvalidProblem, match=r"^w: .* got uint8.* on cuda:0; move it there$"):
+        bcy.linear(np.ones((1, 32), np.float32), w)
+
+
+def test_too_many_dimensions_of_a_weight():
+    with pytest.raises(InvalidProblem, match="shape: expected at most 8 dimensions, got 9"):
+        bcy.GgufTensor(np.zeros(34, np.uint8), "Q8_0", (1,) * 8 + (32,))

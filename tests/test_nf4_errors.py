@@ -146,7 +146,7 @@ def test_staged_activations_are_not_to_be_had():
 
 def test_devices_that_are_none():
     descriptor = bcy.Nf4Descriptor(n=8, k=64)
-    for device in ("gpu", "", None, 3):
+    for device in ("gpu", "", None, 1.5):
         with pytest.raises(InvalidProblem, match="device: expected"):
             bcy.Nf4MmvqPlan.select(device, descriptor)
 
@@ -546,7 +546,7 @@ def test_tensor_of_no_arrays():
         bcy.Nf4Tensor(object(), SCALES, (N, K))
     with pytest.raises(NotAnArray, match="absmax: expected an array"):
         bcy.Nf4Tensor(DATA, object(), (N, K))
-    with pytest.raises(bcy.Unsupported, match="shape: expected at most 8 dimensions"):
+    with pytest.raises(InvalidProblem, match="shape: expected at most 8 dimensions"):
         bcy.Nf4Tensor(DATA, SCALES, (1, 1, 1, 1, 1, 1, 1, N, K))
 
 

@@ -87,7 +87,8 @@ cdef object packed_data(Plan plan, object weight, tuple problem):
     """The bytes of a weight; a GgufTensor must be the matrix that the plan is for."""
     # What isinstance asks first; of any other array it would go on to ask for __class__.
     if PyType_IsSubtype(type(weight), packed_type):
-        if weight._problem != problem:
+        # None of a weight that was never made, which its repr then says.
+        if getattr(weight, "_problem", None) != problem:
             offset = problem[3]
             raise invalid(
                 "weight", plan.problem() + (f", from byte {offset} on" if offset else ""),
@@ -187,6 +188,7 @@ cdef class GgufProductPlan(Plan):
         object stream, bint start,
     ) except -1:
         cdef Call call
+        self.require_selected()
         begin(&call, self.slots)
         weight = packed_data(self, weight, self.weight)
         call.arrays[WEIGHT] = <PyObject*>weight
@@ -297,8 +299,8 @@ cdef class GgufMmvqPlan(GgufProductPlan):
 
         Parameters
         ----------
-        device : str, Stream or array
-            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
+        device : str, int, Stream or array
+            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, the 1 of that, or what belongs to a device.
         desc : GgufMmvqDescriptor
             The problem.
         preference : PlanPreference, optional
@@ -347,8 +349,8 @@ cdef class GgufMmvqMultiMPlan(GgufProductPlan):
 
         Parameters
         ----------
-        device : str, Stream or array
-            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
+        device : str, int, Stream or array
+            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, the 1 of that, or what belongs to a device.
         desc : GgufMmvqMultiMDescriptor
             The problem.
         preference : PlanPreference, optional
@@ -397,8 +399,8 @@ cdef class GgufDequantizePlan(Plan):
 
         Parameters
         ----------
-        device : str, Stream or array
-            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
+        device : str, int, Stream or array
+            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, the 1 of that, or what belongs to a device.
         desc : GgufDequantizeDescriptor
             The problem.
         preference : PlanPreference, optional
@@ -450,6 +452,7 @@ cdef class GgufDequantizePlan(Plan):
 
     cdef int fill(self, object weight, object output, object stream, bint start) except -1:
         cdef Call call
+        self.require_selected()
         begin(&call, self.slots)
         weight = packed_data(self, weight, self.weight)
         call.arrays[WEIGHT] = <PyObject*>weight

@@ -104,7 +104,8 @@ cdef class Nf4Plan(Plan):
                     name, "None beside an Nf4Tensor, which brings its own",
                     describe(absmax if nested is None else nested), "leave it out",
                 )
-            if weight._problem != self.weight:
+            # None of a weight that was never made, which its repr then says.
+            if getattr(weight, "_problem", None) != self.weight:
                 raise invalid(
                     "weight", f"{self.problem()}", repr(weight),
                     "select a plan for this weight, as in weight.plan(...)",
@@ -223,6 +224,7 @@ cdef class Nf4ProductPlan(Nf4Plan):
         object bias, object workspace, object stream, bint start,
     ) except -1:
         cdef Call call
+        self.require_selected()
         begin(&call, self.slots)
         _owner = self.take(&call, weight, absmax, nested)  # held until the call returns
         self.lend_workspace(&call, workspace)
@@ -350,8 +352,8 @@ cdef class Nf4MmvqPlan(Nf4ProductPlan):
 
         Parameters
         ----------
-        device : str, Stream or array
-            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
+        device : str, int, Stream or array
+            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, the 1 of that, or what belongs to a device.
         desc : Nf4Descriptor
             The problem.
         preference : PlanPreference, optional
@@ -401,8 +403,8 @@ cdef class Nf4MmvqMultiMPlan(Nf4ProductPlan):
 
         Parameters
         ----------
-        device : str, Stream or array
-            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
+        device : str, int, Stream or array
+            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, the 1 of that, or what belongs to a device.
         desc : Nf4MmvqMultiMDescriptor
             The problem.
         preference : PlanPreference, optional
@@ -452,8 +454,8 @@ cdef class Nf4DequantizePlan(Nf4Plan):
 
         Parameters
         ----------
-        device : str, Stream or array
-            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
+        device : str, int, Stream or array
+            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, the 1 of that, or what belongs to a device.
         desc : Nf4Descriptor
             The problem.
         preference : PlanPreference, optional
@@ -504,6 +506,7 @@ cdef class Nf4DequantizePlan(Nf4Plan):
         bint start,
     ) except -1:
         cdef Call call
+        self.require_selected()
         begin(&call, self.slots)
         _owner = self.take(&call, weight, absmax, nested)  # held until the call returns
         call.arrays[OUTPUT] = <PyObject*>output

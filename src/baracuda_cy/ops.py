@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["dequantize", "linear", "quantize"]
 
+_WEIGHTS = (GgufTensor, Nf4Tensor)
+
 
 def _check_packed(w: Any) -> None:
-    if not isinstance(w, GgufTensor | Nf4Tensor):
+    # What came out of `__new__` alone has no device.
+    if not isinstance(w, _WEIGHTS) or not hasattr(w, "device"):
+        given = repr(w) if isinstance(w, _WEIGHTS) else type(w).__name__
         raise InvalidProblem(
-            f"w: expected a GgufTensor or an Nf4Tensor, got {type(w).__name__}; "
+            f"w: expected a GgufTensor or an Nf4Tensor, got {given}; "
             'make one: GgufTensor(data, "Q4_K", shape=(nrows, ncols)), or quantize(array, "Q4_K")'
         )
 

@@ -96,6 +96,8 @@ cdef class Plan:
         object block_format=*, object layout=*, object epilogue=*, object math=*)
     cdef str problem(self)
     cdef str machine(self)
+    # Refuses what came out of `__new__` alone; every entry asks this first.
+    cdef int require_selected(self) except -1
     # Notes the arrays of a weight that this plan is for. What it gives keeps them alive, to be held
     # for the call: a subclass may make its arrays anew whenever it is asked.
     cdef object lend(self, Call* call, object weight)

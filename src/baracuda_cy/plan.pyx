@@ -31,6 +31,8 @@ from baracuda_cy.dlpack cimport (
 )
 from baracuda_cy.stream cimport cuda_ordinal, stream_of
 
+from numbers import Integral
+
 from baracuda_cy import _cpu as _cpu_module
 from baracuda_cy import _cuda as _cuda_module
 from baracuda_cy.errors import InvalidProblem, ReadOnlyArray, Unsupported, WorkspaceTooSmall
@@ -111,11 +113,13 @@ cdef str device_name(int32_t device_type, int32_t device_id):
 
 
 cdef int resolve_device(object device, int32_t* device_type, int32_t* device_id) except -1:
-    """Find the device that a name, a stream or an array stands for."""
+    """Find the device that a name, an ordinal, a stream or an array stands for."""
     cdef object asked = device
+    # NumPy's numbers are arrays, too.
+    cdef bint numbered = isinstance(asked, Integral) and not isinstance(asked, bool)
     device_type[0] = HOST
     device_id[0] = 0
-    if device_of(asked, device_type, device_id, "device"):
+    if not numbered and device_of(asked, device_type, device_id, "device"):
         if device_type[0] == HOST:
             device_id[0] = 0
             return 0
@@ -125,9 +129,12 @@ cdef int resolve_device(object device, int32_t* device_type, int32_t* device_id)
             asked = str(asked)
         if isinstance(asked, str) and asked in ("cpu", "cpu:0"):
             return 0
-        if not hasattr(asked, "__cuda_stream__") and str(asked).partition(":")[0] != "cuda":
+        if not (
+            numbered or hasattr(asked, "__cuda_stream__")
+            or str(asked).partition(":")[0] == "cuda"
+        ):
             raise invalid(
-                "device", '"cpu", "cuda", "cuda:1", a Stream or an array',
+                "device", '"cpu", "cuda", "cuda:1", an ordinal, a Stream or an array',
                 repr(device) if isinstance(device, str) else type(device).__name__,
                 'name the device, as in "cpu"',
             )
@@ -205,7 +212,9 @@ cdef int64_t checked(object value, str argument) except -1:
 
 cdef int check_floating(object element, str argument) except -1:
     if element not in (ElementKind.F32, ElementKind.F16, ElementKind.BF16):
-        raise invalid(argument, "float32, float16 or bfloat16", element.dtype, "convert the array")
+        raise invalid(
+            argument, "float32, float16 or bfloat16", element.dtype, "choose one of them"
+        )
     return 0
 
 
@@ -361,6 +370,11 @@ cdef bint overlap(const Call* call, int a, int b) noexcept nogil:
     )
 
 
+cdef str or_select(const Call* call, str which):
+    """A remedy that only those have who select plans."""
+    return f", or select a plan {which}" if call.names == OF_PLANS else ""
+
+
 cdef object explain_fault(
     Call* call, int slot, const Operand* operand, int fault, str name, str problem
 ):
@@ -382,7 +396,7 @@ cdef object explain_fault(
             )
         if operand.role == SCRATCH:
             return invalid(name, "bytes", given, lend)
-        remedy = "convert it, or select a plan whose descriptor names its type"
+        remedy = "convert it" + or_select(call, "whose descriptor names its type")
         if operand.role == SCALES or operand.role == NESTED:
             remedy = "pass the array that belongs to the codes: uint8 only where it is nested"
         return invalid(name, element_name(operand.element), given, remedy)
@@ -392,7 +406,7 @@ cdef object explain_fault(
         if operand.role == MATRIX and rows == 1:
             shape += f" or [{cols}]"
         return invalid(
-            name, shape, given, "reshape it, or select a plan whose descriptor has its sizes"
+            name, shape, given, "reshape it" + or_select(call, "whose descriptor has its sizes")
         )
     if fault == WRONG_STRIDE or fault == NOT_CONTIGUOUS:
         expected = "one contiguous run of bytes"
@@ -547,17 +561,29 @@ cdef class Plan:
             f"{type(self).__name__} is made by {type(self).__name__}.select(device, descriptor)"
         )
 
+    cdef int require_selected(self) except -1:
+        if self.sku is None:
+            raise invalid(
+                "plan", "one that select made", f"an empty {type(self).__name__}",
+                "call its class's select",
+            )
+        return 0
+
     @property
     def device(self):
         """Device that the plan runs on, such as ``"cuda:0"``."""
+        self.require_selected()
         return device_name(self.device_type, self.device_id)
 
     @property
     def precision_guarantee(self):
         """What the bits of the results promise: `sku.precision_guarantee`."""
+        self.require_selected()
         return self.sku.precision_guarantee
 
     def __repr__(self):
+        if self.sku is None:
+            return f"{type(self).__name__}(empty)"
         guarantee = self.sku.precision_guarantee
         promises = ", ".join(
             text
@@ -569,6 +595,13 @@ cdef class Plan:
             if holds
         )
         return f"{type(self).__name__}({self.problem()}, {self.machine()}; {promises})"
+
+    # What cannot be changed needs no copy.
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
 
     def __reduce__(self):
         return type(self).select, (self.device, self.descriptor, self.preference)
@@ -667,8 +700,6 @@ cdef class Plan:
 
     cdef int run_arrays(self, Call* call, object stream, bint start) except -1:
         cdef int slot
-        if self.sku is None:
-            raise invalid("plan", "one that select made", "an empty one", "call its class's select")
         find_stream(self.device_type, self.device_id, call.arrays, stream, &call.stream)
         try:
             for slot in range(self.slots):
@@ -729,7 +760,7 @@ cdef class Plan:
             there = device_name(call.views[slot].device_type, call.views[slot].device_id)
             return invalid(
                 name, f"an array on {self.device}", given,
-                f"move it there, or select a plan for {there}",
+                "move it there" + or_select(call, f"for {there}"),
             )
         if fault == OVERLAPPING:
             return invalid(

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from baracuda_cy.errors import InvalidProblem, Unsupported
-from baracuda_cy.formats import ElementKind, GgufBlockFormat, choose
+from baracuda_cy.errors import InvalidProblem
+from baracuda_cy.formats import ElementKind, GgufBlockFormat, as_index, choose
 from baracuda_cy.plan import inspect_codes, inspect_packed, inspect_scales
 from baracuda_cy.sku import Codebook, Nf4Layout, as_float32, as_integer, as_shape, nf4_sizes
 
@@ -39,6 +39,19 @@ class _Immutable:
 
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)
+
+    # What cannot be changed needs no copy, wherever its arrays are.
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __repr__(self) -> str:
+        return self._text() if hasattr(self, "device") else f"{type(self).__name__}(empty)"
+
+    def _text(self) -> str:
+        raise NotImplementedError
 
 
 class PackedWeight(_Immutable):
@@ -155,7 +168,7 @@ class GgufTensor(PackedWeight):
             _problem=(nrows, ncols, int(block_format), 0),
         )
 
-    def __repr__(self) -> str:
+    def _text(self) -> str:
         where = f"{self.nbytes} bytes on {self.device}"
         return f"GgufTensor({self.format.name}, shape={self.shape}, {where})"
 
@@ -167,8 +180,8 @@ class GgufTensor(PackedWeight):
 
         Parameters
         ----------
-        device : str, Stream or array
-            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
+        device : str, int, Stream or array
+            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, the 1 of that, or what belongs to a device.
         stream : Stream or object with ``__cuda_stream__``, optional
             Where to copy; None from the CPU to the CPU.
 
@@ -317,7 +330,7 @@ class NestedAbsmax(_Immutable):
             device=device,
         )
 
-    def __repr__(self) -> str:
+    def _text(self) -> str:
         what = f"offset={self.offset!r}, block_size={self.block_size}"
         return f"NestedAbsmax({self.count} scales, {what}, on {self.device})"
 
@@ -330,8 +343,8 @@ class NestedAbsmax(_Immutable):
 
         Parameters
         ----------
-        device : str, Stream or array
-            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
+        device : str, int, Stream or array
+            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, the 1 of that, or what belongs to a device.
         stream : Stream or object with ``__cuda_stream__``, optional
             Where to copy; None from the CPU to the CPU.
 
@@ -488,7 +501,7 @@ class Nf4Tensor(PackedWeight):
             _problem=(nrows, ncols, block_size, int(codebook), int(layout), nested is not None),
         )
 
-    def __repr__(self) -> str:
+    def _text(self) -> str:
         nested = ", nested absmax" if self.nested is not None else ""
         return (
             f"Nf4Tensor({self.codebook.name}, shape={self.shape}, block_size={self.block_size}, "
@@ -516,8 +529,8 @@ class Nf4Tensor(PackedWeight):
 
         Parameters
         ----------
-        device : str, Stream or array
-            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or what belongs to a device.
+        device : str, int, Stream or array
+            ``"cpu"``, ``"cuda"``, ``"cuda:1"``, the 1 of that, or what belongs to a device.
         stream : Stream or object with ``__cuda_stream__``, optional
             Where to copy; None from the CPU to the CPU.
 
@@ -768,7 +781,7 @@ def _shape(shape: Any) -> tuple[int, ...]:
     if not sizes:
         raise InvalidProblem("shape: expected one or more sizes, got (); pass (nrows, ncols)")
     if len(sizes) > 8:
-        raise Unsupported(f"shape: expected at most 8 dimensions, got {len(sizes)}; merge some")
+        raise InvalidProblem(f"shape: expected at most 8 dimensions, got {len(sizes)}; merge some")
     return sizes
 
 
