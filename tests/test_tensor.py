@@ -34,6 +34,222 @@ def nf4(*shape, block_size=32, **how):
     return bcy.quantize(array, "nf4", block_size=block_size, **how)
 
 
+# ---- parts ---------------------------------------------------------------------------------------
+
+INDICES = (0, -1, np.int64(3), slice(1, 4), slice(None), slice(3, 1), slice(-2, 100))
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_parts_of_experts(device, name, index):
+    w = experts_of(name, 6, 4)
+    there = w.to(device)
+    part = there[index]
+    want = values(w)[index]
+    assert (part.shape, part.format, part.device) == (want.shape, w.format, there.device)
+    assert part.nbytes == w.nbytes // 6 * (want.size // w[0].nrows // w.ncols)
+    np.testing.assert_array_equal(values(part), want)
+    if want.ndim == 3 and len(want):
+        np.testing.assert_array_equal(values(part[0][1:3]), want[0][1:3])
+
+
+def test_rows_are_views_of_any_length_of_data():
+    w = experts_of("Q4_K", 4)
+    longer = GgufTensor(np.concatenate([w.data, w.data]), "Q4_K", w.shape)
+    assert np.shares_memory(longer[1:3].data, longer.data)
+    np.testing.assert_array_equal(values(longer[3]), values(w)[3])
+    buffer = GgufTensor(w.data.tobytes(), "Q4_K", w.shape)
+    np.testing.assert_array_equal(values(buffer[3]), values(w)[3])
+
+
+def test_rows_of_torch():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    w = experts_of("Q6_K", 4)
+    data = torch.from_numpy(w.data).reshape(4, -1)
+    row = GgufTensor(data, "Q6_K", w.shape)[2]
+    assert row.data.data_ptr() == data[2].data_ptr()
+    np.testing.assert_array_equal(row.dequantize().numpy(), values(w)[2])
+
+
+def test_rows_one_after_the_other():
+    w = experts_of("Q8_0", 5)
+    np.testing.assert_array_equal(np.stack([values(row) for row in w]), values(w))
+
+
+def test_a_product_with_a_part_is_that_of_its_rows(device):
+    w = experts_of("Q4_K", 3, 8)
+    x = np.random.default_rng(1).standard_normal((2, w.ncols)).astype(np.float32)
+    backend = Backend(device)
+    whole = backend.get(bcy.linear(backend.put(x), w.to(device)))
+    part = backend.get(bcy.linear(backend.put(x), w.to(device)[1]))
+    np.testing.assert_array_equal(part, whole[:, 8:16])
+
+
+@pytest.mark.parametrize("make", [lambda: experts_of("Q8_0", 4), lambda: nf4(4, 64)])
+def test_parts_that_there_are_not(make):
+    w = make()
+    for index in (4, -5):
+        with pytest.raises(IndexError, match=f"index: expected -4 to 3, got {index}"):
+            w[index]
+    for index in ("a", 1.0, (0, 1), None, ..., True):
+        with pytest.raises(InvalidProblem, match="index: expected an integer or a slice, got"):
+            w[index]
+    with pytest.raises(InvalidProblem, match="index: expected a slice of step 1"):
+        w[::2]
+    with pytest.raises(InvalidProblem, match="index: expected a weight of two dimensions or more"):
+        w[0][0]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize(
+    "how", ["plain", "nested", "row_pair", "floats", "last block is short", "crossing"]
+)
+def test_parts_of_4_bit_weights(device, how, index):
+    w = {
+        "plain": lambda: nf4(6, 2, 32),
+        "nested": lambda: nf4(6, 256, 64, block_size=64, nested=True),
+        "row_pair": lambda: nf4(6, 4, 7).to_layout("row_pair"),
+        "floats": lambda: nf4(6, 64),
+        "last block is short": lambda: nf4(6, 48, block_size=64),
+        "crossing": lambda: nf4(6, 5, 7),
+    }[how]()
+    if how == "floats":
+        w = Nf4Tensor(w.data.view(np.float32), w.absmax, w.shape, w.block_size, dtype="f16")
+    want, there = values(w)[index], w.to(device)
+    unit = {"last block is short": 64 * 48 // 48, "crossing": 32}.get(how)
+    places = np.arange(w.nrows * w.ncols).reshape(w.shape)[index]
+    if unit and want.size:
+        first, last = places.min(), places.max() + 1
+        if first % unit or (last % unit and last != w.nrows * w.ncols):
+            with pytest.raises(InvalidProblem, match=f"multiples of {unit} elements, got elements"):
+                there[index]
+            return
+    part = there[index]
+    assert (part.shape, part.layout, part.device) == (want.shape, w.layout, there.device)
+    assert (part.block_size, part.dtype) == (w.block_size, w.dtype)
+    np.testing.assert_array_equal(values(part), want)
+
+
+def test_parts_of_nested_scales_end_with_theirs():
+    w = nf4(8, 1024, block_size=64, nested=True)  # 16 of 256 scales in a row
+    with pytest.raises(InvalidProblem, match=r"multiples of 16384 elements, .* unnest\(\)"):
+        w[1]
+    np.testing.assert_array_equal(values(w.unnest()[1]), values(w)[1])
+
+
+def test_odd_rows_of_pairs_are_no_part():
+    w = nf4(6, 64).to_layout("row_pair")
+    with pytest.raises(InvalidProblem, match="multiples of 128 elements"):
+        w[1:3]
+    np.testing.assert_array_equal(values(w[2:4]), values(w)[2:4])
+
+
+def test_data_that_cannot_be_sliced():
+    class Whole:
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack_device__(self):
+            return 1, 0
+
+        def __dlpack__(self, **arguments):
+            if "max_version" not in arguments:
+                raise BufferError("no")
+            return self.array.__dlpack__(max_version=(1, 0))
+
+    w = experts_of("Q8_0", 4)
+    np.testing.assert_array_equal(
+        values(GgufTensor(Whole(w.data), "Q8_0", w.shape)[1]), values(w)[1]
+    )
+
+    class Closed(Whole):
+        opened = 0
+
+        def __dlpack__(self, **arguments):
+            self.opened += 1
+            if self.opened > 1:
+                raise BufferError("no")
+            return super().__dlpack__(**arguments)
+
+    closed = GgufTensor(Closed(w.data), "Q8_0", w.shape)
+    with pytest.raises(
+        InvalidProblem, match=r"^data: expected an array that can be sliced, got .*C"
+    ):
+        closed[1]
+
+
+# ---- copies and pickles --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: experts_of("Q8_0", 4), lambda: nf4(4, 64, nested=True)])
+def test_a_copy_stays_where_the_weight_is(device, make):
+    w = make().to(device)
+    things = [w, w.plan()] + ([w.nested] if isinstance(w, Nf4Tensor) else [])
+    for thing in things:
+        assert copy.copy(thing) is thing
+        assert copy.deepcopy([thing])[0] is thing
+
+
+@pytest.mark.gpu
+def test_a_weight_in_pinned_memory_is_copied():
+    w = experts_of("Q8_0", 4)
+    pinned = bcy.PinnedBuffer(w.nbytes)
+    np.frombuffer(pinned, np.uint8)[:] = w.data
+    lent = GgufTensor(pinned, "Q8_0", w.shape)
+    assert copy.deepcopy(lent) is lent
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(lent)).data, w.data)
+
+
+def test_a_pickle_is_as_long_as_the_weight():
+    w = experts_of("Q8_0", 4)
+    longer = GgufTensor(np.concatenate([w.data, np.zeros(10**6, np.uint8)]), "Q8_0", w.shape)
+    assert len(pickle.dumps(longer)) < w.nbytes + 1000
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(longer)).dequantize(), values(w))
+
+
+def test_a_pickle_of_a_part_of_a_torch_tensor_is_that_part():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    w, n = experts_of("Q8_0", 4), nf4(4, 64, nested=True)
+    room = torch.zeros(10**6, dtype=torch.uint8)
+    packed, codes = room[: w.nbytes], room[w.nbytes : w.nbytes + 128]
+    packed.copy_(torch.from_numpy(w.data))
+    codes.copy_(torch.from_numpy(n.data))
+    for weight, want in (
+        (GgufTensor(packed, "Q8_0", w.shape), w),
+        (Nf4Tensor(codes, n.absmax, n.shape, n.block_size, nested=n.nested), n),
+    ):
+        pickled = pickle.dumps(weight)
+        assert len(pickled) < want.nbytes + 1000
+        np.testing.assert_array_equal(pickle.loads(pickled).dequantize(), values(want))
+
+
+# ---- the type a weight had -----------------------------------------------------------------------
+
+
+def test_the_type_before_packing_is_kept(device):
+    w = nf4(4, 64, nested=True)
+    assert w.dtype is None
+    w = Nf4Tensor(w.data, w.absmax, w.shape, 32, nested=w.nested, dtype="bfloat16").to(device)
+    for other in (
+        w,
+        w.to("cpu"),
+        w.unnest(),
+        w.to_layout("row_pair"),
+        w.unnest()[1:3],
+        copy.copy(w),
+        pickle.loads(pickle.dumps(w)),
+    ):
+        assert other.dtype is bcy.ElementKind.BF16
+    assert w.plan().descriptor == nf4(4, 64, nested=True).plan().descriptor
+
+
+@pytest.mark.parametrize("dtype", ["float64", "uint8"])
+def test_a_type_that_no_weight_had(dtype):
+    w = nf4(4, 64)
+    with pytest.raises(InvalidProblem, match=f"dtype: expected float16, .* got {dtype}; choose"):
+        Nf4Tensor(w.data, w.absmax, w.shape, 32, dtype=dtype)
+
+
 # ---- devices -------------------------------------------------------------------------------------
 
 

@@ -87,6 +87,9 @@ class PackedWeight(_Immutable):
 class GgufTensor(PackedWeight):
     """A weight packed in a GGUF block format, over bytes that stay where they are.
 
+    ``w[3]`` and ``w[2:4]`` are parts along the first axis, over the same bytes. A copy is the
+    weight itself; a pickle holds NumPy arrays, wherever the weight is.
+
     Parameters
     ----------
     data : array or buffer
@@ -173,7 +176,41 @@ class GgufTensor(PackedWeight):
         return f"GgufTensor({self.format.name}, shape={self.shape}, {where})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.to("cpu").data, self.format, self.shape)
+        return type(self), (_host_bytes(self.data, self.nbytes), self.format, self.shape)
+
+    def __getitem__(self, index: Any) -> GgufTensor:
+        """Return a part along the first axis, such as one of stacked experts, over the same bytes.
+
+        Parameters
+        ----------
+        index : int or slice
+            Which; negative numbers count from the end. Of a slice the step is 1.
+
+        Returns
+        -------
+        GgufTensor
+            Of one dimension less for an integer. Its `data` are a view, in libraries that have
+            views: those of JAX are a copy.
+
+        Raises
+        ------
+        IndexError
+            There is no such part.
+        InvalidProblem
+            Another index, or a weight of a single row.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import baracuda_cy as bcy
+        >>> experts = bcy.quantize(np.ones((8, 4, 32), np.float32), "Q8_0")
+        >>> experts[2], experts[2][1:3].shape
+        (GgufTensor(Q8_0, shape=(4, 32), 136 bytes on cpu), (2, 32))
+        """
+        start, stop, shape = _part_of(index, self.shape)
+        size = self.nbytes // (self.shape[0] or 1)
+        data = _slice(self.data, ElementKind.U8, start * size, (stop - start) * size)
+        return GgufTensor(data, self.format, shape)
 
     def to(self, device: Any, stream: Any = None) -> GgufTensor:
         """Return the weight on `device`: itself where it is there already.
@@ -335,8 +372,8 @@ class NestedAbsmax(_Immutable):
         return f"NestedAbsmax({self.count} scales, {what}, on {self.device})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        host = self.to("cpu")
-        return type(self), (host.code, host.absmax, host.offset, host.block_size)
+        code, absmax = (_host_bytes(it).view("float32") for it in (self.code, self.absmax))
+        return type(self), (code, absmax, self.offset, self.block_size)
 
     def to(self, device: Any, stream: Any = None) -> NestedAbsmax:
         """Return the tables on `device`: itself where they are there already.
@@ -367,6 +404,9 @@ class NestedAbsmax(_Immutable):
 class Nf4Tensor(PackedWeight):
     """A weight in NF4 or FP4, over bytes that stay where they are.
 
+    ``w[3]`` and ``w[2:4]`` are parts along the first axis, over the same bytes, where blocks end
+    with them. A copy is the weight itself; a pickle holds NumPy arrays, wherever the weight is.
+
     ``weight[n, k] = codebook[code(n, k)] * absmax[(n * ncols + k) // block_size]``: blocks are of
     the matrix as one row and run across the ends of its rows.
 
@@ -391,6 +431,9 @@ class Nf4Tensor(PackedWeight):
         ``"row_pair"``, with an even number of rows and blocks that divide them.
     nested : NestedAbsmax, optional
         How `absmax` is quantized itself, on the device of `data`.
+    dtype : ElementKind or dtype, optional
+        Type that the weight had before it was packed, where that is known: float16, bfloat16 or
+        float32. `open_bitsandbytes` says it, and `save_bitsandbytes` writes it.
 
     Attributes
     ----------
@@ -402,6 +445,7 @@ class Nf4Tensor(PackedWeight):
     block_size : int
     codebook : Codebook
     layout : Nf4Layout
+    dtype : ElementKind or None
     nbytes : int
         Bytes of the codes, of `absmax` and of the nested tables.
     device : str
@@ -411,7 +455,7 @@ class Nf4Tensor(PackedWeight):
     ------
     InvalidProblem
         Arrays of another dtype or length, not contiguous, misaligned or on two devices; sizes that
-        the layout cannot express.
+        the layout cannot express; a type that is no float.
 
     Examples
     --------
@@ -429,6 +473,7 @@ class Nf4Tensor(PackedWeight):
         "codebook",
         "data",
         "device",
+        "dtype",
         "layout",
         "nbytes",
         "ncols",
@@ -445,6 +490,7 @@ class Nf4Tensor(PackedWeight):
     block_size: int
     codebook: Codebook
     layout: Nf4Layout
+    dtype: ElementKind | None
     nbytes: int
     # What a plan for this weight was selected for, as plain integers, which compare and hash fast.
     _problem: tuple[int, int, int, int, int, bool]
@@ -458,6 +504,7 @@ class Nf4Tensor(PackedWeight):
         codebook: Codebook | str | int = Codebook.NF4,
         layout: Nf4Layout | str | int = Nf4Layout.BITSANDBYTES,
         nested: NestedAbsmax | None = None,
+        dtype: Any = None,
     ) -> None:
         shape = _shape(shape)
         nrows, ncols = math.prod(shape[:-1]), shape[-1]
@@ -470,6 +517,13 @@ class Nf4Tensor(PackedWeight):
                 f"nested: expected a NestedAbsmax or None, got {type(nested).__name__}; "
                 "make one: NestedAbsmax(code, absmax, offset)"
             )
+        if dtype is not None:
+            dtype = ElementKind.of(dtype, "dtype")
+            if dtype not in _FLOATS:
+                raise InvalidProblem(
+                    f"dtype: expected {', '.join(it.dtype for it in _FLOATS)} or None, "
+                    f"got {dtype.dtype}; choose one of them"
+                )
         data, absmax = _as_array(data), _as_array(absmax, typed=True)
         device = inspect_codes(data, nbytes)
         kind = ElementKind.F32 if nested is None else ElementKind.U8
@@ -496,6 +550,7 @@ class Nf4Tensor(PackedWeight):
             block_size=block_size,
             codebook=codebook,
             layout=layout,
+            dtype=dtype,
             nbytes=nbytes,
             device=device,
             _problem=(nrows, ncols, block_size, int(codebook), int(layout), nested is not None),
@@ -509,9 +564,71 @@ class Nf4Tensor(PackedWeight):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        host = self.to("cpu")
-        how = (self.shape, self.block_size, self.codebook, self.layout, host.nested)
-        return type(self), (host.data, host.absmax, *how)
+        data, absmax = _host_bytes(self.data), _host_bytes(self.absmax)
+        if self.nested is None:
+            absmax = absmax.view("float32")
+        how = (self.shape, self.block_size, self.codebook, self.layout, self.nested, self.dtype)
+        return type(self), (data, absmax, *how)
+
+    def __getitem__(self, index: Any) -> Nf4Tensor:
+        """Return a part along the first axis, such as one of stacked experts, over the same bytes.
+
+        Parameters
+        ----------
+        index : int or slice
+            Which; negative numbers count from the end. Of a slice the step is 1.
+
+        Returns
+        -------
+        Nf4Tensor
+            Of one dimension less for an integer. Its arrays are views, in libraries that have
+            views: those of JAX are copies.
+
+        Raises
+        ------
+        IndexError
+            There is no such part.
+        InvalidProblem
+            Another index, a weight of a single row, or a part that does not begin and end with its
+            blocks.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import baracuda_cy as bcy
+        >>> experts = bcy.quantize(np.ones((8, 4, 32), np.float32), "nf4")
+        >>> experts[2]
+        Nf4Tensor(NF4, shape=(4, 32), block_size=64, bitsandbytes layout, 72 bytes on cpu)
+        """
+        from baracuda_cy.dlpack import inspect
+
+        start, stop, shape = _part_of(index, self.shape)
+        size, nested = math.prod(self.shape[1:]), self.nested
+        first, last = (start * size, stop * size) if start < stop else (0, 0)
+        unit = self.block_size * (nested.block_size if nested else 1)
+        if self.layout is Nf4Layout.ROW_PAIR:
+            unit = math.lcm(unit, 2 * self.ncols or 1)
+        # Where codes are stored as floats, a part begins and ends with one of those.
+        kind = inspect(self.data)["element"] or ElementKind.U8
+        unit = math.lcm(unit, 2 * kind.itemsize)
+        if first % unit or (last % unit and last != self.nrows * self.ncols):
+            raise InvalidProblem(
+                f"index: expected a part that begins and ends with its blocks, at multiples of "
+                f"{unit} elements, got elements {first} to {last} of {self!r}; "
+                "take a part that does, or unnest() the weight where it is nested"
+            )
+
+        def part(array: Any, kind: ElementKind, elements: int) -> Any:
+            begin, end = first // elements, -(-last // elements)
+            return _slice(array, kind, begin, end - begin)
+
+        blocks = self.block_size
+        scales = ElementKind.F32 if nested is None else ElementKind.U8
+        if nested is not None:
+            outer = part(nested.absmax, ElementKind.F32, blocks * nested.block_size)
+            nested = NestedAbsmax(nested.code, outer, nested.offset, nested.block_size)
+        data, absmax = part(self.data, kind, 2 * kind.itemsize), part(self.absmax, scales, blocks)
+        return self._like(data, absmax, nested, shape=shape)
 
     def _like(
         self, data: Any, absmax: Any, nested: NestedAbsmax | None, **changed: Any
@@ -521,6 +638,7 @@ class Nf4Tensor(PackedWeight):
             "block_size": self.block_size,
             "codebook": self.codebook,
             "layout": self.layout,
+            "dtype": self.dtype,
         }
         return Nf4Tensor(data, absmax, nested=nested, **{**how, **changed})
 
@@ -741,6 +859,9 @@ class Nf4Tensor(PackedWeight):
         return absmax
 
 
+# What a weight may have been before it was packed.
+_FLOATS = (ElementKind.F16, ElementKind.BF16, ElementKind.F32)
+
 # The code of 0, which fills what a layout has room for beyond the weight.
 _CODE_OF_ZERO = {Codebook.NF4: 7, Codebook.FP4: 0}
 
@@ -785,12 +906,72 @@ def _shape(shape: Any) -> tuple[int, ...]:
     return sizes
 
 
+def _part_of(index: Any, shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    """Return what an index of the first axis takes, from where to where, and its shape."""
+    size, *others = shape
+    if not others:
+        raise InvalidProblem(
+            f"index: expected a weight of two dimensions or more, got one of shape {shape}; "
+            "dequantize a row to take it apart"
+        )
+    if isinstance(index, slice):
+        start, stop, step = index.indices(size)
+        if step != 1:
+            raise InvalidProblem(
+                f"index: expected a slice of step 1, got {index!r}; take one part after the other"
+            )
+        stop = max(start, stop)
+        return start, stop, (stop - start, *others)
+    number = as_index(index)
+    if number is None:
+        raise InvalidProblem(
+            f"index: expected an integer or a slice, got {index!r}; only the first axis is indexed"
+        )
+    if not -size <= number < size:
+        raise IndexError(f"index: expected {-size} to {size - 1}, got {number}")
+    number %= size
+    return number, number + 1, tuple(others)
+
+
+def _slice(array: Any, kind: ElementKind, start: int, count: int) -> Any:
+    """Return elements of a contiguous array: a view, in libraries that have views."""
+    from baracuda_cy.memory import DeviceArray, DeviceBuffer
+
+    start_byte = start * kind.itemsize
+    if isinstance(array, DeviceBuffer):
+        return DeviceArray((count,), kind, array, offset=start_byte)
+    if isinstance(array, DeviceArray):
+        offset = array.ptr - array.buffer.ptr + start_byte
+        return DeviceArray((count,), kind, array.buffer, offset=offset)
+    if not hasattr(array, "reshape"):
+        import numpy as np
+
+        try:
+            array = np.from_dlpack(array)
+        except (AttributeError, TypeError, ValueError, RuntimeError, BufferError) as error:
+            raise InvalidProblem(
+                f"data: expected an array that can be sliced, got {type(array).__name__}; "
+                "make the weight of a framework's array over it"
+            ) from error
+    return array.reshape(-1)[start : start + count]
+
+
 def _check_device(name: str, device: str, expected: str, other: str) -> None:
     if device != expected:
         raise InvalidProblem(
             f"{name}: expected an array on {expected}, where {other} is, got one on {device}; "
             "move it there"
         )
+
+
+def _host_bytes(array: Any, nbytes: int | None = None) -> NDArray[Any]:
+    """Return the first bytes, or all, wherever they are: a view of what NumPy has already."""
+    import numpy as np
+
+    from baracuda_cy._ops import fetch
+
+    host = np.asarray(array).reshape(-1) if isinstance(array, np.ndarray) else fetch(array)
+    return host.view(np.uint8)[:nbytes]
 
 
 def _fetch(array: Any, dtype: Any) -> NDArray[Any]:
