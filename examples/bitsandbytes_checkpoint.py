@@ -56,7 +56,7 @@ def main(arguments):
 
         # The bits went through the file unchanged.
         assert np.array_equal(y, bcy.linear(hidden / 32, written["down.weight"]))
-        print(up.plan(m=4, bias=True))
+        print(up.plan(m=4, activation=x.dtype, bias=True))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ assert np.array_equal(bcy.linear(x[3:4], weight), y[3:4])
 
 # Another layout of the same values gives the same bits.
 assert np.array_equal(bcy.linear(x, weight.to_layout("row_pair")), y)
-print(weight.plan(m=8))
+print(weight.plan(m=8, activation=x.dtype))
 
 try:
     import torch
@@ -48,4 +48,4 @@ if torch is not None and torch.cuda.is_available():
     exact = bcy.PlanPreference(bit_stable_across_hardware=True)  # float32 multiply-adds
     assert np.array_equal(bcy.linear(tokens, on_gpu, preference=exact).cpu().numpy(), y)
     for preference in (None, exact):
-        print(on_gpu.plan(m=8, preference=preference).precision_guarantee)
+        print(on_gpu.plan(8, x.dtype, preference=preference).precision_guarantee)

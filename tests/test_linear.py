@@ -482,7 +482,7 @@ def test_plan_of_a_tensor():
     plan = w.plan(m=8, activation=np.float16)
     assert isinstance(plan, bcy.GgufMmvqMultiMPlan)
     assert plan.descriptor == bcy.GgufMmvqMultiMDescriptor(
-        nrows=24, ncols=512, m=8, block_format="Q4_K", activation="float16", output="float32"
+        nrows=24, ncols=512, m=8, block_format="Q4_K", activation="float16", output="float16"
     )
     plan = w.plan(activation="float16", preference=bcy.PlanPreference(activations="float"))
     assert isinstance(plan, bcy.GgufMmvqPlan)

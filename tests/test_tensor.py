@@ -250,6 +250,35 @@ def test_a_type_that_no_weight_had(dtype):
         Nf4Tensor(w.data, w.absmax, w.shape, 32, dtype=dtype)
 
 
+# ---- plans and dequantize ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: experts_of("Q8_0", 4), lambda: nf4(4, 64)])
+def test_plans_of_all_weights_are_asked_for_alike(make):
+    def types(plan):
+        descriptor = getattr(plan.descriptor, "base", plan.descriptor)
+        return descriptor.activation.dtype, descriptor.output.dtype
+
+    w = make()
+    assert types(w.plan()) == ("float32", "float32")
+    assert types(w.plan(2, "bfloat16", bias=True)) == ("bfloat16", "bfloat16")
+    assert types(w.plan(2, "float16", "float32", bcy.PlanPreference())) == ("float16", "float32")
+    with pytest.raises(InvalidProblem, match="bias: expected True or False, got 1"):
+        w.plan(bias=1)
+
+
+@pytest.mark.parametrize("make", [lambda: experts_of("Q8_0", 4), lambda: nf4(4, 64)])
+def test_dequantize_takes_what_the_function_takes(make):
+    w = make()
+    out = np.empty(w.shape, np.float16)
+    assert w.dequantize(out=out) is out
+    np.testing.assert_array_equal(out, bcy.dequantize(w, "float16"))
+    preference = bcy.PlanPreference(threads=1)
+    np.testing.assert_array_equal(w.dequantize(preference=preference), bcy.dequantize(w))
+    with pytest.raises(InvalidProblem, match="stream: expected None on the CPU"):
+        w.dequantize(stream=bcy.LEGACY_DEFAULT_STREAM)
+
+
 # ---- devices -------------------------------------------------------------------------------------
 
 

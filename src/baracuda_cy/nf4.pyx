@@ -291,7 +291,7 @@ cdef class Nf4ProductPlan(Nf4Plan):
         >>> import numpy as np
         >>> import baracuda_cy as bcy
         >>> w = bcy.quantize(np.eye(64, dtype=np.float32), "nf4")
-        >>> plan = w.plan(m=2, activation="float32")
+        >>> plan = w.plan(m=2)
         >>> y = np.empty((2, 64), np.float32)
         >>> plan.run(w, np.ones((2, 64), np.float32), y)
         >>> bool((y == 1).all())

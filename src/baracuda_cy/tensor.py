@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Self
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.formats import ElementKind, GgufBlockFormat, as_index, choose
 from baracuda_cy.plan import inspect_codes, inspect_packed, inspect_scales
-from baracuda_cy.sku import Codebook, Nf4Layout, as_float32, as_integer, as_shape, nf4_sizes
+from baracuda_cy.sku import (
+    Codebook,
+    Nf4Layout,
+    as_flag,
+    as_float32,
+    as_integer,
+    as_shape,
+    nf4_sizes,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,11 +70,18 @@ class PackedWeight(_Immutable):
     data: Any
     device: str
 
-    def dequantize(self, dtype: Any = "float32") -> Any:
+    def dequantize(
+        self,
+        dtype: Any = None,
+        out: Any = None,
+        stream: Any = None,
+        *,
+        preference: PlanPreference | None = None,
+    ) -> Any:
         """Return the weight as floats: `baracuda_cy.dequantize` of it."""
         from baracuda_cy.ops import dequantize
 
-        return dequantize(self, dtype)  # type: ignore[arg-type]
+        return dequantize(self, dtype, out, stream, preference=preference)  # type: ignore[arg-type]
 
     def __dlpack__(self, **arguments: Any) -> Any:
         """Export the packed bytes, so that several frameworks share them without a copy."""
@@ -242,6 +257,7 @@ class GgufTensor(PackedWeight):
         activation: Any = "float32",
         output: Any = None,
         preference: PlanPreference | None = None,
+        bias: bool = False,
     ) -> GgufMmvqMultiMPlan | GgufMmvqPlan:
         """Select the plan of a product with this weight, on the device that holds it.
 
@@ -252,10 +268,11 @@ class GgufTensor(PackedWeight):
         activation : ElementKind or dtype
             Type of the activations.
         output : ElementKind or dtype, optional
-            Type of the output: float32 for the staged plan, the activation's for the float plan
-            unless said.
+            Type of the output: the activation's unless said.
         preference : PlanPreference, optional
             ``activations="float"`` asks for the float plan.
+        bias : bool
+            Whether the product adds a bias. Plans of GGUF weights take one in any call.
 
         Returns
         -------
@@ -277,15 +294,15 @@ class GgufTensor(PackedWeight):
         from baracuda_cy import gguf
         from baracuda_cy.sku import GgufMmvqDescriptor, GgufMmvqMultiMDescriptor
 
+        as_flag(bias, "bias")
         problem: dict[str, Any] = {
             "nrows": self.nrows,
             "ncols": self.ncols,
             "m": m,
             "block_format": self.format,
             "activation": activation,
+            "output": activation if output is None else output,
         }
-        if output is not None:
-            problem["output"] = output
         # What is no PlanPreference is refused by select.
         if getattr(preference, "activations", None) == "float":
             return gguf.GgufMmvqPlan.select(self.device, GgufMmvqDescriptor(**problem), preference)
@@ -673,7 +690,7 @@ class Nf4Tensor(PackedWeight):
     def plan(
         self,
         m: int = 1,
-        activation: Any = "float16",
+        activation: Any = "float32",
         output: Any = None,
         preference: PlanPreference | None = None,
         bias: bool = False,
@@ -707,7 +724,7 @@ class Nf4Tensor(PackedWeight):
         >>> import numpy as np
         >>> import baracuda_cy as bcy
         >>> w = bcy.quantize(np.eye(64, dtype=np.float32), "nf4")
-        >>> w.plan(m=8, activation="float32").sku.layout
+        >>> w.plan(m=8).sku.layout
         'bitsandbytes'
         """
         from baracuda_cy.nf4 import Nf4MmvqMultiMPlan
