@@ -4,6 +4,7 @@ what the safetensors package reads.
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -412,7 +413,10 @@ GATE = "model.layers.0.mlp.gate_proj.weight"
             lambda it: it["weight_map"].update({GATE: 3}),
             rf"tensor '{GATE}': expected the name .* 3",
         ),
-        (lambda it: it.pop("weight_map"), "weight_map: expected an object, got NoneType"),
+        (
+            lambda it: it.pop("weight_map"),
+            "weight_map: expected the index of a checkpoint .* got JSON with metadata; open a",
+        ),
         (lambda it: it.update(weight_map=[]), "weight_map: expected an object, got list"),
     ],
 )
@@ -923,8 +927,10 @@ def test_quant_storage_is_written(put, tmp_path, storage):
 def test_dtype_and_metadata(put, tmp_path):
     path, w = tmp_path / "w.safetensors", tensor_of(weight(), put)
     bcy.save_bitsandbytes(path, {"w": w})
-    assert dict(bcy.open_bitsandbytes(path).dtypes) == {"w": "float16"}
+    assert dict(bcy.open_bitsandbytes(path).dtypes) == {"w": "bfloat16"}
     assert dict(bcy.open_bitsandbytes(path).metadata) == {"format": "pt"}
+    bcy.save_bitsandbytes(path, {"w": bcy.quantize(np.eye(64, dtype=F32), "nf4")})
+    assert dict(bcy.open_bitsandbytes(path).dtypes) == {"w": "float16"}
     bcy.save_bitsandbytes(path, {"w": w}, {"a": "größer"}, dtype=np.float32)
     assert dict(bcy.open_bitsandbytes(path).dtypes) == {"w": "float32"}
     assert dict(bcy.open_bitsandbytes(path).metadata) == {"format": "pt", "a": "größer"}
@@ -1270,3 +1276,91 @@ def test_quant_storage_that_does_not_divide_the_bytes(put, tmp_path):
     w = tensor_of(weight(size=(5, 37)), put)  # 93 bytes
     with pytest.raises(InvalidProblem, match=r"^quant_storage: .* the 93 bytes of 'w', got bfloat"):
         bcy.save_bitsandbytes(tmp_path / "out", {"w": w}, quant_storage="bfloat16")
+
+
+def test_a_file_pickles_as_its_path():
+    model = bcy.open_bitsandbytes(LINEAR4BIT)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert again.path == str(LINEAR4BIT)
+        assert dict(again.types) == dict(model.types)
+        np.testing.assert_array_equal(again["steps"], model["steps"])
+
+
+def test_the_type_of_a_weight_outlives_the_mapping(put, tmp_path):
+    parts = weight(dtype="float32") | weight("v")
+    model = bcy.open_bitsandbytes(put(make(parts)))
+    assert (model["w"].dtype, model["v"].dtype) == (bcy.ElementKind.F32, bcy.ElementKind.BF16)
+    path = tmp_path / "again.safetensors"
+    bcy.save_bitsandbytes(path, dict(model))
+    assert dict(bcy.open_bitsandbytes(path).dtypes) == {"w": "float32", "v": "bfloat16"}
+
+
+def test_a_json_file_that_is_no_index(put):
+    path = put(b'{"architectures": [], "dtype": "bfloat16"}', "config.json")
+    refused(
+        path, "expected the index of a checkpoint .* got JSON with architectures, dtype; open a"
+    )
+
+
+def test_an_array_that_changes_while_it_is_saved(put, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = torch.ones(3)
+
+    class Late:  # asked for its shape first, for its values later
+        asked = 0
+
+        def __dlpack_device__(self):
+            return 1, 0
+
+        def __dlpack__(self, **arguments):
+            self.asked += 1
+            if self.asked > 1:
+                x.resize_(5)
+            return x.__dlpack__(**arguments)
+
+    path = tmp_path / "out"
+    bcy.save_bitsandbytes(path, {"x": ARRAY})
+    before = path.read_bytes()
+    with pytest.raises(InvalidProblem, match=r"^x: expected 12 bytes, as at first, got 20; leave"):
+        bcy.save_bitsandbytes(path, {"x": Late()})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_values_that_memory_does_not_hold_are_not_saved(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = torch._neg_view(torch.ones(3))
+    with pytest.raises(
+        InvalidProblem, match=r"^x: expected a tensor whose memory holds its values"
+    ):
+        bcy.save_bitsandbytes(tmp_path / "out", {"x": x})
+    bcy.save_bitsandbytes(tmp_path / "out", {"x": x.resolve_neg()})
+    assert bcy.open_bitsandbytes(tmp_path / "out")["x"].tolist() == [-1, -1, -1]
+
+
+def test_float8_of_torch_goes_the_way_that_the_message_says(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn)
+    with pytest.raises(
+        InvalidProblem, match=r"x: .* float8_e4m3fn\[2\] on cpu; pass a NumPy array"
+    ):
+        bcy.save_bitsandbytes(tmp_path / "out", {"x": x})
+    array = x.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    bcy.save_bitsandbytes(tmp_path / "out", {"x": array})
+    assert bcy.open_bitsandbytes(tmp_path / "out")["x"].astype(F32).tolist() == [1, -2]
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    path = tmp_path / "no" / "model.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        bcy.save_bitsandbytes(path, {"x": ARRAY})
+    assert caught.value.filename == str(path)
+    assert "baracuda" not in str(caught.value)
+
+
+def test_errors_of_a_tensor_keep_their_type(tmp_path):
+    lent = np.zeros(512, np.uint8)
+    workspace = bcy.Workspace(buffer=lent)
+    lent.flags.writeable = False
+    with pytest.raises(bcy.ReadOnlyArray, match=r"^x: array: expected a writable"):
+        bcy.save_bitsandbytes(tmp_path / "out", {"x": workspace})

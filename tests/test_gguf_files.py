@@ -2,6 +2,8 @@
 """GGUF files: what the gguf package writes is read back; what is broken is named."""
 
 import contextlib
+import copy
+import pickle
 import struct
 import sys
 
@@ -482,3 +484,20 @@ def test_what_no_file_is_called(path):
 def test_what_is_no_path(path):
     with pytest.raises(InvalidProblem, match="path: expected a str or a path-like"):
         bcy.open_gguf(path)
+
+
+def test_a_file_pickles_as_its_path(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    model = bcy.open_gguf(path.name)
+    pickled = pickle.dumps(model)
+    monkeypatch.chdir("/")
+    for again in (pickle.loads(pickled), copy.copy(bcy.open_gguf(path))):
+        assert again.path == str(path)
+        assert dict(again.types) == dict(model.types)
+        np.testing.assert_array_equal(again["norm.weight"], model["norm.weight"])
+
+
+def test_experts_of_a_file(path):
+    experts = bcy.open_gguf(path)["experts.weight"]
+    np.testing.assert_array_equal(experts[1].dequantize(), experts.dequantize()[1])
+    assert np.shares_memory(experts[1].data, experts.data)

@@ -512,6 +512,11 @@ def encode(array, codebook, block_size, nested, threads):
     return codes.finish(), outer.finish(), tables, shape
 
 
+def require_values(array, name):
+    """Refuse a torch tensor whose memory does not hold its values."""
+    check_sign(array, name)
+
+
 def fetch(data, stream=None):
     """A copy of the bytes of a contiguous array, wherever it is, as a NumPy array of uint8."""
     cdef ArrayView view

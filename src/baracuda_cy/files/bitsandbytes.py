@@ -26,7 +26,8 @@ class BitsandbytesFile(Mapping[str, Any]):
     A weight in NF4 or FP4 is one `Nf4Tensor` under its own name, such as ``"layer.weight"``, and
     the tensors that belong to it (``"layer.weight.absmax"`` and so on) are not listed; all others
     are read-only NumPy arrays, bfloat16 and float8 ones of the types of ml_dtypes. The bytes of a
-    tensor are not read before it is used. Tensors stay valid after `close`.
+    tensor are not read before it is used. Tensors stay valid after `close`. Pickled it is a path,
+    which is opened anew.
 
     While tensors are in use, replace their file by renaming another over it, as `save_bitsandbytes`
     does, and never write it in place: values would change, and a file that becomes shorter kills
@@ -85,6 +86,10 @@ class BitsandbytesFile(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.types)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As its path, opened anew: what is mapped does not travel.
+        return type(self), (os.path.abspath(self.path),)
 
     # A file equals itself alone: comparing its tensors, as mappings do, would read them all.
     __eq__ = object.__eq__
@@ -176,8 +181,8 @@ def save_bitsandbytes(
         `tensors`, where they are a `BitsandbytesFile`.
     dtype : ElementKind or dtype, or mapping of str to them, optional
         Type that bitsandbytes dequantizes the weights in NF4 and FP4 to, float16, bfloat16 or
-        float32, for all of them or by name. By default as in `tensors`, where they are a
-        `BitsandbytesFile`, else float16.
+        float32, for all of them or by name. By default the `dtype` of each, and float16 where that
+        is None.
     quant_storage : ElementKind or dtype, optional
         Type that the codes are stored as: uint8 (default), float16, bfloat16 or float32. The bytes
         are the same.
@@ -209,8 +214,6 @@ def save_bitsandbytes(
         )
     if isinstance(tensors, BitsandbytesFile):
         metadata = tensors.metadata if metadata is None else metadata
-        dtype = tensors.dtypes if dtype is None else dtype
-    dtype = "float16" if dtype is None else dtype
     storage = ElementKind.of(quant_storage, "quant_storage")
     if storage not in STORAGE:
         raise InvalidProblem(
@@ -222,7 +225,7 @@ def save_bitsandbytes(
     for name, tensor in tensors.items():
         _check_name(name)
         if isinstance(tensor, Nf4Tensor):
-            more = outputs_of(name, tensor, _dtype_of(name, dtype), storage)
+            more = outputs_of(name, tensor, _dtype_of(name, tensor, dtype), storage)
             parts |= more.keys() - {name}
         else:
             more = {name: output_of(name, tensor)}
@@ -263,9 +266,11 @@ def _metadata_of(metadata: Any) -> dict[str, str]:
     return pairs
 
 
-def _dtype_of(name: str, dtype: Any) -> str:
+def _dtype_of(name: str, weight: Nf4Tensor, dtype: Any) -> str:
     from baracuda_cy.files.quant_state import DTYPES
 
+    if dtype is None:
+        return "float16" if weight.dtype is None else weight.dtype.dtype
     if isinstance(dtype, Mapping):
         if name not in dtype:
             raise InvalidProblem(

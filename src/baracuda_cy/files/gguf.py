@@ -24,7 +24,7 @@ class GgufFile(Mapping[str, Any]):
 
     A tensor in a supported block format is a `GgufTensor`; float and integer tensors are read-only
     NumPy arrays, bfloat16 ones of the type of ml_dtypes. Nothing is read before it is used. Tensors
-    stay valid after `close`.
+    stay valid after `close`. Pickled it is a path, which is opened anew.
 
     While tensors are in use, replace their file by renaming another over it, and never write it in
     place: values would change, and a file that becomes shorter kills the process (SIGBUS). Or copy
@@ -80,6 +80,10 @@ class GgufFile(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.types)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As its path, opened anew: what is mapped does not travel.
+        return type(self), (os.path.abspath(self.path),)
 
     # A file equals itself alone: comparing its tensors, as mappings do, would read them all.
     __eq__ = object.__eq__

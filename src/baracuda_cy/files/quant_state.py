@@ -21,6 +21,7 @@ from baracuda_cy.files.safetensors import (
     Output,
     as_array,
     broken,
+    of_tensor,
     output_of,
     parse_object,
     sizes_of,
@@ -100,6 +101,7 @@ class Weight(NamedTuple):
             codebook=self.codebook,
             layout=Nf4Layout.BITSANDBYTES,
             nested=nested,
+            dtype=self.dtype,
         )
 
 
@@ -241,7 +243,7 @@ def outputs_of(name: str, weight: Nf4Tensor, dtype: str, storage: ElementKind) -
         try:
             weight = weight.to("cpu").to_layout(Nf4Layout.BITSANDBYTES)
         except InvalidProblem as error:
-            raise InvalidProblem(f"{name}: {error}") from error
+            raise of_tensor(name, error) from error
     quant_type = weight.codebook.name.lower()
     count = math.prod(weight.shape)
     blocks, nbytes = -(-count // weight.block_size), (count + 1) // 2

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from baracuda_cy._ops import fetch
+from baracuda_cy._ops import fetch, require_values
 from baracuda_cy.dlpack import describe, inspect
 from baracuda_cy.errors import FileFormatError, InvalidProblem, NotAnArray, Unsupported
 from baracuda_cy.tensor import GgufTensor
@@ -253,7 +253,15 @@ def read_index(path: str) -> tuple[dict[str, str], dict[str, Entry]]:
     """Read the shards that an index names: what belongs to a weight may lie in several of them."""
     with open(path, "rb") as file:
         index = parse_object(file.read(), path, "the index")
-    places = index.get("weight_map")
+    if "weight_map" not in index:
+        raise broken(
+            path,
+            "weight_map",
+            "the index of a checkpoint in several files",
+            f"JSON with {', '.join(index) or 'nothing':.100}",
+            f"open a .safetensors file, its {_INDEX} or the folder of either",
+        )
+    places = index["weight_map"]
     if not isinstance(places, dict):
         raise broken(path, "weight_map", "an object", type(places).__name__)
     metadata: dict[str, str] = {}
@@ -278,6 +286,11 @@ def read_index(path: str) -> tuple[dict[str, str], dict[str, Entry]]:
 # ---- writing ------------------------------------------------------------------------------------
 
 
+def of_tensor(name: str, error: InvalidProblem) -> InvalidProblem:
+    """Return the same error with the name of the tensor that it is about."""
+    return type(error)(f"{name}: {error}")
+
+
 class Output(NamedTuple):
     dtype: str  # safetensors' name
     shape: tuple[int, ...]
@@ -298,7 +311,8 @@ def output_of(name: str, array: Any) -> Output:
         if seen["element"] is None:
             raise InvalidProblem(
                 f"{name}: expected a type that arrays of several libraries share, got "
-                f"{describe(array)}; pass a NumPy array, as in .numpy()"
+                f"{describe(array)}; pass a NumPy array, as in .numpy(), or, where "
+                "NumPy lacks the type, in .view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)"
             )
         dtype = seen["element"].dtype
     if dtype not in DTYPE_OF_NUMPY:
@@ -329,7 +343,8 @@ def _inspect(name: str, array: Any) -> Any:
             "pass one of them"
         ) from None
     except InvalidProblem as error:
-        raise InvalidProblem(f"{name}: {error}") from error
+        raise of_tensor(name, error) from error
+    require_values(array, name)
     expected = 1
     for size, stride in zip(reversed(seen["shape"]), reversed(seen["strides"]), strict=True):
         if size > 1 and stride != expected and 0 not in seen["shape"]:
@@ -358,7 +373,22 @@ def write(path: str, tensors: Mapping[str, Output], metadata: Mapping[str, str])
             f"got {len(text)}; write several files"
         )
     head = len(text).to_bytes(8, "little") + text
-    _replace(path, [lambda: head, *(tensors[name].data for name in order)])
+    parts = (partial(_checked_bytes, name, header[name], tensors[name].data) for name in order)
+    _replace(path, [lambda: head, *parts])
+
+
+def _checked_bytes(
+    name: str, place: Mapping[str, Any], data: Callable[[], NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
+    """Return the bytes of a tensor, which are as many as the header says."""
+    begin, end = place["data_offsets"]
+    found = data()
+    if len(found) != end - begin:
+        raise InvalidProblem(
+            f"{name}: expected {end - begin} bytes, as at first, got {len(found)}; "
+            "leave the array as it is while it is saved"
+        )
+    return found
 
 
 def _replace(path: str, parts: Iterable[Callable[[], Any]]) -> None:
@@ -366,19 +396,21 @@ def _replace(path: str, parts: Iterable[Callable[[], Any]]) -> None:
         folder = IsADirectoryError, "folder"
         kind, given = folder if os.path.isdir(path) else (FileExistsError, "pipe or device")
         raise kind(f"{path}: expected a file or none yet, got a {given}; choose another name")
-    if os.path.islink(path):  # it stays, and what it leads to is replaced
-        path = os.path.realpath(path)
-    temporary = os.path.join(os.path.dirname(path), f".baracuda-{secrets.token_hex(8)}.tmp")
+    # A link stays, and what it leads to is replaced.
+    target = os.path.realpath(path) if os.path.islink(path) else path
+    temporary = os.path.join(os.path.dirname(target), f".baracuda-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(path, temporary)  # before there is anything to read
+                shutil.copymode(target, temporary)  # before there is anything to read
             for part in parts:
                 file.write(part())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        os.replace(temporary, target)
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename == temporary:
+            raise OSError(error.errno, error.strerror, path) from error  # the name that is known
         raise
