@@ -180,9 +180,14 @@ def test_graph_replay(product, m):
     dtype = getattr(torch, product.activation)
     x, y = (torch.zeros(m, columns, device="cuda", dtype=dtype) for columns in (K, N))
     workspace = torch.zeros(max(plan.workspace_size, 1), dtype=torch.uint8, device="cuda")
+    alone = (
+        torch.zeros_like(y) if isinstance(weight, problems.Nf4Weight) else None
+    )  # without a workspace
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         plan.run(w, x, y, workspace=workspace)
+        if alone is not None:
+            plan.run(w, x, alone)
         unpack.run(w, dense)
     for seed in range(3):
         fresh = product.tokens(m, K, seed)
@@ -192,6 +197,8 @@ def test_graph_replay(product, m):
         graph.replay()
         want = product.run(backend, weight, fresh)
         np.testing.assert_array_equal(bits(y.cpu().numpy()), want)
+        if alone is not None:
+            np.testing.assert_array_equal(bits(alone.cpu().numpy()), want)
         np.testing.assert_array_equal(dense.cpu().numpy(), weight.values())
 
 

@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from problems import BACKENDS, Backend, block_size, random_weight
+from problems import BACKENDS, FLOATS, Backend, block_size, random_weight
 
 import baracuda_cy as bcy
 from baracuda_cy import DeviceArray, GgufTensor, InvalidProblem, NestedAbsmax, Nf4Tensor
@@ -228,7 +228,8 @@ def test_a_pickle_of_a_part_of_a_torch_tensor_is_that_part():
 
 def test_the_type_before_packing_is_kept(device):
     w = nf4(4, 64, nested=True)
-    assert w.dtype is None
+    assert w.dtype is bcy.ElementKind.F32
+    assert Nf4Tensor(w.data, w.absmax, w.shape, 32, nested=w.nested).dtype is None
     w = Nf4Tensor(w.data, w.absmax, w.shape, 32, nested=w.nested, dtype="bfloat16").to(device)
     for other in (
         w,
@@ -248,6 +249,25 @@ def test_a_type_that_no_weight_had(dtype):
     w = nf4(4, 64)
     with pytest.raises(InvalidProblem, match=f"dtype: expected float16, .* got {dtype}; choose"):
         Nf4Tensor(w.data, w.absmax, w.shape, 32, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_type_that_is_packed_is_known(device, dtype):
+    array = np.ones((4, 64), FLOATS[dtype])
+    if device != "cpu":
+        array = bcy.DeviceArray.from_host(array)
+    assert bcy.quantize(array, "nf4").dtype is bcy.ElementKind.of(dtype)
+
+
+def test_an_enum_is_no_ordinal():
+    with pytest.raises(InvalidProblem, match=r"device: expected .* an ordinal"):
+        nf4(4, 64).to(bcy.Nf4Layout.BITSANDBYTES)
+
+
+@pytest.mark.parametrize("index", [slice(None, None, 0), slice("a", None), slice(0, 1.5)])
+def test_slices_that_are_none(index):
+    with pytest.raises(InvalidProblem, match="index: expected a slice of"):
+        nf4(4, 64)[index]
 
 
 # ---- plans and dequantize ------------------------------------------------------------------------

@@ -137,15 +137,15 @@ def multiply(x, w, bias, out, stream, preference):
     call.arrays[WEIGHT] = <PyObject*>data
     call.arrays[ACTIVATIONS] = <PyObject*>x
     check_no_grad(x, "x")
-    if borrowed:
-        # Read for now: it is borrowed last, like all such views.
-        borrow_view(x, view, NULL, False, "x")
-        device_type, device_id = view.device_type, view.device_id
-    else:
-        device_of(x, &device_type, &device_id, "x")
-    cuda = device_type == CUDA
-    find_stream(device_type, device_id, call.arrays, stream, &call.stream)
     try:
+        if borrowed:
+            # Read for now: it is borrowed last, like all such views.
+            borrow_view(x, view, NULL, False, "x")
+            device_type, device_id = view.device_type, view.device_id
+        else:
+            device_of(x, &device_type, &device_id, "x")
+        cuda = device_type == CUDA
+        find_stream(device_type, device_id, call.arrays, stream, &call.stream)
         if not borrowed:
             acquire_view(x, view, call.stream, cuda, "x")
         if has_single_columns(view):
@@ -411,7 +411,7 @@ def encode(array, codebook, block_size, nested, threads):
     """`quantize` to codes of 4 bits, on the device of the array.
 
     Gives the codes, their absmax, where that is `nested` its table, scales and offset, and the
-    shape.
+    shape and the type of the array.
     """
     cdef Call call
     cdef ArrayView* view = &call.views[ACTIVATIONS]
@@ -505,11 +505,12 @@ def encode(array, codebook, block_size, nested, threads):
             # Also after a failure: a kernel that was launched before it still reads the arrays.
             hold_foreign(&call, SLOTS, device_id)
         release_views(&call, SLOTS)
+    kind = ElementKind(args.x_type)
     if not nested:
-        return codes.finish(), absmax.finish(), None, shape
+        return codes.finish(), absmax.finish(), None, shape, kind
     absmax.settle()
     tables = (code if table is None else table.finish(), scales.finish(), nest.offset)
-    return codes.finish(), outer.finish(), tables, shape
+    return codes.finish(), outer.finish(), tables, shape, kind
 
 
 def require_values(array, name):

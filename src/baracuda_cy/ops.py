@@ -224,9 +224,11 @@ def quantize(
     codebook = _codebook(format)
     if codebook is not None:
         nf4_sizes(0, 0, block_size, Nf4Layout.BITSANDBYTES)
-        data, absmax, tables, shape = _ops.encode(array, codebook, block_size, nested, workers)
+        data, absmax, tables, shape, kind = _ops.encode(
+            array, codebook, block_size, nested, workers
+        )
         outer = None if tables is None else NestedAbsmax(*tables)
-        return Nf4Tensor(data, absmax, shape, block_size, codebook, nested=outer)
+        return Nf4Tensor(data, absmax, shape, block_size, codebook, nested=outer, dtype=kind)
     try:
         block_format = GgufBlockFormat.of(format, "format")
     except InvalidProblem as error:

@@ -29,9 +29,7 @@ from baracuda_cy.dlpack cimport (
     in_forward_mode,
     release_view,
 )
-from baracuda_cy.stream cimport cuda_ordinal, stream_of
-
-from numbers import Integral
+from baracuda_cy.stream cimport cuda_ordinal, is_number, stream_of
 
 from baracuda_cy import _cpu as _cpu_module
 from baracuda_cy import _cuda as _cuda_module
@@ -116,7 +114,7 @@ cdef int resolve_device(object device, int32_t* device_type, int32_t* device_id)
     """Find the device that a name, an ordinal, a stream or an array stands for."""
     cdef object asked = device
     # NumPy's numbers are arrays, too.
-    cdef bint numbered = isinstance(asked, Integral) and not isinstance(asked, bool)
+    cdef bint numbered = is_number(asked)
     device_type[0] = HOST
     device_id[0] = 0
     if not numbered and device_of(asked, device_type, device_id, "device"):

@@ -43,6 +43,7 @@ cdef int stream_of(object stream, void** handle, int* device) except -1
 cdef StreamHandle handle_of(object stream)
 # A device ordinal from None (the current device), an int, "cuda", "cuda:1", torch.device, a Stream
 # or a CUDA array with __dlpack_device__. Raises unless there is such a device.
+cdef bint is_number(object value)
 cdef int cuda_ordinal(object device) except -1
 
 # A NULL handle and cudaStreamLegacy name the same stream.

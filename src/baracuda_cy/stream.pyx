@@ -13,6 +13,7 @@ from posix.unistd cimport getpid
 cimport baracuda_cy._cuda as _cuda
 
 import os
+from enum import Enum
 from numbers import Integral
 
 from baracuda_cy import _cuda as _cuda_module
@@ -120,8 +121,13 @@ cdef StreamHandle borrow(void* raw, int device, object owner):
     return handle
 
 
+cdef bint is_number(object value):
+    """Whether it may be an ordinal: a member of an enum stands for something else."""
+    return isinstance(value, Integral) and not isinstance(value, (bool, Enum))
+
+
 cdef int as_ordinal(object value, str text) except -2:
-    if isinstance(value, bool) or not 0 <= value < 1 << 30:
+    if not is_number(value) or not 0 <= value < 1 << 30:
         raise InvalidProblem(
             f'device: expected "cuda", "cuda:N", an ordinal or a Stream, got {text}'
         )
@@ -132,7 +138,7 @@ cdef int cuda_ordinal(object device) except -1:
     cdef int ordinal = -1
     if isinstance(device, Stream):
         ordinal = handle_of(device).device
-    elif isinstance(device, Integral):
+    elif is_number(device):
         ordinal = as_ordinal(device, repr(device))
     elif device is not None and not isinstance(device, str) and hasattr(
         device, "__dlpack_device__"
@@ -329,7 +335,7 @@ cdef class Stream:
         """
         cdef void* raw = read_handle(handle, "the caller")
         cdef int ordinal = -1
-        if isinstance(device, Integral):
+        if is_number(device):
             ordinal = as_ordinal(device, repr(device))
             if _cuda_module.device_count():
                 _cuda.require_ordinal(ordinal)

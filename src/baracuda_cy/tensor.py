@@ -69,6 +69,44 @@ class PackedWeight(_Immutable):
 
     data: Any
     device: str
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: Any) -> Self:
+        """Return a part along the first axis, such as one of stacked experts, over the same bytes.
+
+        Parameters
+        ----------
+        index : int or slice
+            Which; negative numbers count from the end. Of a slice the step is 1.
+
+        Returns
+        -------
+        GgufTensor or Nf4Tensor
+            Of one dimension less for an integer. Its arrays are views, in libraries that have
+            views: those of JAX are copies.
+
+        Raises
+        ------
+        IndexError
+            There is no such part.
+        InvalidProblem
+            Another index, a weight of a single row, or a part of an `Nf4Tensor` that does not begin
+            and end with its blocks.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import baracuda_cy as bcy
+        >>> experts = np.ones((8, 4, 32), np.float32)
+        >>> bcy.quantize(experts, "Q8_0")[2]
+        GgufTensor(Q8_0, shape=(4, 32), 136 bytes on cpu)
+        >>> bcy.quantize(experts, "nf4")[2:4]
+        Nf4Tensor(NF4, shape=(2, 4, 32), block_size=64, bitsandbytes layout, 144 bytes on cpu)
+        """
+        return self._part(*_part_of(index, self.shape))
+
+    def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> Self:
+        raise NotImplementedError
 
     def dequantize(
         self,
@@ -193,36 +231,7 @@ class GgufTensor(PackedWeight):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (_host_bytes(self.data, self.nbytes), self.format, self.shape)
 
-    def __getitem__(self, index: Any) -> GgufTensor:
-        """Return a part along the first axis, such as one of stacked experts, over the same bytes.
-
-        Parameters
-        ----------
-        index : int or slice
-            Which; negative numbers count from the end. Of a slice the step is 1.
-
-        Returns
-        -------
-        GgufTensor
-            Of one dimension less for an integer. Its `data` are a view, in libraries that have
-            views: those of JAX are a copy.
-
-        Raises
-        ------
-        IndexError
-            There is no such part.
-        InvalidProblem
-            Another index, or a weight of a single row.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> import baracuda_cy as bcy
-        >>> experts = bcy.quantize(np.ones((8, 4, 32), np.float32), "Q8_0")
-        >>> experts[2], experts[2][1:3].shape
-        (GgufTensor(Q8_0, shape=(4, 32), 136 bytes on cpu), (2, 32))
-        """
-        start, stop, shape = _part_of(index, self.shape)
+    def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> GgufTensor:
         size = self.nbytes // (self.shape[0] or 1)
         data = _slice(self.data, ElementKind.U8, start * size, (stop - start) * size)
         return GgufTensor(data, self.format, shape)
@@ -450,7 +459,7 @@ class Nf4Tensor(PackedWeight):
         How `absmax` is quantized itself, on the device of `data`.
     dtype : ElementKind or dtype, optional
         Type that the weight had before it was packed, where that is known: float16, bfloat16 or
-        float32. `open_bitsandbytes` says it, and `save_bitsandbytes` writes it.
+        float32. `quantize` and `open_bitsandbytes` say it, and `save_bitsandbytes` writes it.
 
     Attributes
     ----------
@@ -587,39 +596,9 @@ class Nf4Tensor(PackedWeight):
         how = (self.shape, self.block_size, self.codebook, self.layout, self.nested, self.dtype)
         return type(self), (data, absmax, *how)
 
-    def __getitem__(self, index: Any) -> Nf4Tensor:
-        """Return a part along the first axis, such as one of stacked experts, over the same bytes.
-
-        Parameters
-        ----------
-        index : int or slice
-            Which; negative numbers count from the end. Of a slice the step is 1.
-
-        Returns
-        -------
-        Nf4Tensor
-            Of one dimension less for an integer. Its arrays are views, in libraries that have
-            views: those of JAX are copies.
-
-        Raises
-        ------
-        IndexError
-            There is no such part.
-        InvalidProblem
-            Another index, a weight of a single row, or a part that does not begin and end with its
-            blocks.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> import baracuda_cy as bcy
-        >>> experts = bcy.quantize(np.ones((8, 4, 32), np.float32), "nf4")
-        >>> experts[2]
-        Nf4Tensor(NF4, shape=(4, 32), block_size=64, bitsandbytes layout, 72 bytes on cpu)
-        """
+    def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> Nf4Tensor:
         from baracuda_cy.dlpack import inspect
 
-        start, stop, shape = _part_of(index, self.shape)
         size, nested = math.prod(self.shape[1:]), self.nested
         first, last = (start * size, stop * size) if start < stop else (0, 0)
         unit = self.block_size * (nested.block_size if nested else 1)
@@ -932,11 +911,14 @@ def _part_of(index: Any, shape: tuple[int, ...]) -> tuple[int, int, tuple[int, .
             "dequantize a row to take it apart"
         )
     if isinstance(index, slice):
-        start, stop, step = index.indices(size)
-        if step != 1:
+        bounds = (index.start, index.stop)
+        if any(it is not None and as_index(it) is None for it in bounds):
+            raise InvalidProblem(f"index: expected a slice of integers, got {index!r}; round them")
+        if index.step not in (None, 1):
             raise InvalidProblem(
                 f"index: expected a slice of step 1, got {index!r}; take one part after the other"
             )
+        start, stop, _ = index.indices(size)
         stop = max(start, stop)
         return start, stop, (stop - start, *others)
     number = as_index(index)
@@ -945,7 +927,8 @@ def _part_of(index: Any, shape: tuple[int, ...]) -> tuple[int, int, tuple[int, .
             f"index: expected an integer or a slice, got {index!r}; only the first axis is indexed"
         )
     if not -size <= number < size:
-        raise IndexError(f"index: expected {-size} to {size - 1}, got {number}")
+        known = f"{-size} to {size - 1}" if size else "none, as there are none"
+        raise IndexError(f"index: expected {known}, got {number}")
     number %= size
     return number, number + 1, tuple(others)
 

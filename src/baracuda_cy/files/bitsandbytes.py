@@ -51,6 +51,7 @@ class BitsandbytesFile(Mapping[str, Any]):
         from baracuda_cy.files.safetensors import checkpoint_in, read, read_index
 
         self.path = name_of(path)
+        self._where = os.path.abspath(self.path)  # wherever the process goes
         file = checkpoint_in(self.path) if os.path.isdir(self.path) else self.path
         metadata, entries = read_index(file) if file.endswith(".json") else read(file)
         weights, parts = weights_of(file, entries)
@@ -89,7 +90,7 @@ class BitsandbytesFile(Mapping[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As its path, opened anew: what is mapped does not travel.
-        return type(self), (os.path.abspath(self.path),)
+        return type(self), (self._where,)
 
     # A file equals itself alone: comparing its tensors, as mappings do, would read them all.
     __eq__ = object.__eq__

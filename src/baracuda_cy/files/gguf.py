@@ -42,6 +42,7 @@ class GgufFile(Mapping[str, Any]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = name_of(path)
+        self._where = os.path.abspath(self.path)  # wherever the process goes
         try:
             from baracuda_cy.files.gguf_header import read
         except ImportError as error:
@@ -83,7 +84,7 @@ class GgufFile(Mapping[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As its path, opened anew: what is mapped does not travel.
-        return type(self), (os.path.abspath(self.path),)
+        return type(self), (self._where,)
 
     # A file equals itself alone: comparing its tensors, as mappings do, would read them all.
     __eq__ = object.__eq__

@@ -46,8 +46,7 @@ class TiledProduct {
 
   int launch() const {
     if (device_.arch < 800) {
-      return args_.m == 1 ? launch_direct(tile<NarrowTile<Format, 1>>, args_, staged_, stream_)
-                          : launch_direct(tile<NarrowTile<Format, 8>>, args_, staged_, stream_);
+      return args_.m == 1 ? direct<NarrowTile<Format, 1>>() : direct<NarrowTile<Format, 8>>();
     }
     if (takes_lanes<Format>(args_, device_)) return in_lanes();
     // Eight tokens at a time take longer where they are unpacked for again.
@@ -58,34 +57,38 @@ class TiledProduct {
   }
 
  private:
+  using Boxes = BoxRing<Format, 32>;
+
   template <class Tile>
-  static constexpr Tile* tile = nullptr;
+  int direct() const {
+    return launch_direct(static_cast<Tile*>(nullptr), args_, staged_, stream_);
+  }
 
   // extra: bytes of activations in shared memory.
   template <class Tile, class Ring>
-  int run(const Tile*, const Ring*, int64_t extra) const {
+  int run(int64_t extra) const {
     return launch_streamed<Tile, Ring>(args_, staged_, device_, int(extra), early_, alone_,
                                        stream_);
   }
+  template <class Tile>
+  int by_rows(int64_t extra) const {
+    return on_boundaries_ ? run<Tile, RowRing<Format, Tile::kRows, true>>(extra)
+                          : run<Tile, RowRing<Format, Tile::kRows, false>>(extra);
+  }
+  template <class Tile>
+  int by_rows() const {
+    return by_rows<Tile>(fused_bytes());
+  }
 
-  // Calls function(ring) with the ring of rows for a tile.
-  template <class Tile, class Function>
-  auto with_rows(const Tile*, Function&& function) const {
-    return on_boundaries_ ? function(static_cast<RowRing<Format, Tile::kRows, true>*>(nullptr))
-                          : function(static_cast<RowRing<Format, Tile::kRows, false>*>(nullptr));
+  // Whether there is room for two stages of a ring.
+  template <class Tile, class Ring>
+  bool has_room(int64_t extra) const {
+    return holds<Tile>(static_cast<Ring*>(nullptr), 2, extra, device_);
   }
   template <class Tile>
-  int by_rows(const Tile* of, int64_t extra) const {
-    return with_rows(of, [&](auto* ring) { return run(of, ring, extra); });
-  }
-  template <class Tile>
-  int by_rows(const Tile* of) const {
-    return by_rows(of, fused_bytes());
-  }
-  // Whether there is room for two stages of them.
-  template <class Tile>
-  bool fits(const Tile* of, int64_t extra = 0) const {
-    return with_rows(of, [&](auto* ring) { return holds<Tile>(ring, 2, extra, device_); });
+  bool fits(int64_t extra = 0) const {
+    return on_boundaries_ ? has_room<Tile, RowRing<Format, Tile::kRows, true>>(extra)
+                          : has_room<Tile, RowRing<Format, Tile::kRows, false>>(extra);
   }
 
   // Whether tiles of 32 rows are a few more than the multiprocessors, up to `most` times as many:
@@ -100,11 +103,11 @@ class TiledProduct {
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side, which
   // five and six bits gain from longest: they take the most instructions for their bytes.
   template <class Tile>
-  bool boxed(const Tile*) const {
+  bool boxed() const {
     constexpr int kBits = kWholeBits<Format>;
     const int fewest = args_.m <= 8 && (kBits == 5 || kBits == 6) ? 12 : 3;
     return args_.nrows >= fewest * 32 * int64_t{device_.processors} &&
-           has_boxes<Format>(args_, device_) && holds<Tile>(kBoxes, 2, 0, device_);
+           has_boxes<Format>(args_, device_) && has_room<Tile, Boxes>(0);
   }
 
   int64_t fused_bytes() const {
@@ -116,7 +119,8 @@ class TiledProduct {
       return with_lane_tokens<kMost>(args_.m, [&](auto tokens) {
         using Tile = LaneTile<Format, decltype(tokens)::value>;
         return with_lane_ring<Format>(args_, [&](auto* ring) {
-          return run(tile<Tile>, ring, Tile::activation_bytes(args_.ncols));
+          using Ring = std::remove_pointer_t<decltype(ring)>;
+          return run<Tile, Ring>(Tile::activation_bytes(args_.ncols));
         });
       });
     }
@@ -124,23 +128,23 @@ class TiledProduct {
   }
 
   int few_tokens() const {
-    if (args_.m == 1) return by_rows(tile<NarrowTile<Format, 1>>);
-    auto* const wide = tile<WideTile<Format, 8, 2>>;
-    if (boxed(wide)) return run(wide, kBoxes, fused_bytes());
-    return by_rows(tile<NarrowTile<Format, 8>>);
+    if (args_.m == 1) return by_rows<NarrowTile<Format, 1>>();
+    using Wide = WideTile<Format, 8, 2>;
+    if (boxed<Wide>()) return run<Wide, Boxes>(fused_bytes());
+    return by_rows<NarrowTile<Format, 8>>();
   }
 
   int some_tokens() const {
-    auto* const wide = tile<WideTile<Format, 16, 2>>;
+    using Wide = WideTile<Format, 16, 2>;
     // Narrow ones read the activations twice as often, which shows least where codes take long to
     // arrive.
-    const bool narrow = few_rows_ || uneven(kWholeBits<Format> >= 5 ? 2 : 1) || !fits(wide);
-    if (narrow) return by_rows(tile<WideTile<Format, 16, 1>>);
+    const bool narrow = few_rows_ || uneven(kWholeBits<Format> >= 5 ? 2 : 1) || !fits<Wide>();
+    if (narrow) return by_rows<WideTile<Format, 16, 1>>();
     // 32 rows of scales of halves leave no registers for the places in boxes.
     if constexpr (!multiplies_halves<Format>) {
-      if (boxed(wide)) return run(wide, kBoxes, fused_bytes());
+      if (boxed<Wide>()) return run<Wide, Boxes>(fused_bytes());
     }
-    return by_rows(wide);
+    return by_rows<Wide>();
   }
 
   int many_tokens() const {
@@ -156,18 +160,16 @@ class TiledProduct {
       const int64_t left_over = device_.processors % passes;
       const bool stay = device_.arch >= 900 && extra >= 0 && 8 * left_over <= device_.processors &&
                         ceil_div(args_.nrows, Tile::kRows) * passes >= 3 * device_.processors;
-      if (stay && fits(tile<Tile>, extra)) return by_rows(tile<Tile>, extra);
+      if (stay && fits<Tile>(extra)) return by_rows<Tile>(extra);
     }
     // With float minima a few registers spill, which costs less.
     if constexpr (!kLarge || kStagedSums<Format> == 1) {
-      auto* const wide = tile<WideTile<Format, 32, 2>>;
-      const bool by_sixteen = few_rows_ || (uneven(1) && !kLarge) || !fits(wide);
-      if (!by_sixteen) return by_rows(wide);
+      using Wide = WideTile<Format, 32, 2>;
+      const bool narrow = few_rows_ || (uneven(1) && !kLarge) || !fits<Wide>();
+      if (!narrow) return by_rows<Wide>();
     }
-    return by_rows(tile<WideTile<Format, 32, 1>>);
+    return by_rows<WideTile<Format, 32, 1>>();
   }
-
-  static constexpr BoxRing<Format, 32>* kBoxes = nullptr;
 
   const ProductArgs& args_;
   const Device& device_;
