@@ -71,7 +71,9 @@ bool worth_it(bool more_than_16, int64_t share, const DividedK& divided, int64_t
   const bool alone = divided.log2_blocks == 0;  // a block has all of K
   if (!more_than_16) return share >= (kSums == 1 && alone ? kSome : kMany);
   if (kBits >= 8) return share >= (alone ? kFew : kSome);
-  if (kSums == 8) return share >= 100000 && 10 * divided.busy >= 6 * busy_tiles;
+  if (kSums == 8) {
+    return share >= kMany || (share >= 100000 && 10 * divided.busy >= 6 * busy_tiles);
+  }
   if (kSums == 1) return share >= kFew;
   if (!alone) return share >= kMany;
   if (kSums > 1 || gives_turns<Format>) return share >= kFew && divided.busy >= 70;
