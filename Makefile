@@ -13,7 +13,7 @@ SHELL   := bash
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test emulated-test gpu-test sanitize bench wheel docs lint clean
+.PHONY: demo test emulated-test gpu-test sanitize fuzz bench wheel docs lint clean
 
 # The whole log is in build/install.log; what is shown is how far it is.
 define install
@@ -58,6 +58,10 @@ sanitize: $(BIN)/pip
 	for tool in memcheck initcheck racecheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 python tests/sanitize.py || exit 1; \
 	done
+
+fuzz: $(BIN)/pip
+	$(call install,".[test]")
+	python tests/fuzz.py --seconds 300 --seed $(or $(SEED),0)
 
 # Where there is a GPU, what times it needs CuPy.
 bench: $(BIN)/pip
