@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.files import name_of
+from baracuda_cy.files.tensor_file import TensorFile
 from baracuda_cy.formats import ElementKind
 from baracuda_cy.tensor import Nf4Tensor
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["BitsandbytesFile", "open_bitsandbytes", "save_bitsandbytes"]
 
 
-class BitsandbytesFile(Mapping[str, Any]):
+class BitsandbytesFile(TensorFile):
     """The tensors of a checkpoint by name, memory-mapped; made by `open_bitsandbytes`.
 
     A weight in NF4 or FP4 is one `Nf4Tensor` under its own name, such as ``"layer.weight"``, and
@@ -50,70 +51,27 @@ class BitsandbytesFile(Mapping[str, Any]):
         from baracuda_cy.files.quant_state import weights_of
         from baracuda_cy.files.safetensors import checkpoint_in, read, read_index
 
-        self.path = name_of(path)
-        self._where = os.path.abspath(self.path)  # wherever the process goes
+        super().__init__(path)
         file = checkpoint_in(self.path) if os.path.isdir(self.path) else self.path
         metadata, entries = read_index(file) if file.endswith(".json") else read(file)
         weights, parts = weights_of(file, entries)
-        self._weights: dict[str, Weight] | None = weights
-        self._entries: dict[str, Entry] = {
-            name: entry for name, entry in entries.items() if name not in parts
+        self._entries = {
+            name: weights.get(name, entry) for name, entry in entries.items() if name not in parts
         }
         self.metadata = MappingProxyType(metadata)
         self.dtypes = MappingProxyType({name: it.dtype for name, it in weights.items()})
         self.types = MappingProxyType(
             {
-                name: weights[name].codebook.name if name in weights else entry.dtype
-                for name, entry in self._entries.items()
+                name: weights[name].codebook.name if name in weights else entries[name].dtype
+                for name in self._entries
             }
         )
 
-    def __getitem__(self, name: str) -> Any:
+    def _tensor(self, name: str, entry: Weight | Entry) -> Any:
+        from baracuda_cy.files.quant_state import Weight
         from baracuda_cy.files.safetensors import as_array
 
-        if self._weights is None:
-            raise InvalidProblem(
-                f"{self.path}: expected an open file, got a closed one; open it again"
-            )
-        if weight := self._weights.get(name):
-            return weight.tensor(name)
-        return as_array(name, self._entries[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.types
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.types)
-
-    def __len__(self) -> int:
-        return len(self.types)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # As its path, opened anew: what is mapped does not travel.
-        return type(self), (self._where,)
-
-    # A file equals itself alone: comparing its tensors, as mappings do, would read them all.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __repr__(self) -> str:
-        state = "" if self._weights is not None else ", closed"
-        return f"BitsandbytesFile({self.path!r}, {len(self)} tensors{state})"
-
-    def close(self) -> None:
-        """Give no more tensors out; those given keep the file mapped."""
-        self._weights, self._entries = None, {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        return entry.tensor(name) if isinstance(entry, Weight) else as_array(name, entry)
 
 
 def open_bitsandbytes(path: str | os.PathLike[str]) -> BitsandbytesFile:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from baracuda_cy.errors import InvalidProblem, Unsupported
-from baracuda_cy.files import name_of
+from baracuda_cy.errors import Unsupported
+from baracuda_cy.files.tensor_file import TensorFile
 from baracuda_cy.formats import ElementKind, GgufBlockFormat
 from baracuda_cy.tensor import GgufTensor
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["GgufFile", "open_gguf"]
 
 
-class GgufFile(Mapping[str, Any]):
+class GgufFile(TensorFile):
     """The tensors of a GGUF file by name, memory-mapped; made by `open_gguf`.
 
     A tensor in a supported block format is a `GgufTensor`; float and integer tensors are read-only
@@ -41,8 +40,7 @@ class GgufFile(Mapping[str, Any]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = name_of(path)
-        self._where = os.path.abspath(self.path)  # wherever the process goes
+        super().__init__(path)
         try:
             from baracuda_cy.files.gguf_header import read
         except ImportError as error:
@@ -51,16 +49,11 @@ class GgufFile(Mapping[str, Any]):
                 "pip install baracuda-cy[gguf]"
             ) from error
         metadata, entries = read(self.path)
-        self._entries: dict[str, Entry] | None = entries
+        self._entries = entries
         self.metadata = MappingProxyType(metadata)
         self.types = MappingProxyType({name: it.type_name for name, it in entries.items()})
 
-    def __getitem__(self, name: str) -> Any:
-        if self._entries is None:
-            raise InvalidProblem(
-                f"{self.path}: expected an open file, got a closed one; open it again"
-            )
-        entry = self._entries[name]
+    def _tensor(self, name: str, entry: Entry) -> Any:
         if entry.type_name in ElementKind.__members__:
             kind = ElementKind[entry.type_name]
             dtype = _bfloat16(name) if kind is ElementKind.BF16 else kind.dtype
@@ -72,42 +65,6 @@ class GgufFile(Mapping[str, Any]):
                 "requantize the tensor to one of them"
             )
         return GgufTensor(entry.data, entry.type_name, entry.shape)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.types
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.types)
-
-    def __len__(self) -> int:
-        return len(self.types)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # As its path, opened anew: what is mapped does not travel.
-        return type(self), (self._where,)
-
-    # A file equals itself alone: comparing its tensors, as mappings do, would read them all.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __repr__(self) -> str:
-        state = "" if self._entries is not None else ", closed"
-        return f"GgufFile({self.path!r}, {len(self)} tensors{state})"
-
-    def close(self) -> None:
-        """Give no more tensors out; those given keep the file mapped."""
-        self._entries = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _bfloat16(name: str) -> Any:
