@@ -178,7 +178,7 @@ def main():
             for ncols in columns(block_format)
         ]
         wide = next(k for k in (256, 512, 1024, 2048) if block_format.row_bytes(k) % 16 == 0)
-        shapes.append((MANY_ROWS, wide, (1, 2, 16, 40), ("float16",)))
+        shapes.append((MANY_ROWS, wide, (1, 2, 8, 16, 40), ("float16",)))
         if off := columns(block_format, least=2049)[1:]:
             shapes.append((SOME_ROWS, *off, (16, 40), ("float16",)))
         for name, m, nrows, ncols in MANY_TOKENS:

@@ -7,7 +7,7 @@
 
 #include "cuda/common/mma.cuh"
 #include "cuda/common/product.cuh"
-#include "operands.cuh"
+#include "group_values.cuh"
 #include "staged.cuh"
 
 namespace bcy {
@@ -166,7 +166,7 @@ class StagedTile : public TileDefaults {
   static constexpr int kBlockGroups = Format::kElements / kGroup;
   static constexpr int kSums = kStagedSums<Format>;
   static constexpr bool kMany = Tokens > kTileTokens;
-  static constexpr bool kHalves = multiplies_halves<Format, kMany>;
+  using Values = GroupValues<Format, kMany>;
   // More products than that take longer than what they save.
   static constexpr int kAddends = gives_turns<Format> && Tokens <= 16 ? 2 : 1;
 
@@ -264,70 +264,34 @@ class StagedTile : public TileDefaults {
   template <class Row>
   __device__ __forceinline__ void add_group_rows(const RowsOf<Row, kRows>& rows, int group,
                                                  const Activations& x, int in_pair) {
-    const int offset = group / kBlockGroups * Format::kBytes;
-#pragma unroll
-    for (int i = 0; i < RowTiles; ++i) {
-      add_row_tile(partial_[i], rows.row[2 * i] + offset, rows.row[2 * i + 1] + offset,
-                   group % kBlockGroups, x, in_pair);
-    }
-  }
-
-  // One group of 16 rows, all tokens.
-  template <class Block>
-  __device__ __forceinline__ void add_row_tile(float (&partial)[kTiles][4], Block upper,
-                                               Block lower, int g, const Activations& x,
-                                               int in_pair) {
-    uint32_t addends[kAddends][4];
-    load_operands<Format, kMany>(upper, lower, g, table_, addends);
-    const int shift = operand_shift<Format, kMany>(g), start = int(sum_start(shift));
-    const float row_scales[2] = {operand_scale<Format, kMany>(upper, g),
-                                 operand_scale<Format, kMany>(lower, g)};
-    [[maybe_unused]] SumScale<Format> scales[2], half_scales[2][2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if constexpr (kHalves) {
-        const uint32_t word = Format::half_scales(i == 0 ? upper : lower, g);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float scale = byte_to_float(word, 2 * (g % 2) + half, Format::kHalfOffset);
-          half_scales[i][half] = SumScale<Format>(scale, shift);
-        }
-      } else {
-        scales[i] = SumScale<Format>(row_scales[i], shift);
-      }
-    }
+    const int offset = group / kBlockGroups * Format::kBytes, g = group % kBlockGroups;
+    uint32_t b[kTiles][2];
+    int prepared[kTiles][2][4];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const uint32_t b[2] = {in_pair == 0 ? x.codes[n].x : x.codes[n].z,
-                             in_pair == 0 ? x.codes[n].y : x.codes[n].w};
-      int dots[4] = {start, start, start, start};
-      float values[4];
-      if constexpr (kHalves) {
-        int second[4] = {start, start, start, start};
-        const auto& a = addends[0];
-        mma_half<Format::kUnsignedCodes>(dots, a[0], a[1], b[0]);
-        mma_half<Format::kUnsignedCodes>(second, a[2], a[3], b[1]);
-        // Exact, as the sum of integers is: all are below 2^24.
+      b[n][0] = in_pair == 0 ? x.codes[n].x : x.codes[n].z;
+      b[n][1] = in_pair == 0 ? x.codes[n].y : x.codes[n].w;
+      Values::prepare(g, b[n], prepared[n]);
+    }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const auto& of_halves = half_scales[i / 2];
-          values[i] = scaled(add(of_halves[0].times(dots[i]), of_halves[1].times(second[i])),
-                             finite_or_nan(row_scales[i / 2]));
-        }
-      } else {
+    for (int i = 0; i < RowTiles; ++i) {
+      const auto upper = rows.row[2 * i] + offset, lower = rows.row[2 * i + 1] + offset;
+      uint32_t addends[kAddends][4];
+      load_operands<Format, kMany>(upper, lower, g, table_, addends);
+      const Values group_values(upper, lower, g);
 #pragma unroll
-        for (const auto& a : addends) mma_group<Format::kUnsignedCodes>(dots, a, b);
+      for (int n = 0; n < kTiles; ++n) {
+        float values[4];
+        group_values.multiply(addends, b[n], prepared[n], values);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) values[i] = scales[i / 2].times(dots[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i % 2 >= kColumns) continue;
-        float& sum = partial[n][i];
-        sum = fma(values[i], element(x.scales[n], in_pair, i % 2), sum);
-        if constexpr (kSums == 1) {
-          const float minimum = Format::minimum(i / 2 == 0 ? upper : lower, g, 0);
-          sum = add_minimum(sum, minimum, element(x.sums[n], in_pair, i % 2));
+        for (int j = 0; j < 4; ++j) {
+          if (j % 2 >= kColumns) continue;
+          float& sum = partial_[i][n][j];
+          sum = fma(values[j], element(x.scales[n], in_pair, j % 2), sum);
+          if constexpr (kSums == 1) {
+            const float minimum = Format::minimum(j / 2 == 0 ? upper : lower, g, 0);
+            sum = add_minimum(sum, minimum, element(x.sums[n], in_pair, j % 2));
+          }
         }
       }
     }

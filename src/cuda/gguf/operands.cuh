@@ -22,9 +22,16 @@ template <class Format, bool ManyTokens = true>
 constexpr bool multiplies_halves =
     Format::kScaleElements == 16 && !scales_codes<Format, ManyTokens>;
 
-// Operands carry a factor 2^operand_shift.
+// Whether integers scale their sums, as what comes of it fits sum_start.
+template <class Format, bool ManyTokens>
+constexpr bool scales_half_sums =
+    multiplies_halves<Format, ManyTokens> && negates_scaled_codes<Format>;
+
+// Operands carry a factor 2^operand_shift. Of two groups that a word has in the same half of its
+// bytes, which it takes one instruction to move, the second may keep its place.
 template <class Format, bool ManyTokens>
 BCY_INLINE constexpr int operand_shift(int g) {
+  if (scales_unsigned_codes<Format> || scales_half_sums<Format, ManyTokens>) return 2 * (g % 2);
   return scales_codes<Format, ManyTokens> ? 0 : Format::shift(g);
 }
 
@@ -73,17 +80,32 @@ class SumScale {
   float scale_, offset_;
 };
 
+// What is added to plain codes.
+template <class Format>
+constexpr int code_offset = Format::kUnsignedCodes ? 0 : -(128 >> Format::shift(0));
+
+// half_scale or its negative, with the offset of four bytes taken off at once: 128 is added, too,
+// so that none borrows from the next, and taken off by flipping the top bit.
+template <class Format, bool Negative = false, class Block>
+__device__ __forceinline__ int signed_half_scale(Block block, int g, int half) {
+  const uint32_t scales = Format::half_scales(block, g);
+  const uint32_t moved = Negative ? (128 + Format::kHalfOffset) * 0x01010101u - scales
+                                  : (128 - Format::kHalfOffset) * 0x01010101u + scales;
+  return int(permute_or_fill(moved ^ 0x80808080u, 0, 0x8880 + 0x1111 * (2 * (g % 2) + half)));
+}
+
 // The codes of a word times the scale of its half.
 template <class Format, class Block>
 __device__ __forceinline__ uint32_t scaled_codes(Block block, int g, int half, int t) {
-  const int scale = half_scale<Format>(block, g, half), shift = Format::shift(g);
+  const uint32_t codes = Format::plain_codes(block, g, half, t, operand_shift<Format, true>(g));
   if constexpr (Format::kUnsignedCodes) {
-    return (Format::codes(block, g, half, t) >> shift) * uint32_t(scale);
+    return codes * uint32_t(half_scale<Format>(block, g, half));
   } else {
-    // Four bytes at once: 128 is added to each product, so that none borrows from the next.
-    const uint32_t codes = Format::template codes<false>(block, g, half, t) >> shift;
-    const uint32_t offset = 0x80808080u + (0x80808080u >> shift) * uint32_t(scale);
-    return (offset - codes * uint32_t(scale)) ^ 0x80808080u;
+    // Four bytes at once, as above.
+    const uint32_t scale = signed_half_scale<Format, true>(block, g, half);
+    constexpr uint32_t kOffsets = uint32_t(code_offset<Format>) * 0x01010101u;
+    const uint32_t offset = multiply_add(scale, kOffsets, 0x80808080u);
+    return (codes * scale + offset) ^ 0x80808080u;
   }
 }
 
@@ -127,6 +149,10 @@ __device__ __forceinline__ void load_operands(Block upper, Block lower, int g,
       if constexpr (scales_codes<Format, ManyTokens>) {
         a[2 * half] = scaled_codes<Format>(upper, g, half, t);
         a[2 * half + 1] = scaled_codes<Format>(lower, g, half, t);
+      } else if constexpr (scales_half_sums<Format, ManyTokens>) {
+        constexpr auto kShift = operand_shift<Format, ManyTokens>;
+        a[2 * half] = Format::plain_codes(upper, g, half, t, kShift(g));
+        a[2 * half + 1] = Format::plain_codes(lower, g, half, t, kShift(g));
       } else {
         a[2 * half] = Format::codes(upper, g, half, t);
         a[2 * half + 1] = Format::codes(lower, g, half, t);
@@ -139,7 +165,7 @@ __device__ __forceinline__ void load_operands(Block upper, Block lower, int g,
 // fewer instructions than to subtract it from each.
 template <class Format>
 constexpr int operand_offset =
-    !Format::kUnsignedCodes && operand_shift<Format, true>(0) > 0 ? -(128 >> Format::shift(0)) : 0;
+    operand_shift<Format, true>(0) > 0 ? code_offset<Format> : 0;
 template <class Format>
 constexpr int plain_addends = gives_turns<Format> || operand_offset<Format> != 0 ? 2 : 1;
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "lanes.cuh"
 #include "matmul.cuh"
@@ -26,6 +27,11 @@ template <class Format, int Tokens, int RowTiles>
 using WideTile =
     StagedTile<Format, Tokens, RowTiles, 1,
                Tokens <= 8 || (Tokens == 16 && !(takes_many_registers<Format> && RowTiles == 2))>;
+
+// What Q2_K takes of registers lets two thread blocks share a multiprocessor even so, if activations
+// are not loaded ahead.
+template <int Tokens, int RowTiles>
+using SharingTile = StagedTile<Q2_K, Tokens, RowTiles, 2, false>;
 
 // A product by tiles (product.cuh), in lanes or on tensor cores.
 template <class Format>
@@ -58,6 +64,7 @@ class TiledProduct {
 
  private:
   using Boxes = BoxRing<Format, 32>;
+  static constexpr bool kIsQ2 = std::is_same_v<Format, Q2_K>;
 
   template <class Tile>
   int direct() const {
@@ -101,11 +108,10 @@ class TiledProduct {
   }
 
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side, which
-  // five and six bits gain from longest: they take the most instructions for their bytes.
+  // five bits gain from longer, and six always: they take the most instructions for their bytes.
   template <class Tile>
   bool boxed() const {
-    constexpr int kBits = kWholeBits<Format>;
-    const int fewest = args_.m <= 8 && (kBits == 5 || kBits == 6) ? 12 : 3;
+    const int fewest = args_.m <= 8 && kWholeBits<Format> == 5 ? 12 : 3;
     return args_.nrows >= fewest * 32 * int64_t{device_.processors} &&
            has_boxes<Format>(args_, device_) && has_room<Tile, Boxes>(0);
   }
@@ -129,8 +135,10 @@ class TiledProduct {
 
   int few_tokens() const {
     if (args_.m == 1) return by_rows<NarrowTile<Format, 1>>();
-    using Wide = WideTile<Format, 8, 2>;
-    if (boxed<Wide>()) return run<Wide, Boxes>(fused_bytes());
+    if constexpr (kWholeBits<Format> != 6) {
+      using Wide = std::conditional_t<kIsQ2, SharingTile<8, 2>, WideTile<Format, 8, 2>>;
+      if (boxed<Wide>()) return run<Wide, Boxes>(fused_bytes());
+    }
     return by_rows<NarrowTile<Format, 8>>();
   }
 
@@ -140,8 +148,14 @@ class TiledProduct {
     // arrive.
     const bool narrow = few_rows_ || uneven(kWholeBits<Format> >= 5 ? 2 : 1) || !fits<Wide>();
     if (narrow) return by_rows<WideTile<Format, 16, 1>>();
-    // 32 rows of scales of halves leave no registers for the places in boxes.
-    if constexpr (!multiplies_halves<Format>) {
+    // Twice the warps make up for activations that are read twice as often, but for short tiles, one
+    // for each multiprocessor.
+    if constexpr (kIsQ2) {
+      const bool one_each = args_.nrows <= 2 * kTileRows * int64_t{device_.processors};
+      if (!one_each || args_.ncols > 4096) return by_rows<SharingTile<16, 1>>();
+    }
+    // Codes that take long to unpack leave few registers for the places in boxes.
+    if constexpr (Format::kScaleElements == 32 && !gives_turns<Format>) {
       if (boxed<Wide>()) return run<Wide, Boxes>(fused_bytes());
     }
     return by_rows<Wide>();

@@ -8,9 +8,12 @@
 //   kUnsignedCodes   codes are uint8 rather than int8
 //
 //   codes(block, group, half, word)   four codes: elements 32 group + 16 half + 4 word .. + 3 of
-//                                     the block, the first in the low byte; codes<false> of Q4_0,
-//                                     Q5_0 and Q3_K leaves the sign bit unflipped
+//                                     the block, the first in the low byte; codes<false> of Q4_0
+//                                     and Q5_0 leaves the sign bit unflipped
 //   shift(group)                      codes carry a factor 2^shift, where that saves instructions
+//   plain_codes(block, group, half, word, shift)
+//                                     of Q2_K and Q3_K: codes before an offset is taken off, uint8
+//                                     with a factor 2^shift, 0 or 2
 //   scale(block, group)               weight of a unit code, exact in float32 (without the half's)
 //   half_scales(block, group)         integer scales of the halves, plus kHalfOffset, in bytes 2 i
 //                                     and 2 i + 1 of a word, i = group % 2 (kScaleElements == 16)

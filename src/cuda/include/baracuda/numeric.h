@@ -174,6 +174,11 @@ BCY_INLINE float byte_to_float(uint32_t word, int i, int offset = 0) {
 #endif
 }
 
+// Bits of a word from one place to another.
+BCY_INLINE constexpr uint32_t move_bits(uint32_t word, int from, int to) {
+  return from > to ? word >> (from - to) : word << (to - from);
+}
+
 // (x & mask) ^ flip.
 BCY_INLINE uint32_t mask_and_flip(uint32_t x, uint32_t mask, uint32_t flip) {
 #ifdef __CUDA_ARCH__

@@ -11,6 +11,8 @@ inline uint32_t mask_and_flip_words(uint32_t x, uint32_t mask, uint32_t flip) {
   return (x & mask) ^ flip;
 }
 
+inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) { return a * b + c; }
+
 inline uint32_t permute_or_fill(uint32_t low, uint32_t high, uint32_t select) {
   const uint32_t picked = __byte_perm(low, high, select);
   uint32_t result = 0;

@@ -20,6 +20,11 @@ struct Q2_K {
   }
   static BCY_INLINE constexpr int shift(int group) { return 2 * (group & 3); }
   template <class Block>
+  static BCY_INLINE uint32_t plain_codes(Block block, int group, int half, int word, int shift) {
+    const uint32_t packed = block.load32(16 + 32 * (group / 4) + 16 * half, 4 * word);
+    return move_bits(packed, 2 * (group % 4), shift) & 0x03030303u << shift;
+  }
+  template <class Block>
   static BCY_INLINE float scale(Block block, int) {
     return block.load_half(80);
   }

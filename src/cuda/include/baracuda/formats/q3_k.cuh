@@ -15,14 +15,21 @@ struct Q3_K {
   static constexpr bool kUnsignedCodes = false;
 
   // Three bits at the top of their byte, sign bit flipped, are 32 (q - 4) as int8.
-  template <bool Signed = true, class Block>
+  template <class Block>
   static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
     const uint32_t low = block.load32(32 + 32 * (group / 4) + 16 * half, 4 * word);
     const uint32_t placed = group % 4 == 3 ? low >> 1 : low << (5 - 2 * (group % 4));
     const uint32_t high = block.load32(16 * half, 4 * word) << (7 - group);
-    return mask_and_flip_if<Signed>(placed, 0x60606060u, 0x80808080u) ^ (high & 0x80808080u);
+    return mask_and_flip(placed, 0x60606060u, 0x80808080u) ^ (high & 0x80808080u);
   }
   static BCY_INLINE constexpr int shift(int) { return 5; }
+  template <class Block>
+  static BCY_INLINE uint32_t plain_codes(Block block, int group, int half, int word, int shift) {
+    const uint32_t low = block.load32(32 + 32 * (group / 4) + 16 * half, 4 * word);
+    const uint32_t high = block.load32(16 * half, 4 * word);
+    return (move_bits(low, 2 * (group % 4), shift) & 0x03030303u << shift) |
+           (move_bits(high, group, shift + 2) & 0x04040404u << shift);
+  }
   template <class Block>
   static BCY_INLINE float scale(Block block, int) {
     return block.load_half(108);
