@@ -44,7 +44,7 @@ class ScaledHalves {
   template <class Block>
   __device__ __forceinline__ ScaledHalves(Block upper, Block lower, int g)
       : start_(int(sum_start(Format::shift(g)))),
-        scales_{finite_or_nan(Format::scale(upper, g)), finite_or_nan(Format::scale(lower, g))} {
+        scales_{Format::scale(upper, g), Format::scale(lower, g)} {
     const uint32_t words[2] = {Format::half_scales(upper, g), Format::half_scales(lower, g)};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -67,8 +67,8 @@ class ScaledHalves {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const auto& halves = half_scales_[i / 2];
-      values[i] =
-          scaled(add(halves[0].times(sums[0][i]), halves[1].times(sums[1][i])), scales_[i / 2]);
+      values[i] = scaled(add(halves[0].times(sums[0][i]), halves[1].times(sums[1][i])),
+                         finite_or_nan(scales_[i / 2]));
     }
   }
 
@@ -118,8 +118,7 @@ class IntegerScaledHalves {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const auto& halves = half_scales_[i / 2];
-      values[i] =
-          scales_[i / 2].times(start_ + halves[0] * sums[0][i] + halves[1] * sums[1][i]);
+      values[i] = scales_[i / 2].times(start_ + halves[0] * sums[0][i] + halves[1] * sums[1][i]);
     }
   }
 
