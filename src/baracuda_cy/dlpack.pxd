@@ -3,10 +3,30 @@ cimport cython
 from libc.stdint cimport int32_t, int64_t, uint64_t
 
 
+# The numbers of ElementKind.
+cdef enum:
+    F32 = 1
+    F16 = 2
+    BF16 = 3
+    U8 = 4
+    I8 = 5
+    I32 = 6
+    I64 = 7
+    F64 = 8
+    U16 = 9
+    I16 = 10
+    U32 = 11
+    U64 = 12
+    BOOL = 13
+
+cdef enum:
+    MAX_NDIM = 8
+
 cdef struct ArrayView:
     char* data                # first element, byte_offset applied; may be NULL when the size is 0
-    int64_t shape[8]
-    int64_t strides[8]        # in elements, always filled (also when the producer gave NULL)
+    int64_t shape[MAX_NDIM]
+    # In elements, always filled (also when the producer gave NULL).
+    int64_t strides[MAX_NDIM]
     int32_t ndim
     int32_t element           # ElementKind value, 0 when the dtype is none of ours
     int32_t device_type       # 1 = host (kDLCPU, kDLCUDAHost), 2 = CUDA (kDLCUDA, kDLCUDAManaged)

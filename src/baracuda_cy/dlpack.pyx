@@ -53,6 +53,7 @@ from baracuda_cy._dlpack cimport (
     kDLUInt,
 )
 from baracuda_cy._native cimport BCY_ERROR_OUT_OF_MEMORY
+from baracuda_cy._overflow cimport product_overflows
 from baracuda_cy.stream cimport give_event, order_after, same_stream, stream_of, take_event
 
 import atexit
@@ -72,29 +73,7 @@ from baracuda_cy.sku import as_shape
 __all__ = ["describe", "empty_like", "inspect", "pending"]
 
 cdef extern from *:
-    """
-    static inline int bcy_array_product(int64_t a, int64_t b, int64_t* r) {
-      return __builtin_mul_overflow(a, b, r);
-    }
-    """
-    bint product_overflows "bcy_array_product"(int64_t a, int64_t b, int64_t* r) noexcept nogil
     int Py_IsInitialized() nogil
-
-cdef enum:
-    MAX_NDIM = 8
-    F32 = 1
-    F16 = 2
-    BF16 = 3
-    U8 = 4
-    I8 = 5
-    I32 = 6
-    I64 = 7
-    F64 = 8
-    U16 = 9
-    I16 = 10
-    U32 = 11
-    U64 = 12
-    BOOL = 13
 
 cdef const char* LEGACY_NAME = "dltensor"
 cdef const char* LEGACY_USED = "used_dltensor"

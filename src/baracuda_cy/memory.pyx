@@ -15,7 +15,11 @@ cimport baracuda_cy._cuda as _cuda
 from baracuda_cy._dlpack cimport DLPACK_FLAG_IS_COPIED, kDLCPU, kDLCUDA, kDLCUDAHost
 from baracuda_cy._native cimport BCY_ERROR_OUT_OF_MEMORY
 from baracuda_cy.dlpack cimport (
+    BF16,
+    BOOL,
     KEEP_OBJECT,
+    MAX_NDIM,
+    U8,
     ArrayView,
     acquire_view,
     check_sign,
@@ -50,11 +54,7 @@ from baracuda_cy.stream import as_stream
 __all__ = ["DeviceArray", "DeviceBuffer", "PinnedBuffer", "Workspace", "live_bytes"]
 
 cdef enum:
-    U8 = 4
-    BF16 = 3
-    BOOL = 13
     ALIGNMENT = 256
-    MAX_NDIM = 8
 
 cdef char* BYTES_FORMAT = b"B"
 cdef int64_t live_device = 0

@@ -9,13 +9,12 @@ from cpython.type cimport PyType_IsSubtype
 
 from baracuda_cy cimport _cpu, _cuda
 from baracuda_cy._native cimport bcy_nf4_dequantize_args, bcy_nf4_matmul_args, bcy_nf4_weight
-from baracuda_cy.dlpack cimport describe
+from baracuda_cy.dlpack cimport F32, U8, describe
 from baracuda_cy.plan cimport (
     ABSMAX,
     ACTIVATIONS,
     BIAS,
     CODES,
-    F32,
     HOST,
     NESTED,
     NESTED_ABSMAX,
@@ -23,7 +22,6 @@ from baracuda_cy.plan cimport (
     OUTPUT,
     SCALES,
     SLOTS,
-    U8,
     WEIGHT,
     WORKSPACE,
     Call,

@@ -24,14 +24,6 @@ cdef enum:
 cdef enum:
     WORKSPACE_ALIGNMENT = 256
 
-# Element types that plans compute with, numbered as in ElementKind.
-cdef enum:
-    F32 = 1
-    F16 = 2
-    BF16 = 3
-    U8 = 4
-    I8 = 5
-
 cdef enum Role:
     ABSENT    # not an argument of this plan
     MATRIX    # rows x cols, rows may be padded; one row may be given as a vector

@@ -11,8 +11,14 @@ from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.string cimport memset
 
 from baracuda_cy cimport _cuda
+from baracuda_cy._overflow cimport product_overflows, sum_overflows
 from baracuda_cy.dlpack cimport (
+    BF16,
+    F16,
+    F32,
+    I8,
     KEEP_NOTHING,
+    U8,
     ArrayView,
     acquire_unless_borrowed,
     acquire_view,
@@ -44,19 +50,6 @@ from baracuda_cy.sku import (
     PlanPreference,
     PrecisionGuarantee,
 )
-
-
-cdef extern from *:
-    """
-    static inline int bcy_product_overflows(int64_t a, int64_t b, int64_t* r) {
-      return __builtin_mul_overflow(a, b, r);
-    }
-    static inline int bcy_sum_overflows(int64_t a, int64_t b, int64_t* r) {
-      return __builtin_add_overflow(a, b, r);
-    }
-    """
-    bint product_overflows "bcy_product_overflows"(int64_t a, int64_t b, int64_t* r) noexcept nogil
-    bint sum_overflows "bcy_sum_overflows"(int64_t a, int64_t b, int64_t* r) noexcept nogil
 
 
 cdef enum Fault:
