@@ -6,7 +6,7 @@
 cimport cython
 from cpython.ref cimport PyObject
 from cpython.type cimport PyType_IsSubtype
-from libc.stdint cimport int64_t
+from libc.stdint cimport INT64_MAX, int64_t
 
 from baracuda_cy cimport _cpu, _cuda
 from baracuda_cy._native cimport bcy_gguf_dequantize_args, bcy_gguf_matmul_args
@@ -42,8 +42,6 @@ from baracuda_cy.sku import (
 )
 from baracuda_cy.tensor import GgufTensor, PackedWeight
 
-cdef int64_t LARGEST = 0x7fffffffffffffff
-
 cdef type packed_type = GgufTensor
 cdef type weight_type = PackedWeight
 
@@ -60,7 +58,7 @@ cdef int64_t check_weight(object descriptor, Operand* operand) except -1:
             "w_start_byte_offset", f"a multiple of {block_format.alignment} ({block_format.name})",
             str(offset), "start the matrix at a block",
         )
-    if needed + offset > LARGEST or rows * cols > LARGEST // 4:
+    if needed + offset > INT64_MAX or rows * cols > INT64_MAX // 4:
         raise invalid(
             "nrows", "a matrix whose bytes an int64 counts", f"{rows} rows of {cols} columns",
             "split the problem",

@@ -7,7 +7,7 @@ to say what. Nothing is allocated, and nothing of a call stays in the plan.
 """
 
 from cpython.ref cimport PyObject
-from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uintptr_t
 from libc.string cimport memset
 
 from baracuda_cy cimport _cuda
@@ -65,8 +65,6 @@ cdef enum Fault:
     MISALIGNED
     READ_ONLY
     OVERLAPPING
-
-cdef int64_t LARGEST = 0x7fffffffffffffff
 
 # NAMES borrows from it, so that no call looks into a tuple.
 NAME_TABLE = (
@@ -196,7 +194,7 @@ cdef int64_t checked(object value, str argument) except -1:
     """A size or an offset as int64."""
     if value < 0:
         raise invalid(argument, "0 or more", str(value), "give the size in elements or bytes")
-    if value > LARGEST:
+    if value > INT64_MAX:
         raise invalid(argument, "at most 2**63 - 1", str(value), "split the problem")
     return value
 
@@ -222,7 +220,7 @@ cdef int check_descriptor(object descriptor, object expected, str fields) except
 cdef int set_matrix(
     Operand* operand, object rows, object cols, object element, bint written, str argument
 ) except -1:
-    if rows * cols > LARGEST // 8:
+    if rows * cols > INT64_MAX // 8:
         raise invalid(
             argument, "an array whose bytes an int64 counts", f"{rows} rows of {cols} columns",
             "split the problem",
@@ -261,7 +259,7 @@ cdef int64_t elements_of(const ArrayView* view) noexcept nogil:
             return 0
     for i in range(view.ndim):
         if product_overflows(count, view.shape[i], &count):
-            return LARGEST
+            return INT64_MAX
     return count
 
 
@@ -306,7 +304,7 @@ cdef Fault find_fault(Call* call, int slot, const Operand* operand) noexcept nog
         if not contiguous(view):
             return NOT_CONTIGUOUS
         if product_overflows(elements_of(view), item, &size):
-            size = LARGEST
+            size = INT64_MAX
         if operand.written and view.readonly:
             return READ_ONLY
         call.data[slot] = view.data + operand.offset
