@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The CUDA half of the native code. Every function raises on failure (0 otherwise) and takes the GIL
-# only to do so; those marked noexcept return the status, for destructors and polling.
+# only to do so; those marked noexcept return the status, for destructors and polling, and are named
+# _quietly beside one that raises.
 from libc.stdint cimport int32_t, int64_t
 
 from baracuda_cy._native cimport (
@@ -35,17 +36,17 @@ cdef int nf4_nest(const bcy_nf4_nest_args* args, void* stream) except -1 nogil
 # Raise InvalidProblem unless there is such a device, and the other Unsupported, with the reason and
 # the remedy, unless this build's kernels run on it; both where there is no CUDA at all.
 cdef int require_ordinal(int device) except -1
-cdef int require_device(int device) except -1
+cdef int require_usable_device(int device) except -1
 cdef int get_device(int* device) except -1 nogil
-cdef int current_device(int* device) noexcept nogil
+cdef int get_device_quietly(int* device) noexcept nogil
 cdef int set_device(int device) except -1 nogil
 
 cdef int stream_create(int device, int priority, void** stream) except -1 nogil
 cdef int stream_destroy(int device, void* stream) noexcept nogil
 cdef int stream_synchronize(int device, void* stream) except -1 nogil
-cdef int stream_wait_quietly(int device, void* stream) noexcept nogil
+cdef int stream_synchronize_quietly(int device, void* stream) noexcept nogil
 cdef int stream_query(int device, void* stream, int* done) except -1 nogil
-cdef int stream_wait(int device, void* stream, void* event) except -1 nogil
+cdef int stream_wait_event(int device, void* stream, void* event) except -1 nogil
 cdef int stream_is_capturing(int device, void* stream, int* capturing) except -1 nogil
 cdef int stream_device(void* stream, int* device) except -1 nogil
 cdef int stream_priority(int device, void* stream, int* priority) except -1 nogil
@@ -55,9 +56,10 @@ cdef int event_create(int device, int timing, void** event) except -1 nogil
 cdef int event_destroy(int device, void* event) noexcept nogil
 cdef int event_record(int device, void* event, void* stream) except -1 nogil
 cdef int event_synchronize(void* event) except -1 nogil
+cdef int event_synchronize_quietly(void* event) noexcept nogil
 cdef int event_query(void* event, int* done) except -1 nogil
-cdef int event_wait(void* event) noexcept nogil
-cdef int event_poll(void* event) noexcept nogil   # 1 when done (or beyond asking), 0 while pending
+# No status: 1 when done (or beyond asking), 0 while pending.
+cdef int event_is_done(void* event) noexcept nogil
 cdef int event_elapsed_ms(void* start, void* end, float* ms) except -1 nogil
 
 cdef int malloc_device(int device, int64_t nbytes, void* stream, void** pointer) except -1 nogil

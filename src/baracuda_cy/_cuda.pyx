@@ -201,12 +201,12 @@ cdef int fail(int status, const char* what) except -1 with gil:
 cdef int fail_allocation(int status, int64_t nbytes, int device) except -1 with gil:
     cdef int64_t free_bytes = 0
     cdef int64_t total_bytes = 0
-    cdef int known
+    cdef int unknown
     if status != cudaErrorMemoryAllocation:
         return check(status, f"allocating {nbytes} bytes on cuda:{device}")
     with nogil:
-        known = bcy_cuda_memory_info(device, &free_bytes, &total_bytes)
-    have = f"; {free_bytes} of {total_bytes} bytes are free" if known == 0 else ""
+        unknown = bcy_cuda_memory_info(device, &free_bytes, &total_bytes)
+    have = "" if unknown else f"; {free_bytes} of {total_bytes} bytes are free"
     raise OutOfMemory(
         status,
         name_of(status),
@@ -314,7 +314,7 @@ cdef int require_ordinal(int device) except -1:
     return 0
 
 
-cdef int require_device(int device) except -1:
+cdef int require_usable_device(int device) except -1:
     cdef int status
     if 0 <= device < MAX_DEVICES and usable[device]:
         return 0
@@ -334,7 +334,7 @@ cdef int get_device(int* device) except -1 nogil:
     return fail(status, b"asking for the current device") if status else 0
 
 
-cdef int current_device(int* device) noexcept nogil:
+cdef int get_device_quietly(int* device) noexcept nogil:
     return bcy_cuda_get_device(device)
 
 
@@ -360,7 +360,7 @@ cdef int stream_synchronize(int device, void* stream) except -1 nogil:
     return fail(status, b"waiting for a stream") if status else 0
 
 
-cdef int stream_wait_quietly(int device, void* stream) noexcept nogil:
+cdef int stream_synchronize_quietly(int device, void* stream) noexcept nogil:
     return bcy_cuda_stream_synchronize(device, stream)
 
 
@@ -369,7 +369,7 @@ cdef int stream_query(int device, void* stream, int* done) except -1 nogil:
     return fail(status, b"querying a stream") if status else 0
 
 
-cdef int stream_wait(int device, void* stream, void* event) except -1 nogil:
+cdef int stream_wait_event(int device, void* stream, void* event) except -1 nogil:
     cdef int status = bcy_cuda_stream_wait(device, stream, event)
     return fail(status, b"making a stream wait for an event") if status else 0
 
@@ -413,16 +413,16 @@ cdef int event_synchronize(void* event) except -1 nogil:
     return fail(status, b"waiting for an event") if status else 0
 
 
+cdef int event_synchronize_quietly(void* event) noexcept nogil:
+    return bcy_cuda_event_synchronize(event)
+
+
 cdef int event_query(void* event, int* done) except -1 nogil:
     cdef int status = bcy_cuda_event_query(event, done)
     return fail(status, b"querying an event") if status else 0
 
 
-cdef int event_wait(void* event) noexcept nogil:
-    return bcy_cuda_event_synchronize(event)
-
-
-cdef int event_poll(void* event) noexcept nogil:
+cdef int event_is_done(void* event) noexcept nogil:
     # An event that cannot be asked any more (a failed context) has nothing left to protect.
     cdef int done = 0
     return 1 if bcy_cuda_event_query(event, &done) else done

@@ -431,7 +431,7 @@ def encode(array, codebook, block_size, nested, threads):
     device_of(array, &device_type, &device_id, "array")
     cuda = device_type == CUDA
     if cuda:
-        _cuda.require_device(device_id)
+        _cuda.require_usable_device(device_id)
     like = array if cuda else np.empty(0, np.uint8)
     call.arrays[ACTIVATIONS] = <PyObject*>array
     find_stream(device_type, device_id, call.arrays, None, &call.stream)

@@ -443,14 +443,14 @@ cdef inline int read_tensor(ArrayView* view, const DLTensor* tensor, str name) e
     cdef int64_t count = 1
     cdef int device_type = tensor.device.device_type
     cdef int device = 0
-    cdef int i
+    cdef int status, i
     cdef bint sound = 0 <= ndim <= MAX_NDIM and (ndim == 0 or tensor.shape != NULL)
     if device_type == kDLCUDAManaged:
         view.device_type = kDLCUDA
         # DLPack gives managed memory the id 0, whatever device it was made for.
         with nogil:
-            i = _cuda.pointer_device(tensor.data, &device_type, &device)
-        _cuda.check(i, name)
+            status = _cuda.pointer_device(tensor.data, &device_type, &device)
+        _cuda.check(status, name)
         view.device_id = device
     elif device_type == kDLCPU or device_type == kDLCUDAHost:
         view.device_type = kDLCPU
@@ -702,7 +702,7 @@ cdef int acquire_cuda_interface(
         )
     with nogil:
         if pointer == NULL:
-            status = _cuda.current_device(&device)
+            status = _cuda.get_device_quietly(&device)
         else:
             status = _cuda.pointer_device(pointer, &device_type, &device)
     _cuda.check(status, name)
@@ -1119,7 +1119,7 @@ cdef int collect_now_and_then(void* stream, bint on_cuda_stream) except -1:
     if on_cuda_stream:
         # What is released may use the legacy stream, which would end a capture.
         with nogil:
-            if _cuda.current_device(&device) == 0:
+            if _cuda.get_device_quietly(&device) == 0:
                 _cuda.stream_is_capturing(device, stream, &capturing)
         if capturing:
             return 0
@@ -1131,14 +1131,14 @@ cdef int collect_now_and_then(void* stream, bint on_cuda_stream) except -1:
 cdef void poll(Pending* entry) noexcept nogil:
     cdef int unfinished = 0
     while entry != NULL and unfinished < MOST_UNFINISHED:
-        entry.done = _cuda.event_poll(entry.event)
+        entry.done = _cuda.event_is_done(entry.event)
         unfinished += not entry.done
         entry = entry.next
 
 
 cdef void wait_for(Pending* entry) noexcept nogil:
     if not entry.done:
-        _cuda.event_wait(entry.event)
+        _cuda.event_synchronize_quietly(entry.event)
         entry.done = True
 
 
@@ -1250,7 +1250,7 @@ cdef int hold_until_done(
                 give_event(device, entry.event)
             free(entry)
         with nogil:
-            _cuda.stream_wait_quietly(device, stream)
+            _cuda.stream_synchronize_quietly(device, stream)
         raise
     finally:
         for i in range(count):

@@ -132,7 +132,7 @@ cdef int resolve_device(object device, int32_t* device_type, int32_t* device_id)
         if why is not None:
             raise Unsupported(f"device: {why}")
         device_id[0] = cuda_ordinal(asked)
-    _cuda.require_device(device_id[0])
+    _cuda.require_usable_device(device_id[0])
     return 0
 
 

@@ -86,7 +86,7 @@ cdef int order_after(void* later, void* earlier, int device) except -1:
     try:
         with nogil:
             _cuda.event_record(device, event, earlier)
-            _cuda.stream_wait(device, later, event)
+            _cuda.stream_wait_event(device, later, event)
     finally:
         give_event(device, event)
     return 0
@@ -497,7 +497,7 @@ cdef class Stream:
         mark.require_open()
         if mark.recorded:
             with nogil:
-                _cuda.stream_wait(
+                _cuda.stream_wait_event(
                     native.device if native.device >= 0 else mark._device, native.raw, mark.raw
                 )
 
