@@ -32,8 +32,8 @@ from baracuda_cy.plan cimport (
 
 from functools import lru_cache
 
-from baracuda_cy.errors import InvalidProblem, Unsupported
 from baracuda_cy.formats import ElementKind
+from baracuda_cy.plan import accepts
 from baracuda_cy.sku import (
     GgufDequantizeDescriptor,
     GgufMmvqDescriptor,
@@ -265,11 +265,7 @@ cdef class GgufProductPlan(Plan):
         -------
         bool
         """
-        try:
-            self.validate(weight, activations, output, bias=bias)
-        except (InvalidProblem, Unsupported):
-            return False
-        return True
+        return accepts(self.validate, weight, activations, output, bias=bias)
 
 
 @cython.final
@@ -505,11 +501,7 @@ cdef class GgufDequantizePlan(Plan):
         -------
         bool
         """
-        try:
-            self.validate(weight, output)
-        except (InvalidProblem, Unsupported):
-            return False
-        return True
+        return accepts(self.validate, weight, output)
 
 
 @lru_cache(maxsize=1024)

@@ -37,8 +37,8 @@ from baracuda_cy.plan cimport (
 
 from functools import lru_cache
 
-from baracuda_cy.errors import InvalidProblem, Unsupported
 from baracuda_cy.formats import ElementKind
+from baracuda_cy.plan import accepts
 from baracuda_cy.sku import (
     MathPrecision,
     Nf4Descriptor,
@@ -319,13 +319,9 @@ cdef class Nf4ProductPlan(Nf4Plan):
         -------
         bool
         """
-        try:
-            self.validate(
-                weight, activations, output, absmax=absmax, nested=nested, bias=bias
-            )
-        except (InvalidProblem, Unsupported):
-            return False
-        return True
+        return accepts(
+            self.validate, weight, activations, output, absmax=absmax, nested=nested, bias=bias
+        )
 
 
 @cython.final
@@ -563,11 +559,7 @@ cdef class Nf4DequantizePlan(Nf4Plan):
         -------
         bool
         """
-        try:
-            self.validate(weight, output, absmax=absmax, nested=nested)
-        except (InvalidProblem, Unsupported):
-            return False
-        return True
+        return accepts(self.validate, weight, output, absmax=absmax, nested=nested)
 
 
 cdef object descriptor_of(tuple weight, object activation, object output, object bias):

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
 from typing import Any
 
 from baracuda_cy.formats import ElementKind
@@ -20,6 +21,7 @@ class Plan:
     @property
     def precision_guarantee(self) -> PrecisionGuarantee: ...
 
+def accepts(validate: Callable[..., None], *arguments: Any, **keywords: Any) -> bool: ...
 def inspect_packed(data: Any, needed: int, alignment: int) -> str: ...
 def inspect_codes(data: Any, nbytes: int) -> str: ...
 def inspect_scales(

@@ -762,6 +762,15 @@ cdef class Plan:
         )
 
 
+def accepts(validate, *arguments, **keywords):
+    """Whether a plan's `validate` finds nothing wrong with these arguments."""
+    try:
+        validate(*arguments, **keywords)
+    except (InvalidProblem, Unsupported):
+        return False
+    return True
+
+
 cdef tuple inspect(
     object data, str name, Role role, int element, object count, int64_t alignment
 ):
