@@ -117,6 +117,36 @@ cdef int collapse(object array, ArrayView* view, str name) except -1:
     return 0
 
 
+cdef int look_at_activations(
+    Call* call, object x, object w, object stream, int32_t* device_type, int32_t* device_id
+) except -1:
+    """Acquire `x`, which says where the call runs, and check it against the weight.
+
+    A view that is to be borrowed is only read for now, as in `look`.
+    """
+    cdef ArrayView* view = &call.views[ACTIVATIONS]
+    cdef bint borrowed = is_borrowed(x)
+    check_no_grad(x, "x")
+    if borrowed:
+        borrow_view(x, view, NULL, False, "x")
+        device_type[0], device_id[0] = view.device_type, view.device_id
+    else:
+        device_of(x, device_type, device_id, "x")
+    find_stream(device_type[0], device_id[0], call.arrays, stream, &call.stream)
+    if not borrowed:
+        acquire_view(x, view, call.stream, device_type[0] == CUDA, "x")
+    if has_single_columns(view):
+        check_sign(x, "x")
+    if view.element not in (F32, F16, BF16):
+        raise invalid("x", "float32, float16 or bfloat16", describe(x), "convert it")
+    if view.ndim == 0 or view.shape[view.ndim - 1] != w.ncols:
+        raise invalid(
+            "x", f"shape [..., {w.ncols}]", describe(x),
+            f"its last dimension is the weight's columns ({w!r})",
+        )
+    return 0
+
+
 def multiply(x, w, bias, out, stream, preference):
     """`linear` on a packed weight."""
     cdef Call call
@@ -128,7 +158,6 @@ def multiply(x, w, bias, out, stream, preference):
     cdef int slot, i, output
     cdef void* scratch = NULL
     cdef bint cuda
-    cdef bint borrowed = is_borrowed(x)
     cdef Plan plan
     cdef Allocation result = None, lent = None
     cdef object data = w.data, nothing = None, target
@@ -136,27 +165,9 @@ def multiply(x, w, bias, out, stream, preference):
     call.names = OF_OPERATIONS
     call.arrays[WEIGHT] = <PyObject*>data
     call.arrays[ACTIVATIONS] = <PyObject*>x
-    check_no_grad(x, "x")
     try:
-        if borrowed:
-            # Read for now: it is borrowed last, like all such views.
-            borrow_view(x, view, NULL, False, "x")
-            device_type, device_id = view.device_type, view.device_id
-        else:
-            device_of(x, &device_type, &device_id, "x")
+        look_at_activations(&call, x, w, stream, &device_type, &device_id)
         cuda = device_type == CUDA
-        find_stream(device_type, device_id, call.arrays, stream, &call.stream)
-        if not borrowed:
-            acquire_view(x, view, call.stream, cuda, "x")
-        if has_single_columns(view):
-            check_sign(x, "x")
-        if view.element not in (F32, F16, BF16):
-            raise invalid("x", "float32, float16 or bfloat16", describe(x), "convert it")
-        if view.ndim == 0 or view.shape[view.ndim - 1] != w.ncols:
-            raise invalid(
-                "x", f"shape [..., {w.ncols}]", describe(x),
-                f"its last dimension is the weight's columns ({w!r})",
-            )
         output = view.element
         if out is None:
             result = allocate_like(
