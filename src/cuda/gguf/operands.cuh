@@ -22,7 +22,8 @@ template <class Format, bool ManyTokens = true>
 constexpr bool multiplies_halves =
     Format::kScaleElements == 16 && !scales_codes<Format, ManyTokens>;
 
-// Whether integers scale their sums, as what comes of it fits sum_start.
+// Whether integers scale their sums, as what comes of it fits sum_start: code times scale is at
+// most 128 and the factor at most 4, so 32 of them times 128 are at most 2^21.
 template <class Format, bool ManyTokens>
 constexpr bool scales_half_sums =
     multiplies_halves<Format, ManyTokens> && negates_scaled_codes<Format>;
@@ -164,8 +165,7 @@ __device__ __forceinline__ void load_operands(Block upper, Block lower, int g,
 // The same of many tokens without the factor. What codes lack is an addend of its own, which takes
 // fewer instructions than to subtract it from each.
 template <class Format>
-constexpr int operand_offset =
-    operand_shift<Format, true>(0) > 0 ? code_offset<Format> : 0;
+constexpr int operand_offset = operand_shift<Format, true>(0) > 0 ? code_offset<Format> : 0;
 template <class Format>
 constexpr int plain_addends = gives_turns<Format> || operand_offset<Format> != 0 ? 2 : 1;
 

@@ -28,8 +28,8 @@ using WideTile =
     StagedTile<Format, Tokens, RowTiles, 1,
                Tokens <= 8 || (Tokens == 16 && !(takes_many_registers<Format> && RowTiles == 2))>;
 
-// What Q2_K takes of registers lets two thread blocks share a multiprocessor even so, if activations
-// are not loaded ahead.
+// Q2_K takes so few registers that two thread blocks share a multiprocessor with more rows or
+// tokens, too, if activations are not loaded ahead.
 template <int Tokens, int RowTiles>
 using SharingTile = StagedTile<Q2_K, Tokens, RowTiles, 2, false>;
 
@@ -108,7 +108,7 @@ class TiledProduct {
   }
 
   // Boxes copy fastest; with rows and narrow tiles more fits a multiprocessor side by side, which
-  // five bits gain from longer, and six always: they take the most instructions for their bytes.
+  // five bits, at up to eight tokens, gain from longer.
   template <class Tile>
   bool boxed() const {
     const int fewest = args_.m <= 8 && kWholeBits<Format> == 5 ? 12 : 3;
@@ -135,6 +135,7 @@ class TiledProduct {
 
   int few_tokens() const {
     if (args_.m == 1) return by_rows<NarrowTile<Format, 1>>();
+    // Six bits come by rows and narrow tiles however many there are.
     if constexpr (kWholeBits<Format> != 6) {
       using Wide = std::conditional_t<kIsQ2, SharingTile<8, 2>, WideTile<Format, 8, 2>>;
       if (boxed<Wide>()) return run<Wide, Boxes>(fused_bytes());
@@ -148,8 +149,8 @@ class TiledProduct {
     // arrive.
     const bool narrow = few_rows_ || uneven(kWholeBits<Format> >= 5 ? 2 : 1) || !fits<Wide>();
     if (narrow) return by_rows<WideTile<Format, 16, 1>>();
-    // Twice the warps make up for activations that are read twice as often, but for short tiles, one
-    // for each multiprocessor.
+    // Twice the warps make up for activations that are read twice as often, but for short tiles,
+    // one for each multiprocessor.
     if constexpr (kIsQ2) {
       const bool one_each = args_.nrows <= 2 * kTileRows * int64_t{device_.processors};
       if (!one_each || args_.ncols > 4096) return by_rows<SharingTile<16, 1>>();

@@ -12,8 +12,8 @@
 //                                     and Q5_0 leaves the sign bit unflipped
 //   shift(group)                      codes carry a factor 2^shift, where that saves instructions
 //   plain_codes(block, group, half, word, shift)
-//                                     of Q2_K and Q3_K: codes before an offset is taken off, uint8
-//                                     with a factor 2^shift, 0 or 2
+//                                     where scales_fit_codes: codes before an offset is taken off,
+//                                     uint8 with a factor 2^shift; shift is 0 or 2
 //   scale(block, group)               weight of a unit code, exact in float32 (without the half's)
 //   half_scales(block, group)         integer scales of the halves, plus kHalfOffset, in bytes 2 i
 //                                     and 2 i + 1 of a word, i = group % 2 (kScaleElements == 16)
@@ -69,11 +69,12 @@ inline constexpr int kUnitMinima<Q5_K> = 8;
 template <class Format>
 constexpr int kWholeBits = 8 * Format::kBytes / Format::kElements;
 
-// Whether a code times its half's scale still fits a byte, for Q3_K the negative of it.
+// Whether a code times its half's scale still fits a byte, of unsigned codes four times that, for
+// Q3_K the negative of it.
 template <class Format>
 constexpr bool scales_fit_codes = false;
 template <>
-inline constexpr bool scales_fit_codes<Q2_K> = true;  // 3 * 15
+inline constexpr bool scales_fit_codes<Q2_K> = true;  // 4 * 3 * 15
 template <>
 inline constexpr bool scales_fit_codes<Q3_K> = true;  // -4 * 32 to 4 * 31
 
