@@ -85,6 +85,82 @@ def test_a_product_with_a_part_is_that_of_its_rows(device):
     np.testing.assert_array_equal(part, whole[:, 8:16])
 
 
+# ---- weights joined ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_joined_experts(device, name):
+    one, other = experts_of(name, 6, 4), experts_of(name, 2, 4)
+    there = one.to(device)
+    both = bcy.concatenate([there, other.to(device)])
+    assert (both.shape, both.format, both.device) == ((8, 4, one.ncols), one.format, there.device)
+    np.testing.assert_array_equal(values(both[:6]), values(one))
+    np.testing.assert_array_equal(values(both[6:]), values(other))
+
+
+@pytest.mark.parametrize("how", [{}, {"nested": True}, {"layout": "row_pair"}], ids=str)
+def test_joined_4_bit_weights(device, how):
+    how = dict(how)
+    layout = how.pop("layout", "bitsandbytes")
+    parts = [nf4(rows, 96, **how).to_layout(layout) for rows in (4, 2, 6)]
+    there = [part.to(device) for part in parts]
+    joined = bcy.concatenate(iter(there))
+    assert (joined.shape, joined.device, joined.nested) == ((12, 96), there[0].device, None)
+    assert (joined.layout, joined.dtype) == (parts[0].layout, parts[0].dtype)
+    np.testing.assert_array_equal(values(joined), np.concatenate([values(it) for it in parts]))
+
+
+def test_the_last_4_bit_weight_may_end_in_a_block():
+    parts = [nf4(2, 48), nf4(1, 48)]
+    joined = bcy.concatenate(parts)
+    np.testing.assert_array_equal(values(joined), np.concatenate([values(it) for it in parts]))
+    parts.reverse()
+    with pytest.raises(InvalidProblem, match=r"weights\[0\]: expected a weight that ends with"):
+        bcy.concatenate(parts)
+
+
+@pytest.mark.parametrize("m", [1, 4, 20])
+@pytest.mark.parametrize("make", [lambda *n: experts_of("Q4_K", *n), lambda *n: nf4(*n, 512)])
+def test_a_product_with_joined_weights_is_theirs_side_by_side(device, make, m):
+    parts = [make(rows).to(device) for rows in (40, 8, 8)]
+    backend = Backend(device)
+    x = np.random.default_rng(1).standard_normal((m, 512)).astype(np.float32)
+    exact = bcy.PlanPreference(bit_stable_across_hardware=True)
+    apart = [backend.get(bcy.linear(backend.put(x), w, preference=exact)) for w in parts]
+    joined = bcy.linear(backend.put(x), bcy.concatenate(parts), preference=exact)
+    np.testing.assert_array_equal(backend.get(joined), np.concatenate(apart, axis=1))
+
+
+def test_joined_data_is_a_copy_of_what_belongs_to_the_weight():
+    w = experts_of("Q4_K", 4)
+    longer = GgufTensor(np.concatenate([w.data, w.data]), "Q4_K", w.shape)
+    joined = bcy.concatenate([longer])
+    assert joined.data.nbytes == w.nbytes
+    assert not np.shares_memory(joined.data, longer.data)
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        (list, "weights: expected one or more, got none"),
+        (lambda: experts_of("Q4_K", 4), r"weights: expected several, got GgufTensor"),
+        (lambda: [experts_of("Q4_K", 4), 3], r"weights\[1\]: expected a GgufTensor or an Nf4"),
+        (lambda: [experts_of("Q4_K", 4)[0]], r"weights\[0\]: expected two dimensions or more"),
+        (
+            lambda: [experts_of("Q4_K", 4), experts_of("Q6_K", 4)],
+            r"weights\[1\]: expected Q4_K, shape \(any number, 512\), on cpu, as weights\[0\]",
+        ),
+        (lambda: [experts_of("Q4_K", 4), experts_of("Q4_K", 4, 4)], r"weights\[1\]: expected Q4_K"),
+        (lambda: [nf4(4, 64), experts_of("Q4_K", 4)], r"weights\[1\]: expected NF4, block_size=32"),
+        (lambda: [nf4(4, 64), nf4(4, 64, block_size=64)], r"weights\[1\]: expected NF4, block"),
+        (lambda: [nf4(4, 64), nf4(4, 64).to_layout("row_pair")], r"weights\[1\]: expected NF4"),
+    ],
+)
+def test_weights_that_cannot_be_joined(weights, match):
+    with pytest.raises(InvalidProblem, match=match):
+        bcy.concatenate(weights())
+
+
 @pytest.mark.parametrize("make", [lambda: experts_of("Q8_0", 4), lambda: nf4(4, 64)])
 def test_parts_that_there_are_not(make):
     w = make()

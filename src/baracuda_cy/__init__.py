@@ -30,7 +30,7 @@ from baracuda_cy.formats import ElementKind, GgufBlockFormat
 from baracuda_cy.gguf import GgufDequantizePlan, GgufMmvqMultiMPlan, GgufMmvqPlan
 from baracuda_cy.memory import DeviceArray, DeviceBuffer, PinnedBuffer, Workspace
 from baracuda_cy.nf4 import Nf4DequantizePlan, Nf4MmvqMultiMPlan, Nf4MmvqPlan
-from baracuda_cy.ops import dequantize, linear, quantize
+from baracuda_cy.ops import concatenate, dequantize, linear, quantize
 from baracuda_cy.sku import (
     ArchSku,
     BackendKind,
@@ -106,6 +106,7 @@ __all__ = [
     "Workspace",
     "WorkspaceTooSmall",
     "__version__",
+    "concatenate",
     "dequantize",
     "linear",
     "nf4_pack_weight",

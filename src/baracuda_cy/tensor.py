@@ -20,6 +20,8 @@ from baracuda_cy.sku import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from baracuda_cy.gguf import GgufMmvqMultiMPlan, GgufMmvqPlan
@@ -106,6 +108,13 @@ class PackedWeight(_Immutable):
         return self._part(*_part_of(index, self.shape))
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> Self:
+        raise NotImplementedError
+
+    def _kind(self) -> str:
+        """Return what weights that are joined have in common, their last sizes apart."""
+        raise NotImplementedError
+
+    def _join(self, weights: Sequence[Any], shape: tuple[int, ...]) -> Self:
         raise NotImplementedError
 
     def dequantize(
@@ -235,6 +244,15 @@ class GgufTensor(PackedWeight):
         size = self.nbytes // (self.shape[0] or 1)
         data = _slice(self.data, ElementKind.U8, start * size, (stop - start) * size)
         return GgufTensor(data, self.format, shape)
+
+    def _kind(self) -> str:
+        return self.format.name
+
+    def _join(self, weights: Sequence[GgufTensor], shape: tuple[int, ...]) -> GgufTensor:
+        import numpy as np
+
+        data = np.concatenate([_host_bytes(w.data, w.nbytes) for w in weights])
+        return GgufTensor(data, self.format, shape).to(self.device)
 
     def to(self, device: Any, stream: Any = None) -> GgufTensor:
         """Return the weight on `device`: itself where it is there already.
@@ -625,6 +643,25 @@ class Nf4Tensor(PackedWeight):
             nested = NestedAbsmax(nested.code, outer, nested.offset, nested.block_size)
         data, absmax = part(self.data, kind, 2 * kind.itemsize), part(self.absmax, scales, blocks)
         return self._like(data, absmax, nested, shape=shape)
+
+    def _kind(self) -> str:
+        layout = self.layout.name.lower()
+        return f"{self.codebook.name}, block_size={self.block_size}, {layout} layout"
+
+    def _join(self, weights: Sequence[Nf4Tensor], shape: tuple[int, ...]) -> Nf4Tensor:
+        import numpy as np
+
+        for i, w in enumerate(weights[:-1]):
+            if w.nrows * w.ncols % self.block_size:
+                raise InvalidProblem(
+                    f"weights[{i}]: expected a weight that ends with its blocks, of which the next "
+                    f"one has others, got {w!r}; give all smaller ones with to_layout(..., "
+                    "block_size=), or put it last"
+                )
+        data = np.concatenate([_host_bytes(w.data) for w in weights])
+        absmax = np.concatenate([w._host_absmax() for w in weights])
+        dtype = self.dtype if all(w.dtype is self.dtype for w in weights) else None
+        return self._like(data, absmax, None, shape=shape, dtype=dtype).to(self.device)
 
     def _like(
         self, data: Any, absmax: Any, nested: NestedAbsmax | None, **changed: Any
