@@ -13,8 +13,14 @@ import baracuda_cy as bcy
 from baracuda_cy import _cuda
 
 NROWS = 19  # one whole tile of rows and a part of one
-MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows
+MANY_ROWS = 3 * 32 * _cuda.multiprocessors() + 19  # enough for boxes of 32 rows, but for five bits
 SOME_ROWS = 48 * _cuda.multiprocessors() + 5  # enough for tiles of 32 rows
+# Rows and tokens for boxes of five bits, and for tiles of 32 rows of Q2_K, one to a multiprocessor.
+OTHER_TILES = {
+    "Q5_0": (12 * 32 * _cuda.multiprocessors() + 19, 8),
+    "Q5_K": (12 * 32 * _cuda.multiprocessors() + 19, 8),
+    "Q2_K": (24 * _cuda.multiprocessors() + 5, 16),
+}
 # Tokens, rows and columns that are enough for the kernel for many tokens on Hopper: several tiles
 # to a thread block, or parts of one.
 MANY_TOKENS = [
@@ -181,6 +187,9 @@ def main():
         shapes.append((MANY_ROWS, wide, (1, 2, 8, 16, 40), ("float16",)))
         if off := columns(block_format, least=2049)[1:]:
             shapes.append((SOME_ROWS, *off, (16, 40), ("float16",)))
+        if block_format.name in OTHER_TILES:
+            nrows, m = OTHER_TILES[block_format.name]
+            shapes.append((nrows, wide, (m,), ("float16",)))
         for name, m, nrows, ncols in MANY_TOKENS:
             if name == block_format.name:
                 shapes.append((nrows, ncols, (m,), ("float16",)))

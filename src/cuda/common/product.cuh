@@ -296,6 +296,17 @@ bool holds(const Ring*, int stages, int64_t extra, const Device& device) {
   return fixed_bytes<Tile>(extra) + stages * Ring::kStageBytes <= device.shared_per_block;
 }
 
+// What a block may have of it where as many as registers allow share a multiprocessor.
+template <class Tile>
+int share_of(const Device& device) {
+  return device.shared_per_processor / Tile::kBlocks - device.shared_reserved;
+}
+// Whether they do, each with a ring of two stages or more.
+template <class Tile, class Ring>
+bool shares_processor(const Ring*, const Device& device) {
+  return fixed_bytes<Tile>(0) + 2 * Ring::kStageBytes <= share_of<Tile>(device);
+}
+
 // alone: no kernel that this one waits for is part of the same call.
 template <class Tile, class Ring>
 int geometry_of(const ProductArgs& args, const Device& device, int extra, bool alone,
@@ -307,7 +318,7 @@ int geometry_of(const ProductArgs& args, const Device& device, int extra, bool a
   if (tiles > kMaxGridX || args.ncols > kMaxColumns) return BCY_ERROR_TOO_LARGE;
   const int fixed = int(fixed_bytes<Tile>(extra));
   const int whole = device.shared_per_block;
-  const int share = device.shared_per_processor / Tile::kBlocks - device.shared_reserved;
+  const int share = share_of<Tile>(device);
   const auto stages_in = [&](int bytes) { return (bytes - fixed) / Ring::kStageBytes; };
   const bool one_each =
       tiles <= processors / (Tile::kReadsMost ? 1 : 2) && rounds > stages_in(share);

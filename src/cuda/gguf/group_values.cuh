@@ -1,7 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a group of 16 weight rows and 8 tokens comes to before the tokens' scales: integer sums of
 // tensor cores times what scales the weights, in the places of mma.cuh's c.
+//
+// A class for each way that scales are applied, with
+//   Class(upper, lower, g)                 group g of the blocks of two rows
+//   multiply_offsets(g, b, offsets)        once for all rows: what they have in common, of the
+//                                          activations b
+//   multiply(addends, b, offsets, values)  the values of the group's operands (operands.cuh)
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/common/mma.cuh"
 #include "operands.cuh"
@@ -14,11 +22,12 @@ class ScaledGroup {
  public:
   template <class Block>
   __device__ __forceinline__ ScaledGroup(Block upper, Block lower, int g)
-      : start_(int(sum_start(kShift(g)))),
-        scales_{SumScale<Format>(operand_scale<Format, ManyTokens>(upper, g), kShift(g)),
-                SumScale<Format>(operand_scale<Format, ManyTokens>(lower, g), kShift(g))} {}
+      : start_(int(sum_start(shift(g)))),
+        scales_{SumScale<Format>(operand_scale<Format, ManyTokens>(upper, g), shift(g)),
+                SumScale<Format>(operand_scale<Format, ManyTokens>(lower, g), shift(g))} {}
 
-  static __device__ __forceinline__ void prepare(int, const uint32_t (&)[2], int (&)[2][4]) {}
+  static __device__ __forceinline__ void multiply_offsets(int, const uint32_t (&)[2],
+                                                          int (&)[2][4]) {}
 
   template <int Addends>
   __device__ __forceinline__ void multiply(const uint32_t (&addends)[Addends][4],
@@ -32,7 +41,8 @@ class ScaledGroup {
   }
 
  private:
-  static constexpr auto kShift = operand_shift<Format, ManyTokens>;
+  static BCY_INLINE constexpr int shift(int g) { return operand_shift<Format, ManyTokens>(g); }
+
   int start_;
   SumScale<Format> scales_[2];
 };
@@ -53,7 +63,8 @@ class ScaledHalves {
     }
   }
 
-  static __device__ __forceinline__ void prepare(int, const uint32_t (&)[2], int (&)[2][4]) {}
+  static __device__ __forceinline__ void multiply_offsets(int, const uint32_t (&)[2],
+                                                          int (&)[2][4]) {}
 
   __device__ __forceinline__ void multiply(const uint32_t (&a)[1][4], const uint32_t (&b)[2],
                                            const int (&)[2][4], float (&values)[4]) const {
@@ -78,16 +89,16 @@ class ScaledHalves {
   SumScale<Format> half_scales_[2][2];
 };
 
-// Halves are scaled as integers, whose sum fits sum_start. Operands are plain codes; `offsets`:
-// what is added to them times the activations, for all rows.
+// Halves are scaled as integers, whose sum fits sum_start. Operands are unsigned codes; `offsets`:
+// what is added to those times the activations.
 template <class Format>
 class IntegerScaledHalves {
  public:
   template <class Block>
   __device__ __forceinline__ IntegerScaledHalves(Block upper, Block lower, int g)
-      : start_(int(sum_start(kShift(g)))),
-        scales_{SumScale<Format>(Format::scale(upper, g), kShift(g)),
-                SumScale<Format>(Format::scale(lower, g), kShift(g))} {
+      : start_(int(sum_start(shift(g)))),
+        scales_{SumScale<Format>(Format::scale(upper, g), shift(g)),
+                SumScale<Format>(Format::scale(lower, g), shift(g))} {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       half_scales_[0][half] = signed_half_scale<Format>(upper, g, half);
@@ -95,9 +106,9 @@ class IntegerScaledHalves {
     }
   }
 
-  static __device__ __forceinline__ void prepare(int g, const uint32_t (&b)[2],
-                                                 int (&offsets)[2][4]) {
-    const uint32_t word = uint8_t(code_offset<Format> * (1 << kShift(g))) * 0x01010101u;
+  static __device__ __forceinline__ void multiply_offsets(int g, const uint32_t (&b)[2],
+                                                          int (&offsets)[2][4]) {
+    const uint32_t word = uint8_t(code_offset<Format> * (1 << shift(g))) * 0x01010101u;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -123,7 +134,8 @@ class IntegerScaledHalves {
   }
 
  private:
-  static constexpr auto kShift = operand_shift<Format, false>;
+  static BCY_INLINE constexpr int shift(int g) { return operand_shift<Format, false>(g); }
+
   int start_;
   SumScale<Format> scales_[2];
   int half_scales_[2][2];

@@ -266,12 +266,12 @@ class StagedTile : public TileDefaults {
                                                  const Activations& x, int in_pair) {
     const int offset = group / kBlockGroups * Format::kBytes, g = group % kBlockGroups;
     uint32_t b[kTiles][2];
-    int prepared[kTiles][2][4];
+    int offsets[kTiles][2][4];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       b[n][0] = in_pair == 0 ? x.codes[n].x : x.codes[n].z;
       b[n][1] = in_pair == 0 ? x.codes[n].y : x.codes[n].w;
-      Values::prepare(g, b[n], prepared[n]);
+      Values::multiply_offsets(g, b[n], offsets[n]);
     }
 #pragma unroll
     for (int i = 0; i < RowTiles; ++i) {
@@ -282,7 +282,7 @@ class StagedTile : public TileDefaults {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         float values[4];
-        group_values.multiply(addends, b[n], prepared[n], values);
+        group_values.multiply(addends, b[n], offsets[n], values);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (j % 2 >= kColumns) continue;

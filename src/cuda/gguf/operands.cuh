@@ -81,7 +81,7 @@ class SumScale {
   float scale_, offset_;
 };
 
-// What is added to plain codes.
+// What is added to unsigned codes.
 template <class Format>
 constexpr int code_offset = Format::kUnsignedCodes ? 0 : -(128 >> Format::shift(0));
 
@@ -89,6 +89,7 @@ constexpr int code_offset = Format::kUnsignedCodes ? 0 : -(128 >> Format::shift(
 // so that none borrows from the next, and taken off by flipping the top bit.
 template <class Format, bool Negative = false, class Block>
 __device__ __forceinline__ int signed_half_scale(Block block, int g, int half) {
+  static_assert(Format::kHalfOffset < 128, "what is added to a byte would not fit it");
   const uint32_t scales = Format::half_scales(block, g);
   const uint32_t moved = Negative ? (128 + Format::kHalfOffset) * 0x01010101u - scales
                                   : (128 - Format::kHalfOffset) * 0x01010101u + scales;
@@ -98,7 +99,7 @@ __device__ __forceinline__ int signed_half_scale(Block block, int g, int half) {
 // The codes of a word times the scale of its half.
 template <class Format, class Block>
 __device__ __forceinline__ uint32_t scaled_codes(Block block, int g, int half, int t) {
-  const uint32_t codes = Format::plain_codes(block, g, half, t, operand_shift<Format, true>(g));
+  const uint32_t codes = Format::unsigned_codes(block, g, half, t, operand_shift<Format, true>(g));
   if constexpr (Format::kUnsignedCodes) {
     return codes * uint32_t(half_scale<Format>(block, g, half));
   } else {
@@ -151,9 +152,9 @@ __device__ __forceinline__ void load_operands(Block upper, Block lower, int g,
         a[2 * half] = scaled_codes<Format>(upper, g, half, t);
         a[2 * half + 1] = scaled_codes<Format>(lower, g, half, t);
       } else if constexpr (scales_half_sums<Format, ManyTokens>) {
-        constexpr auto kShift = operand_shift<Format, ManyTokens>;
-        a[2 * half] = Format::plain_codes(upper, g, half, t, kShift(g));
-        a[2 * half + 1] = Format::plain_codes(lower, g, half, t, kShift(g));
+        const int shift = operand_shift<Format, ManyTokens>(g);
+        a[2 * half] = Format::unsigned_codes(upper, g, half, t, shift);
+        a[2 * half + 1] = Format::unsigned_codes(lower, g, half, t, shift);
       } else {
         a[2 * half] = Format::codes(upper, g, half, t);
         a[2 * half + 1] = Format::codes(lower, g, half, t);

@@ -113,7 +113,8 @@ class TiledProduct {
   bool boxed() const {
     const int fewest = args_.m <= 8 && kWholeBits<Format> == 5 ? 12 : 3;
     return args_.nrows >= fewest * 32 * int64_t{device_.processors} &&
-           has_boxes<Format>(args_, device_) && has_room<Tile, Boxes>(0);
+           has_boxes<Format>(args_, device_) &&
+           shares_processor<Tile>(static_cast<Boxes*>(nullptr), device_);
   }
 
   int64_t fused_bytes() const {
@@ -152,8 +153,8 @@ class TiledProduct {
     // Twice the warps make up for activations that are read twice as often, but for short tiles,
     // one for each multiprocessor.
     if constexpr (kIsQ2) {
-      const bool one_each = args_.nrows <= 2 * kTileRows * int64_t{device_.processors};
-      if (!one_each || args_.ncols > 4096) return by_rows<SharingTile<16, 1>>();
+      const bool single = args_.nrows <= Wide::kRows * int64_t{device_.processors};
+      if (!single || args_.ncols > 4096) return by_rows<SharingTile<16, 1>>();
     }
     // Codes that take long to unpack leave few registers for the places in boxes.
     if constexpr (Format::kScaleElements == 32 && !gives_turns<Format>) {

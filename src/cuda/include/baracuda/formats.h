@@ -11,7 +11,7 @@
 //                                     the block, the first in the low byte; codes<false> of Q4_0
 //                                     and Q5_0 leaves the sign bit unflipped
 //   shift(group)                      codes carry a factor 2^shift, where that saves instructions
-//   plain_codes(block, group, half, word, shift)
+//   unsigned_codes(block, group, half, word, shift)
 //                                     where scales_fit_codes: codes before an offset is taken off,
 //                                     uint8 with a factor 2^shift; shift is 0 or 2
 //   scale(block, group)               weight of a unit code, exact in float32 (without the half's)

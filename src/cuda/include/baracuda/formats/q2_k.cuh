@@ -16,11 +16,11 @@ struct Q2_K {
   // The two bits stay where they are in their byte: a code is 4^j q.
   template <class Block>
   static BCY_INLINE uint32_t codes(Block block, int group, int half, int word) {
-    return block.load32(16 + 32 * (group / 4) + 16 * half, 4 * word) & 0x03030303u << shift(group);
+    return unsigned_codes(block, group, half, word, shift(group));
   }
   static BCY_INLINE constexpr int shift(int group) { return 2 * (group & 3); }
   template <class Block>
-  static BCY_INLINE uint32_t plain_codes(Block block, int group, int half, int word, int shift) {
+  static BCY_INLINE uint32_t unsigned_codes(Block block, int group, int half, int word, int shift) {
     const uint32_t packed = block.load32(16 + 32 * (group / 4) + 16 * half, 4 * word);
     return move_bits(packed, 2 * (group % 4), shift) & 0x03030303u << shift;
   }

@@ -24,7 +24,7 @@ struct Q3_K {
   }
   static BCY_INLINE constexpr int shift(int) { return 5; }
   template <class Block>
-  static BCY_INLINE uint32_t plain_codes(Block block, int group, int half, int word, int shift) {
+  static BCY_INLINE uint32_t unsigned_codes(Block block, int group, int half, int word, int shift) {
     const uint32_t low = block.load32(32 + 32 * (group / 4) + 16 * half, 4 * word);
     const uint32_t high = block.load32(16 * half, 4 * word);
     return (move_bits(low, 2 * (group % 4), shift) & 0x03030303u << shift) |
