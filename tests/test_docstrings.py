@@ -59,15 +59,16 @@ def files(tmp_path, monkeypatch):
     writer.close()
 
 
-def need_gguf(name):
-    if name == "baracuda_cy.files.gguf":
-        pytest.importorskip("gguf", reason="the gguf package is not installed")
+def need_package_of(name):
+    package = name.rpartition(".")[2]
+    if package in ("gguf", "torch", "jax") and name != "baracuda_cy.gguf":
+        pytest.importorskip(package, reason=f"the {package} package is not installed")
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_examples(name):
     """All but those that need a GPU, which is what +SKIP says."""
-    need_gguf(name)
+    need_package_of(name)
     tests = docstrings(name)
     assert not all(doctest.SKIP in item.options for test in tests for item in test.examples)
     assert failing(tests) == []
@@ -76,7 +77,7 @@ def test_examples(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name in SOURCES if "+SKIP" in SOURCES[name]])
 def test_examples_that_need_a_gpu(name):
-    need_gguf(name)
+    need_package_of(name)
     weight = bcy.quantize(np.eye(64, dtype=np.float32), "Q8_0").to("cuda")
     plan = weight.plan(m=1)
     taken_for_granted = {
