@@ -9,6 +9,14 @@
 """
 
 from baracuda_cy.codebooks import NF4_CODEBOOK, nf4_pack_weight, nf4_quantize_value
+from baracuda_cy.descriptors import (
+    GgufDequantizeDescriptor,
+    GgufMmvqDescriptor,
+    GgufMmvqMultiMDescriptor,
+    Nf4Descriptor,
+    Nf4MmvqMultiMDescriptor,
+    PlanPreference,
+)
 from baracuda_cy.errors import (
     BaracudaError,
     CudaError,
@@ -26,7 +34,7 @@ from baracuda_cy.files.bitsandbytes import (
     save_bitsandbytes,
 )
 from baracuda_cy.files.gguf import GgufFile, open_gguf
-from baracuda_cy.formats import ElementKind, GgufBlockFormat
+from baracuda_cy.formats import Codebook, ElementKind, GgufBlockFormat, Nf4Layout
 from baracuda_cy.gguf import GgufDequantizePlan, GgufMmvqMultiMPlan, GgufMmvqPlan
 from baracuda_cy.memory import DeviceArray, DeviceBuffer, PinnedBuffer, Workspace
 from baracuda_cy.nf4 import Nf4DequantizePlan, Nf4MmvqMultiMPlan, Nf4MmvqPlan
@@ -34,17 +42,9 @@ from baracuda_cy.ops import concatenate, dequantize, linear, quantize
 from baracuda_cy.sku import (
     ArchSku,
     BackendKind,
-    Codebook,
-    GgufDequantizeDescriptor,
-    GgufMmvqDescriptor,
-    GgufMmvqMultiMDescriptor,
     KernelSku,
     MathPrecision,
-    Nf4Descriptor,
-    Nf4Layout,
-    Nf4MmvqMultiMDescriptor,
     OpCategory,
-    PlanPreference,
     PrecisionGuarantee,
     QuantizeKind,
 )

@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from baracuda_cy.formats import ElementKind, GgufBlockFormat
-from baracuda_cy.sku import Codebook, PlanPreference
+from baracuda_cy.descriptors import PlanPreference
+from baracuda_cy.formats import Codebook, ElementKind, GgufBlockFormat
 from baracuda_cy.tensor import PackedWeight
 
 def multiply(

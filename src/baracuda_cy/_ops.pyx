@@ -69,10 +69,10 @@ from baracuda_cy.plan cimport (
 
 from baracuda_cy import gguf, nf4
 from baracuda_cy.codebooks import dynamic_code
+from baracuda_cy.descriptors import GgufDequantizeDescriptor
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.formats import ElementKind
 from baracuda_cy.memory import DeviceBuffer
-from baracuda_cy.sku import GgufDequantizeDescriptor
 from baracuda_cy.tensor import GgufTensor
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from baracuda_cy.arguments import as_float32, as_integer
 from baracuda_cy.errors import InvalidProblem
-from baracuda_cy.sku import Codebook, Nf4Layout, as_float32, as_integer, nf4_sizes
+from baracuda_cy.formats import Codebook, Nf4Layout, nf4_sizes
 
 if TYPE_CHECKING:
     import numpy as np

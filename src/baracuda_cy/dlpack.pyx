@@ -60,6 +60,7 @@ import atexit
 import os
 import sys
 
+from baracuda_cy.arguments import as_shape
 from baracuda_cy.errors import (
     BaracudaError,
     InvalidProblem,
@@ -68,7 +69,6 @@ from baracuda_cy.errors import (
     Unsupported,
 )
 from baracuda_cy.formats import ElementKind
-from baracuda_cy.sku import as_shape
 
 __all__ = ["describe", "empty_like", "inspect", "pending"]
 

@@ -1,59 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Element types and GGUF block formats: the tables that code, tests and documentation read."""
+"""Element types, and how weights are packed: the tables that code, tests and documentation read."""
 
 from __future__ import annotations
 
-import operator
-from enum import Enum, IntEnum
-from typing import Any, TypeVar
+from enum import Enum
+from typing import Any
 
+from baracuda_cy.arguments import Named, as_index, choose, name_or_index
 from baracuda_cy.errors import InvalidProblem, Unsupported
 
-__all__ = ["ElementKind", "GgufBlockFormat"]
-
-
-class Named(IntEnum):
-    """An `IntEnum` looked up by number or by name, in any case, whose repr evaluates back."""
-
-    @classmethod
-    def _missing_(cls, value: object) -> Named | None:
-        return cls.__members__.get(value.upper()) if isinstance(value, str) else None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}.{self.name}"
-
-
-_Member = TypeVar("_Member", bound=Named)
-
-
-def choose(enum: type[_Member], value: Any, argument: str) -> _Member:
-    """Return the member of `enum` that `value` (member, name or number) stands for."""
-    try:
-        return enum(value if isinstance(value, enum) else _key(value))
-    except ValueError:
-        members = ", ".join(enum.__members__)
-        kind = f"{'an' if enum.__name__[0] in 'AEIOU' else 'a'} {enum.__name__}"
-        raise InvalidProblem(
-            f"{argument}: expected {kind}, its name or its value, got {value!r}; "
-            f"choose from {members}"
-        ) from None
-
-
-def as_index(value: Any) -> int | None:
-    """Return an integer of any library; nobody's bool is one."""
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _key(value: Any) -> Any:
-    """Return a name or an integer; another enum's member is at most a name."""
-    if isinstance(value, str):
-        return value
-    return None if isinstance(value, Enum) else as_index(value)
+__all__ = ["Codebook", "ElementKind", "GgufBlockFormat", "Nf4Layout"]
 
 
 class ElementKind(Named):
@@ -203,7 +159,7 @@ class GgufBlockFormat(Named):
             return value
         # Another library's enum of the same types, such as gguf's, counts by name.
         known = getattr(value, "name", value)
-        key = _key(known)
+        key = name_or_index(known)
         name = str(known).upper()
         if isinstance(key, int):
             name = OTHER_GGUF_TYPES.get(key, ("",))[0]
@@ -292,3 +248,63 @@ OTHER_GGUF_TYPES = {
     41: ("Q1_0", 128, 18),
     42: ("Q2_0", 64, 18),
 }
+
+
+class Codebook(Named):
+    """The 16 values that 4-bit codes stand for."""
+
+    NF4 = 0
+    """Quantiles of the normal distribution (QLoRA)."""
+    FP4 = 1
+    """A float of one sign bit, two of exponent and one of mantissa."""
+
+
+class Nf4Layout(Named):
+    """How two 4-bit codes share a byte of a packed [N, K] matrix."""
+
+    BITSANDBYTES = 0
+    """The matrix as one row: elements 2 j (high nibble) and 2 j + 1 (low nibble) in byte j."""
+    ROW_PAIR = 1
+    """Rows 2 i (low nibble) and 2 i + 1 (high nibble) of column k in byte i * K + k."""
+
+
+def nf4_sizes(n: int, k: int, block_size: int, layout: Nf4Layout) -> tuple[int, int]:
+    """Return the bytes of the codes and the number of blocks of an [n, k] weight.
+
+    Raises
+    ------
+    InvalidProblem
+        Sizes that are negative, too large or not to be expressed in the layout.
+    """
+    for name, size in (("n", n), ("k", k)):
+        if not 0 <= size < 2**63:
+            raise InvalidProblem(
+                f"{name}: expected 0 to 2**63 - 1, got {size}; give the size in elements"
+            )
+    if n * k >= 2**61:
+        raise InvalidProblem(
+            f"n: expected a matrix whose bytes an int64 counts, got {n} rows of {k} columns; "
+            "split the problem"
+        )
+    if layout is Nf4Layout.BITSANDBYTES:
+        if not 32 <= block_size <= 4096 or block_size & (block_size - 1):
+            raise InvalidProblem(
+                "block_size: expected a power of two from 32 to 4096 in the bitsandbytes layout, "
+                f"got {block_size}; quantize with one of them, or use the row_pair layout"
+            )
+    else:
+        if not 1 <= block_size < 2**31:
+            raise InvalidProblem(
+                f"block_size: expected 1 to 2**31 - 1, got {block_size}; give it in elements"
+            )
+        if n % 2:
+            raise InvalidProblem(
+                f"n: expected an even number of rows in the row_pair layout, got {n}; "
+                "add a row of zeros, or use the bitsandbytes layout"
+            )
+        if k % block_size:
+            raise InvalidProblem(
+                f"k: expected a multiple of {block_size} (block_size) in the row_pair layout, "
+                f"got {k}; use smaller blocks, or the bitsandbytes layout"
+            )
+    return (n * k + 1) // 2, -(-n * k // block_size)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any, final
 
-from baracuda_cy.plan import Plan
-from baracuda_cy.sku import (
+from baracuda_cy.descriptors import (
     GgufDequantizeDescriptor,
     GgufMmvqDescriptor,
     GgufMmvqMultiMDescriptor,
     PlanPreference,
 )
+from baracuda_cy.plan import Plan
 
 class GgufProductPlan(Plan):
     def run(

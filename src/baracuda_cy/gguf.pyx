@@ -32,14 +32,14 @@ from baracuda_cy.plan cimport (
 
 from functools import lru_cache
 
-from baracuda_cy.formats import ElementKind
-from baracuda_cy.plan import accepts
-from baracuda_cy.sku import (
+from baracuda_cy.descriptors import (
     GgufDequantizeDescriptor,
     GgufMmvqDescriptor,
     GgufMmvqMultiMDescriptor,
-    QuantizeKind,
 )
+from baracuda_cy.formats import ElementKind
+from baracuda_cy.plan import accepts
+from baracuda_cy.sku import QuantizeKind
 from baracuda_cy.tensor import GgufTensor, PackedWeight
 
 cdef type packed_type = GgufTensor

@@ -46,9 +46,9 @@ from baracuda_cy.stream cimport (
 
 import sys
 
+from baracuda_cy.arguments import as_index, as_shape
 from baracuda_cy.errors import InvalidProblem, ReadOnlyArray
-from baracuda_cy.formats import ElementKind, as_index
-from baracuda_cy.sku import as_shape
+from baracuda_cy.formats import ElementKind
 from baracuda_cy.stream import as_stream
 
 __all__ = ["DeviceArray", "DeviceBuffer", "PinnedBuffer", "Workspace", "live_bytes"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any, final
 
+from baracuda_cy.descriptors import Nf4Descriptor, Nf4MmvqMultiMDescriptor, PlanPreference
 from baracuda_cy.formats import ElementKind
 from baracuda_cy.plan import Plan
-from baracuda_cy.sku import Nf4Descriptor, Nf4MmvqMultiMDescriptor, PlanPreference
 
 class Nf4Plan(Plan): ...
 

@@ -37,15 +37,10 @@ from baracuda_cy.plan cimport (
 
 from functools import lru_cache
 
-from baracuda_cy.formats import ElementKind
+from baracuda_cy.descriptors import Nf4Descriptor, Nf4MmvqMultiMDescriptor
+from baracuda_cy.formats import ElementKind, nf4_sizes
 from baracuda_cy.plan import accepts
-from baracuda_cy.sku import (
-    MathPrecision,
-    Nf4Descriptor,
-    Nf4MmvqMultiMDescriptor,
-    QuantizeKind,
-    nf4_sizes,
-)
+from baracuda_cy.sku import MathPrecision, QuantizeKind
 from baracuda_cy.tensor import NestedAbsmax, Nf4Tensor, PackedWeight
 
 cdef type tensor_type = Nf4Tensor

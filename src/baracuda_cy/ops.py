@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from baracuda_cy import _ops
+from baracuda_cy.arguments import as_flag, as_integer
+from baracuda_cy.descriptors import PlanPreference
 from baracuda_cy.errors import InvalidProblem
-from baracuda_cy.formats import GgufBlockFormat
-from baracuda_cy.sku import Codebook, Nf4Layout, PlanPreference, as_flag, as_integer, nf4_sizes
+from baracuda_cy.formats import Codebook, GgufBlockFormat, Nf4Layout, nf4_sizes
 from baracuda_cy.tensor import GgufTensor, NestedAbsmax, Nf4Tensor
 
 if TYPE_CHECKING:

@@ -2,8 +2,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from baracuda_cy.descriptors import PlanPreference
 from baracuda_cy.formats import ElementKind
-from baracuda_cy.sku import KernelSku, PlanPreference, PrecisionGuarantee
+from baracuda_cy.sku import KernelSku, PrecisionGuarantee
 
 NAME_TABLE: tuple[tuple[str, ...], ...]
 

@@ -39,6 +39,7 @@ from baracuda_cy.stream cimport cuda_ordinal, is_number, stream_of
 
 from baracuda_cy import _cpu as _cpu_module
 from baracuda_cy import _cuda as _cuda_module
+from baracuda_cy.descriptors import PlanPreference
 from baracuda_cy.errors import InvalidProblem, ReadOnlyArray, Unsupported, WorkspaceTooSmall
 from baracuda_cy.formats import ElementKind
 from baracuda_cy.sku import (
@@ -47,7 +48,6 @@ from baracuda_cy.sku import (
     KernelSku,
     MathPrecision,
     OpCategory,
-    PlanPreference,
     PrecisionGuarantee,
 )
 

@@ -17,8 +17,8 @@ from enum import Enum
 from numbers import Integral
 
 from baracuda_cy import _cuda as _cuda_module
+from baracuda_cy.arguments import as_flag, as_integer
 from baracuda_cy.errors import InvalidProblem, Unsupported
-from baracuda_cy.sku import as_flag, as_integer
 
 __all__ = ["LEGACY_DEFAULT_STREAM", "PER_THREAD_DEFAULT_STREAM", "Event", "Stream", "as_stream"]
 

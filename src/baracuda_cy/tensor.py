@@ -6,27 +6,19 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
+from baracuda_cy.arguments import as_flag, as_float32, as_index, as_integer, as_shape, choose
 from baracuda_cy.errors import InvalidProblem
-from baracuda_cy.formats import ElementKind, GgufBlockFormat, as_index, choose
+from baracuda_cy.formats import Codebook, ElementKind, GgufBlockFormat, Nf4Layout, nf4_sizes
 from baracuda_cy.plan import inspect_codes, inspect_packed, inspect_scales
-from baracuda_cy.sku import (
-    Codebook,
-    Nf4Layout,
-    as_flag,
-    as_float32,
-    as_integer,
-    as_shape,
-    nf4_sizes,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from baracuda_cy.descriptors import PlanPreference
     from baracuda_cy.gguf import GgufMmvqMultiMPlan, GgufMmvqPlan
     from baracuda_cy.nf4 import Nf4MmvqMultiMPlan
-    from baracuda_cy.sku import PlanPreference
 
 __all__ = ["GgufTensor", "NestedAbsmax", "Nf4Tensor"]
 
@@ -319,7 +311,7 @@ class GgufTensor(PackedWeight):
         'staged'
         """
         from baracuda_cy import gguf
-        from baracuda_cy.sku import GgufMmvqDescriptor, GgufMmvqMultiMDescriptor
+        from baracuda_cy.descriptors import GgufMmvqDescriptor, GgufMmvqMultiMDescriptor
 
         as_flag(bias, "bias")
         problem: dict[str, Any] = {
@@ -743,8 +735,8 @@ class Nf4Tensor(PackedWeight):
         >>> w.plan(m=8).sku.layout
         'bitsandbytes'
         """
+        from baracuda_cy.descriptors import Nf4Descriptor, Nf4MmvqMultiMDescriptor
         from baracuda_cy.nf4 import Nf4MmvqMultiMPlan
-        from baracuda_cy.sku import Nf4Descriptor, Nf4MmvqMultiMDescriptor
 
         base = Nf4Descriptor(
             n=self.nrows,

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from baracuda_cy.descriptors import PlanPreference
 from baracuda_cy.errors import InvalidProblem
-from baracuda_cy.formats import GgufBlockFormat
+from baracuda_cy.formats import Codebook, GgufBlockFormat, Nf4Layout
 from baracuda_cy.ops import dequantize, linear, quantize
-from baracuda_cy.sku import Codebook, Nf4Layout, PlanPreference
 from baracuda_cy.tensor import GgufTensor, NestedAbsmax, Nf4Tensor
 
 __all__ = ["Linear"]

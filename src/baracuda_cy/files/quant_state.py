@@ -26,8 +26,7 @@ from baracuda_cy.files.safetensors import (
     parse_object,
     sizes_of,
 )
-from baracuda_cy.formats import ElementKind
-from baracuda_cy.sku import Codebook, Nf4Layout
+from baracuda_cy.formats import Codebook, ElementKind, Nf4Layout
 from baracuda_cy.tensor import NestedAbsmax, Nf4Tensor
 
 # A weight "w" lies in "w" (the codes), "w.absmax", "w.quant_map", "w.quant_state.bitsandbytes__nf4"
