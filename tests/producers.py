@@ -19,8 +19,8 @@ from ctypes import (
     py_object,
 )
 
-from baracuda_cy.dlpack import pending
 from baracuda_cy.memory import live_bytes
+from baracuda_cy.pending import pending
 
 CPU, CUDA, PINNED, ROCM = 1, 2, 3, 10
 READ_ONLY, IS_COPIED = 1, 2

@@ -33,7 +33,8 @@ from baracuda_cy import (
     linear,
     quantize,
 )
-from baracuda_cy.dlpack import describe, empty_like, inspect
+from baracuda_cy.allocation import empty_like
+from baracuda_cy.dlpack import describe, inspect
 
 NUMPY_KINDS = [kind for kind in ElementKind if kind is not ElementKind.BF16]
 

@@ -14,7 +14,9 @@ from producers import LegacyProducer, Producer, held
 
 import baracuda_cy as bcy
 from baracuda_cy import DeviceArray, DeviceBuffer, Event, PinnedBuffer, Stream, Workspace
-from baracuda_cy.dlpack import describe, empty_like, inspect, pending
+from baracuda_cy.allocation import empty_like
+from baracuda_cy.dlpack import describe, inspect
+from baracuda_cy.pending import pending
 
 # ---- what a look at an array leaves behind ---------------------------------------------------
 
@@ -241,7 +243,8 @@ FORK = """
     import numpy as np
     from producers import Producer
     from baracuda_cy import Workspace
-    from baracuda_cy.dlpack import inspect, pending
+    from baracuda_cy.dlpack import inspect
+    from baracuda_cy.pending import pending
 
     warnings.simplefilter("ignore")
     kept = [Workspace(buffer=Producer(np.zeros(1024))), Workspace(64)]

@@ -17,8 +17,9 @@ from baracuda_cy import (
     Workspace,
     _cuda,
 )
-from baracuda_cy.dlpack import describe, inspect, pending
+from baracuda_cy.dlpack import describe, inspect
 from baracuda_cy.memory import live_bytes
+from baracuda_cy.pending import pending
 
 
 def test_an_array_that_was_not_made_is_refused():

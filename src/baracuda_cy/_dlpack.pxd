@@ -19,6 +19,19 @@ cdef enum:
     DLPACK_FLAG_READ_ONLY = 1
     DLPACK_FLAG_IS_COPIED = 2
 
+# What capsules are called: those with a tensor in them, and those whose tensor was taken.
+cdef extern from *:
+    """
+    #define BCY_LEGACY_NAME "dltensor"
+    #define BCY_LEGACY_USED "used_dltensor"
+    #define BCY_VERSIONED_NAME "dltensor_versioned"
+    #define BCY_VERSIONED_USED "used_dltensor_versioned"
+    """
+    const char* LEGACY_NAME "BCY_LEGACY_NAME"
+    const char* LEGACY_USED "BCY_LEGACY_USED"
+    const char* VERSIONED_NAME "BCY_VERSIONED_NAME"
+    const char* VERSIONED_USED "BCY_VERSIONED_USED"
+
 cdef struct DLPackVersion:
     uint32_t major
     uint32_t minor

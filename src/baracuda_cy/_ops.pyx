@@ -14,28 +14,20 @@ from baracuda_cy._native cimport (
     bcy_nf4_nest_args,
     bcy_nf4_quantize_args,
 )
+from baracuda_cy.allocation cimport Allocation, allocate_like
 from baracuda_cy.dlpack cimport (
-    BF16,
-    F16,
-    F32,
-    U8,
-    Allocation,
-    ArrayView,
     acquire_unless_borrowed,
     acquire_view,
-    allocate_like,
     borrow_view,
     check_no_grad,
     check_plain,
     check_sign,
     describe,
     device_of,
-    element_bytes,
-    element_name,
     hold_view,
     is_borrowed,
-    release_view,
 )
+from baracuda_cy.elements cimport BF16, F16, F32, U8, element_bytes, element_name
 from baracuda_cy.plan cimport (
     ABSMAX,
     ACTIVATIONS,
@@ -66,6 +58,7 @@ from baracuda_cy.plan cimport (
     release_views,
     resolve_device,
 )
+from baracuda_cy.view cimport ArrayView, release_view
 
 from baracuda_cy import gguf, nf4
 from baracuda_cy.codebooks import dynamic_code

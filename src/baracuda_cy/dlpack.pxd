@@ -1,49 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-cimport cython
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from cpython.object cimport PyObject
+from libc.stdint cimport int32_t, int64_t
 
-
-# The numbers of ElementKind.
-cdef enum:
-    F32 = 1
-    F16 = 2
-    BF16 = 3
-    U8 = 4
-    I8 = 5
-    I32 = 6
-    I64 = 7
-    F64 = 8
-    U16 = 9
-    I16 = 10
-    U32 = 11
-    U64 = 12
-    BOOL = 13
-
-cdef enum:
-    MAX_NDIM = 8
-
-cdef struct ArrayView:
-    char* data                # first element, byte_offset applied; may be NULL when the size is 0
-    int64_t shape[MAX_NDIM]
-    # In elements, always filled (also when the producer gave NULL).
-    int64_t strides[MAX_NDIM]
-    int32_t ndim
-    int32_t element           # ElementKind value, 0 when the dtype is none of ours
-    int32_t device_type       # 1 = host (kDLCPU, kDLCUDAHost), 2 = CUDA (kDLCUDA, kDLCUDAManaged)
-    int32_t device_id
-    bint readonly             # read-only buffers and flags, copies by the producer, every JAX array
-    bint foreign_order        # what keeps the memory alive is not ordered with the stream given
-    # Private: what keeps the memory alive, for release_view.
-    int32_t keep_kind
-    void* keep
-
-
-cdef enum:
-    KEEP_NOTHING = 0
-    KEEP_VERSIONED = 1        # DLManagedTensorVersioned*
-    KEEP_LEGACY = 2           # DLManagedTensor*
-    KEEP_OBJECT = 3           # PyObject*, one reference
-    KEEP_BUFFER = 4           # Py_buffer*, ours
+from baracuda_cy._dlpack cimport DLPackExchangeAPI
+from baracuda_cy.view cimport ArrayView
 
 
 # `name` = argument's name for messages. stream: the CUDA stream the work will run on (NULL = legacy
@@ -65,8 +25,6 @@ cdef bint acquire_unless_borrowed(
 cdef int borrow_view(
     object array, ArrayView* view, void* stream, bint on_cuda_stream, str name) except -1
 cdef bint is_borrowed(object array) except -1
-# Idempotent; a zero-initialised view is fine. Needs the GIL.
-cdef void release_view(ArrayView* view) noexcept
 # Refuses torch tensors with requires_grad=True; costs a look at the type for all others.
 cdef int check_no_grad(object array, str name) except -1
 # Refuses those with a tangent, which there are in torch's forward mode only: asked once a call.
@@ -88,42 +46,42 @@ cdef int current_stream_on(object array, int32_t device_id, void** stream) excep
 cdef int device_of(
     object array, int32_t* device_type, int32_t* device_id, str name
 ) except -1
-# Moves what the views keep alive, and a reference to `owners` (the arrays), into a list that is
-# released once the work now on `stream` is done. Leaves the views zeroed. While `stream` is
-# capturing a graph nothing is held: events cannot be queried then, and a replay needs the arrays as
-# long as the graph lives, which only the caller knows.
-cdef int hold_until_done(
-    ArrayView* views, int count, tuple owners, int device, void* stream) except -1
 # Short text "float16[8, 4096] on cuda:0" for messages; the type's name for no array. Never raises.
 cpdef object describe(object array)
-
-
-@cython.final
-cdef class Allocation:
-    # Memory for a result, in two steps because a JAX array cannot be written once it is one:
-    # `target` is what the kernel writes (pass it to acquire_view); after the launch, finish() gives
-    # the array of the prototype's own framework. Scratch is settled instead.
-    cdef object target
-    cdef object prototype
-    cdef int kind
-    cdef object finish(self)
-    cdef int settle(self) except -1
-
-
-cdef Allocation allocate_like(
-    object prototype, tuple shape, int element, int device_type, int device_id, void* stream)
-
-# ElementKind value of a dtype: an ElementKind, a name, or a framework's dtype object.
-cdef int element_of(object dtype, str name) except -1
-cdef int element_bytes(int element) noexcept nogil   # 0 for 0
-cdef str element_name(int element)                   # "float16"; "an unsupported type" for 0
 
 # For this package's own types: `fill` fills all of the view, keep included (which must outlive
 # close()), and *stream, the stream its memory is ordered on, when it is on CUDA.
 ctypedef int (*fill_function)(object array, ArrayView* view, void** stream) except -1
 cdef int register_type(object type_, fill_function fill) except -1
-# A capsule over memory that `owner` keeps alive. `flags` are those of DLManagedTensorVersioned.
-cdef object make_capsule(object owner, ArrayView* view, uint64_t flags, object max_version)
-# Whether this is asked from inside Allocation.finish(), while JAX takes the result over.
-cdef bint exporting_to_jax() noexcept
-cdef object numpy_dtype(int element, str name)   # bfloat16 from ml_dtypes, or Unsupported
+
+# How the arrays of a type are read, and whose they are.
+cdef enum Route:
+    NOT_AN_ARRAY
+    OWN
+    EXCHANGE
+    DLPACK
+    CUDA_INTERFACE
+    BUFFER
+
+cdef enum Framework:
+    OTHER
+    NUMPY
+    MASKED
+    TORCH
+    CUPY
+    JAX
+
+cdef struct Kind:
+    PyObject* type           # a reference: an address that is freed could become another type
+    DLPackExchangeAPI* api
+    fill_function fill
+    Route route
+    Framework framework
+    bint unversioned         # its __dlpack__ knows no max_version
+
+# Copies what is known about the type of an array.
+cdef int copy_kind(object array, Kind* kind) except -1
+
+# The error that a C function of the producer has set.
+cdef int raised() except -1
+cdef int too_many_dimensions(int64_t ndim, str name) except -1

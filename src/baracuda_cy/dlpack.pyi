@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any, TypedDict, final
+from typing import Any, TypedDict
 
 from baracuda_cy.formats import ElementKind
 
-__all__ = ["describe", "empty_like", "inspect", "pending"]
+__all__ = ["describe", "inspect"]
 
 class _Seen(TypedDict):
     pointer: int
@@ -15,12 +15,5 @@ class _Seen(TypedDict):
     foreign_order: bool
     protocol: str
 
-@final
-class Allocation: ...
-
 def describe(array: Any) -> str: ...
-def empty_like(
-    prototype: Any, shape: tuple[int, ...], dtype: Any = None, *, stream: Any = None
-) -> Any: ...
 def inspect(array: Any, stream: Any = None) -> _Seen: ...
-def pending() -> int: ...

@@ -1,33 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-# cython: auto_pickle=False
-"""Arrays of any library, in and out.
+"""Arrays of any library, as they come in.
 
-In: the C exchange table of the type, else ``__dlpack__``, else ``__cuda_array_interface__``, else
+By the C exchange table of the type, else ``__dlpack__``, else ``__cuda_array_interface__``, else
 the buffer protocol. NumPy arrays go through the buffer protocol, which is faster and knows what is
 read-only. How a type is read is found out once and remembered.
-
-Out: results are allocated by the library that made the array they belong to.
 """
 
-cimport cython
 from cpython.buffer cimport (
     PyBUF_FORMAT,
     PyBUF_STRIDES,
-    PyBuffer_Release,
     PyObject_CheckBuffer,
     PyObject_GetBuffer,
 )
 from cpython.dict cimport PyDict_GetItem
-from cpython.exc cimport PyErr_Fetch, PyErr_Restore
 from cpython.object cimport PyObject, Py_TYPE
 from cpython.pycapsule cimport (
     PyCapsule_CheckExact,
     PyCapsule_GetPointer,
     PyCapsule_IsValid,
-    PyCapsule_New,
     PyCapsule_SetName,
 )
-from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -36,6 +29,10 @@ cimport baracuda_cy._cuda as _cuda
 from baracuda_cy._dlpack cimport (
     DLPACK_FLAG_IS_COPIED,
     DLPACK_FLAG_READ_ONLY,
+    LEGACY_NAME,
+    LEGACY_USED,
+    VERSIONED_NAME,
+    VERSIONED_USED,
     DLDataType,
     DLManagedTensor,
     DLManagedTensorVersioned,
@@ -52,57 +49,46 @@ from baracuda_cy._dlpack cimport (
     kDLInt,
     kDLUInt,
 )
-from baracuda_cy._native cimport BCY_ERROR_OUT_OF_MEMORY
 from baracuda_cy._overflow cimport product_overflows
-from baracuda_cy.stream cimport give_event, order_after, same_stream, stream_of, take_event
+from baracuda_cy.elements cimport (
+    BF16,
+    BOOL,
+    F16,
+    F32,
+    F64,
+    I8,
+    I16,
+    I32,
+    I64,
+    U8,
+    U16,
+    U32,
+    U64,
+    element_name,
+)
+from baracuda_cy.pending cimport collect_now_and_then, pending_count
+from baracuda_cy.stream cimport order_after, same_stream, stream_of
+from baracuda_cy.view cimport (
+    KEEP_BUFFER,
+    KEEP_LEGACY,
+    KEEP_NOTHING,
+    KEEP_OBJECT,
+    KEEP_VERSIONED,
+    MAX_NDIM,
+    ArrayView,
+    release_view,
+)
 
-import atexit
-import os
 import sys
 
-from baracuda_cy.arguments import as_shape
-from baracuda_cy.errors import (
-    BaracudaError,
-    InvalidProblem,
-    NotAnArray,
-    OutOfMemory,
-    Unsupported,
-)
+from baracuda_cy.errors import BaracudaError, InvalidProblem, NotAnArray, Unsupported
 from baracuda_cy.formats import ElementKind
 
-__all__ = ["describe", "empty_like", "inspect", "pending"]
+__all__ = ["describe", "inspect"]
 
-cdef extern from *:
-    int Py_IsInitialized() nogil
-
-cdef const char* LEGACY_NAME = "dltensor"
-cdef const char* LEGACY_USED = "used_dltensor"
-cdef const char* VERSIONED_NAME = "dltensor_versioned"
-cdef const char* VERSIONED_USED = "used_dltensor_versioned"
 cdef tuple MAX_VERSION = (1, 1)
 
-# ---- element types -------------------------------------------------------------------------------
-
-cdef const char* ELEMENT_NAMES[14]
-ELEMENT_NAMES[:] = [
-    b"an unsupported type", b"float32", b"float16", b"bfloat16", b"uint8", b"int8", b"int32",
-    b"int64", b"float64", b"uint16", b"int16", b"uint32", b"uint64", b"bool",
-]
-cdef int ELEMENT_BYTES[14]
-ELEMENT_BYTES[:] = [0, 4, 2, 2, 1, 1, 4, 8, 8, 2, 2, 4, 8, 1]
-
-
-cdef int element_of(object dtype, str name) except -1:
-    return ElementKind.of(dtype, name)
-
-
-cdef int element_bytes(int element) noexcept nogil:
-    return ELEMENT_BYTES[element] if 0 < element < 14 else 0
-
-
-cdef str element_name(int element):
-    return (<bytes>ELEMENT_NAMES[element if 0 < element < 14 else 0]).decode()
-
+# ---- element types, as the protocols say them ----------------------------------------------------
 
 cdef inline int32_t integer_element(bint signed, int bits) noexcept nogil:
     if bits == 8:
@@ -132,23 +118,6 @@ cdef inline int32_t dlpack_element(DLDataType dtype) noexcept nogil:
     if dtype.code == kDLBool:
         return BOOL if dtype.bits == 8 else 0
     return 0
-
-
-cdef DLDataType dlpack_dtype(int element) noexcept nogil:
-    cdef DLDataType dtype
-    dtype.bits = ELEMENT_BYTES[element] * 8
-    dtype.lanes = 1
-    if element == F32 or element == F16 or element == F64:
-        dtype.code = kDLFloat
-    elif element == BF16:
-        dtype.code = kDLBfloat
-    elif element == BOOL:
-        dtype.code = kDLBool
-    elif element == U8 or element == U16 or element == U32 or element == U64:
-        dtype.code = kDLUInt
-    else:
-        dtype.code = kDLInt
-    return dtype
 
 
 cdef int32_t struct_element(const char* format, Py_ssize_t itemsize) noexcept:
@@ -191,30 +160,6 @@ cdef int32_t typestr_element(str typestr):
 
 # ---- what is known about a type ------------------------------------------------------------------
 
-cdef enum Route:
-    NOT_AN_ARRAY
-    OWN
-    EXCHANGE
-    DLPACK
-    CUDA_INTERFACE
-    BUFFER
-
-cdef enum Framework:
-    OTHER
-    NUMPY
-    MASKED
-    TORCH
-    CUPY
-    JAX
-
-cdef struct Kind:
-    PyObject* type           # a reference: an address that is freed could become another type
-    DLPackExchangeAPI* api
-    fill_function fill
-    Route route
-    Framework framework
-    bint unversioned         # its __dlpack__ knows no max_version
-
 cdef enum:
     KINDS = 512              # a power of two; more types than half of it start the table afresh
     OWN_TYPES = 8
@@ -237,6 +182,11 @@ cdef inline Kind* slot_of(void* type_) noexcept nogil:
 cdef inline Kind* kind_of(object array) except NULL:
     cdef Kind* kind = slot_of(<void*>Py_TYPE(array))
     return kind if kind.type != NULL else learn(array)
+
+
+cdef int copy_kind(object array, Kind* kind) except -1:
+    kind[0] = kind_of(array)[0]
+    return 0
 
 
 cdef Kind* learn(object array) except NULL:
@@ -915,39 +865,6 @@ cdef int acquire_by_route(
     return not_an_array(array, name)
 
 
-cdef void release_view(ArrayView* view) noexcept:
-    cdef int kind = view.keep_kind
-    cdef void* keep = view.keep
-    view.keep_kind = KEEP_NOTHING
-    view.keep = NULL
-    if kind != KEEP_NOTHING:
-        drop(kind, keep)
-
-
-cdef void drop(int kind, void* keep) noexcept:
-    """Let go of what a view kept. An error that is on its way to the caller stays as it is."""
-    cdef PyObject* error_type = NULL
-    cdef PyObject* error = NULL
-    cdef PyObject* traceback = NULL
-    cdef DLManagedTensorVersioned* versioned
-    cdef DLManagedTensor* legacy
-    PyErr_Fetch(&error_type, &error, &traceback)
-    if kind == KEEP_VERSIONED:
-        versioned = <DLManagedTensorVersioned*>keep
-        if versioned.deleter != NULL:
-            versioned.deleter(versioned)
-    elif kind == KEEP_LEGACY:
-        legacy = <DLManagedTensor*>keep
-        if legacy.deleter != NULL:
-            legacy.deleter(legacy)
-    elif kind == KEEP_OBJECT:
-        Py_DECREF(<object>keep)
-    elif kind == KEEP_BUFFER:
-        PyBuffer_Release(<Py_buffer*>keep)
-        free(keep)
-    PyErr_Restore(error_type, error, traceback)
-
-
 cdef int check_no_grad(object array, str name) except -1:
     return refuse_grad(array, name) if kind_of(array).framework == TORCH else 0
 
@@ -1084,459 +1001,6 @@ cdef int device_of(
     return 1
 
 
-# ---- arrays that a running kernel still reads ----------------------------------------------------
-
-cdef struct Kept:
-    int32_t kind
-    void* keep
-
-cdef struct Pending:
-    Pending* next
-    void* event
-    PyObject* owners
-    int device
-    int count
-    bint done
-    Kept kept[1]
-
-cdef enum:
-    MOST_PENDING = 256     # then the oldest is waited for
-    MOST_UNFINISHED = 4    # that one poll asks about
-    POLL_EVERY = 16        # acquired arrays
-
-cdef Pending* pending_first = NULL
-cdef Pending* pending_last = NULL
-cdef int pending_count = 0
-cdef int since_poll = 0
-
-
-cdef int collect_now_and_then(void* stream, bint on_cuda_stream) except -1:
-    global since_poll
-    cdef int device = 0, capturing = 0
-    since_poll += 1
-    if since_poll < POLL_EVERY:
-        return 0
-    if on_cuda_stream:
-        # What is released may use the legacy stream, which would end a capture.
-        with nogil:
-            if _cuda.get_device_quietly(&device) == 0:
-                _cuda.stream_is_capturing(device, stream, &capturing)
-        if capturing:
-            return 0
-    since_poll = 0
-    collect()
-    return 0
-
-
-cdef void poll(Pending* entry) noexcept nogil:
-    cdef int unfinished = 0
-    while entry != NULL and unfinished < MOST_UNFINISHED:
-        entry.done = _cuda.event_is_done(entry.event)
-        unfinished += not entry.done
-        entry = entry.next
-
-
-cdef void wait_for(Pending* entry) noexcept nogil:
-    if not entry.done:
-        _cuda.event_synchronize_quietly(entry.event)
-        entry.done = True
-
-
-cdef Pending* take_pending() noexcept:
-    """Take the whole list, so that nobody else changes it while the GIL is released."""
-    global pending_first, pending_last, pending_count
-    cdef Pending* first = pending_first
-    pending_first = pending_last = NULL
-    pending_count = 0
-    return first
-
-
-cdef void release_finished(Pending* entry) noexcept:
-    """Put back what is unfinished, in front, and release the rest."""
-    global pending_first, pending_last, pending_count
-    cdef Pending* finished = NULL
-    cdef Pending* last = NULL
-    cdef Pending* first = NULL
-    cdef Pending* following
-    cdef int i
-    while entry != NULL:
-        following = entry.next
-        if entry.done:
-            entry.next = finished
-            finished = entry
-        else:
-            entry.next = NULL
-            if last != NULL:
-                last.next = entry
-            else:
-                first = entry
-            last = entry
-            pending_count += 1
-        entry = following
-    if last != NULL:
-        last.next = pending_first
-        pending_first = first
-        if pending_last == NULL:
-            pending_last = last
-    # Only now, with the list in order: releasing may run anybody's code, which may come back here.
-    while finished != NULL:
-        following = finished.next
-        give_event(finished.device, finished.event)
-        for i in range(finished.count):
-            drop(finished.kept[i].kind, finished.kept[i].keep)
-        Py_XDECREF(finished.owners)
-        free(finished)
-        finished = following
-
-
-cdef int collect() except -1:
-    cdef Pending* first = take_pending()
-    if first != NULL:
-        with nogil:
-            poll(first)
-        release_finished(first)
-    return 0
-
-
-cdef int make_room() except -1:
-    cdef Pending* first
-    while pending_count >= MOST_PENDING:
-        first = take_pending()
-        with nogil:
-            wait_for(first)
-            poll(first)
-        release_finished(first)
-    return 0
-
-
-cdef int hold_until_done(
-    ArrayView* views, int count, tuple owners, int device, void* stream
-) except -1:
-    global pending_first, pending_last, pending_count
-    cdef Pending* entry = NULL
-    cdef int i
-    cdef int capturing = 0
-    try:
-        with nogil:
-            _cuda.stream_is_capturing(device, stream, &capturing)
-        if not capturing:
-            make_room()
-            collect()
-            entry = <Pending*>calloc(1, sizeof(Pending) + count * sizeof(Kept))
-            if entry == NULL:
-                raise MemoryError()
-            entry.event = take_event(device)
-            entry.device = device
-            with nogil:
-                _cuda.event_record(device, entry.event, stream)
-            Py_INCREF(owners)
-            entry.owners = <PyObject*>owners
-            for i in range(count):
-                if views[i].keep_kind != KEEP_NOTHING:
-                    entry.kept[entry.count].kind = views[i].keep_kind
-                    entry.kept[entry.count].keep = views[i].keep
-                    views[i].keep_kind = KEEP_NOTHING
-                    entry.count += 1
-            if pending_last != NULL:
-                pending_last.next = entry
-            else:
-                pending_first = entry
-            pending_last = entry
-            pending_count += 1
-    except BaseException:
-        # Without an event there is only waiting.
-        if entry != NULL:
-            if entry.event != NULL:
-                give_event(device, entry.event)
-            free(entry)
-        with nogil:
-            _cuda.stream_synchronize_quietly(device, stream)
-        raise
-    finally:
-        for i in range(count):
-            release_view(&views[i])
-            memset(&views[i], 0, sizeof(ArrayView))
-    return 0
-
-
-def pending():
-    """Release the arrays whose kernels are done, and count the launches that still hold some.
-
-    A launch holds its arrays when it runs on another stream than the one their library works on.
-    Later calls look after that; this is for tests and for those who want memory back now.
-
-    Returns
-    -------
-    int
-
-    Examples
-    --------
-    >>> from baracuda_cy import dlpack
-    >>> dlpack.pending()
-    0
-    """
-    collect()
-    return pending_count
-
-
-def _drain():
-    """Wait for what is pending, before the interpreter takes the arrays apart."""
-    cdef Pending* first = take_pending()
-    cdef Pending* entry = first
-    with nogil:
-        while entry != NULL:
-            wait_for(entry)
-            entry = entry.next
-    release_finished(first)
-
-
-def _forget():
-    """Leave the parent's arrays and events to the parent, in a child that was just forked."""
-    take_pending()
-
-
-atexit.register(_drain)
-os.register_at_fork(after_in_child=_forget)
-
-
-# ---- arrays out ----------------------------------------------------------------------------------
-
-cdef struct Export:
-    DLManagedTensorVersioned versioned
-    DLManagedTensor legacy
-    int64_t shape[MAX_NDIM]
-    int64_t strides[MAX_NDIM]
-
-
-cdef void release_export(void* owner, Export* export) noexcept with gil:
-    Py_DECREF(<object>owner)
-    free(export)
-
-
-cdef void delete_versioned(DLManagedTensorVersioned* tensor) noexcept nogil:
-    # After the interpreter is gone nothing can be released, and nothing needs to be.
-    if Py_IsInitialized():
-        release_export(tensor.manager_ctx, <Export*>tensor)
-
-
-cdef void delete_legacy(DLManagedTensor* tensor) noexcept nogil:
-    cdef Export* export = NULL
-    if Py_IsInitialized():
-        # `legacy` lies at a fixed distance from the beginning of its Export.
-        export = <Export*>(<char*>tensor - <uintptr_t>&export.legacy)
-        release_export(tensor.manager_ctx, export)
-
-
-cdef void destroy_capsule(object capsule) noexcept:
-    # A capsule that was consumed has another name, and its tensor belongs to the consumer.
-    cdef DLManagedTensorVersioned* versioned
-    cdef DLManagedTensor* legacy
-    if PyCapsule_IsValid(capsule, VERSIONED_NAME):
-        versioned = <DLManagedTensorVersioned*>PyCapsule_GetPointer(capsule, VERSIONED_NAME)
-        versioned.deleter(versioned)
-    elif PyCapsule_IsValid(capsule, LEGACY_NAME):
-        legacy = <DLManagedTensor*>PyCapsule_GetPointer(capsule, LEGACY_NAME)
-        legacy.deleter(legacy)
-
-
-cdef void fill_tensor(DLTensor* tensor, Export* export, ArrayView* view) noexcept:
-    cdef int i
-    for i in range(view.ndim):
-        export.shape[i] = view.shape[i]
-        export.strides[i] = view.strides[i]
-    tensor.data = view.data
-    tensor.device.device_type = view.device_type
-    tensor.device.device_id = view.device_id
-    tensor.ndim = view.ndim
-    tensor.dtype = dlpack_dtype(view.element)
-    tensor.shape = export.shape
-    tensor.strides = export.strides
-    tensor.byte_offset = 0
-
-
-cdef object make_capsule(object owner, ArrayView* view, uint64_t flags, object max_version):
-    cdef Export* export
-    cdef bint versioned = max_version is not None and max_version[0] >= 1
-    export = <Export*>calloc(1, sizeof(Export))
-    if export == NULL:
-        raise MemoryError()
-    # From here on nothing may fail but making the capsule.
-    if versioned:
-        fill_tensor(&export.versioned.dl_tensor, export, view)
-        export.versioned.version.major = 1
-        export.versioned.version.minor = 1
-        export.versioned.flags = flags
-        export.versioned.manager_ctx = <void*>owner
-        export.versioned.deleter = delete_versioned
-    else:
-        fill_tensor(&export.legacy.dl_tensor, export, view)
-        export.legacy.manager_ctx = <void*>owner
-        export.legacy.deleter = delete_legacy
-    Py_INCREF(owner)
-    try:
-        if versioned:
-            return PyCapsule_New(&export.versioned, VERSIONED_NAME, destroy_capsule)
-        return PyCapsule_New(&export.legacy, LEGACY_NAME, destroy_capsule)
-    except BaseException:
-        release_export(<void*>owner, export)
-        raise
-
-
-cdef enum Making:
-    MADE               # target is the result
-    HAND_TO_JAX        # a DeviceArray on the way to JAX, settled first
-    PUT_ON_JAX_CPU
-    SETTLE             # a DeviceArray that outlives the stream it was made on
-
-
-cdef int handing_over = 0
-
-
-cdef bint exporting_to_jax() noexcept:
-    return handing_over != 0
-
-
-@cython.final
-cdef class Allocation:
-    cdef object finish(self):
-        global handing_over
-        if self.kind == HAND_TO_JAX or self.kind == SETTLE:
-            self.target._settle()
-        if self.kind == HAND_TO_JAX:
-            from jax import dlpack
-
-            handing_over += 1
-            try:
-                return dlpack.from_dlpack(self.target)
-            finally:
-                handing_over -= 1
-        if self.kind == PUT_ON_JAX_CPU:
-            devices = getattr(self.prototype, "devices", None)
-            device = next(iter(devices())) if devices is not None else None
-            return sys.modules["jax"].device_put(self.target, device)
-        return self.target
-
-    cdef int settle(self) except -1:
-        # What a launch holds may outlive the stream that was lent for it.
-        if self.kind == HAND_TO_JAX or self.kind == SETTLE:
-            self.target._settle(scratch=True)
-        return 0
-
-
-cdef Allocation allocated(object target, int kind=MADE, object prototype=None):
-    cdef Allocation result = Allocation.__new__(Allocation)
-    result.target = target
-    result.kind = kind
-    result.prototype = prototype
-    return result
-
-
-cdef void set_error(void* context, const char* kind, const char* message) noexcept with gil:
-    (<list>context).append(
-        f"{(<bytes>kind).decode(errors='replace')}: {(<bytes>message).decode(errors='replace')}"
-    )
-
-
-cdef object allocate_by_exchange(
-    const DLPackExchangeAPI* api, tuple shape, int element, int device_type, int device_id
-):
-    cdef DLTensor prototype
-    cdef DLManagedTensorVersioned* managed = NULL
-    cdef void* array = NULL
-    cdef int64_t sizes[MAX_NDIM]
-    cdef list errors = []
-    cdef object result
-    cdef int i
-    memset(&prototype, 0, sizeof(prototype))
-    for i in range(len(shape)):
-        sizes[i] = shape[i]
-    prototype.device.device_type = device_type
-    prototype.device.device_id = device_id
-    prototype.ndim = len(shape)
-    prototype.dtype = dlpack_dtype(element)
-    prototype.shape = sizes
-    if api.managed_tensor_allocator(&prototype, &managed, <void*>errors, set_error) != 0:
-        if not errors:
-            raised()
-        # Some libraries append a native stack trace.
-        what = f"output: {errors[0].partition(chr(10))[0]}"
-        if device_type == kDLCUDA:
-            raise OutOfMemory(2, "cudaErrorMemoryAllocation", what)
-        _cuda.check(BCY_ERROR_OUT_OF_MEMORY, what)
-    if api.managed_tensor_to_py_object_no_sync(managed, &array) != 0:
-        raised()
-    result = <object>array
-    Py_DECREF(result)
-    return result
-
-
-cdef object numpy_dtype(int element, str name):
-    import numpy as np
-
-    if element != BF16:
-        return np.dtype(element_name(element))
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise Unsupported(
-            f"{name}: NumPy has no bfloat16; install ml_dtypes, or ask for float32 or float16"
-        ) from None
-    return np.dtype(ml_dtypes.bfloat16)
-
-
-cdef object device_array(tuple shape, int element, int device_id, void* stream):
-    from baracuda_cy.memory import DeviceArray
-    from baracuda_cy.stream import Stream
-
-    return DeviceArray.empty(
-        shape, element, stream=Stream.from_handle(<uintptr_t>stream, device=device_id),
-    )
-
-
-cdef object cupy_stream(object cupy, void* stream, int device_id):
-    from baracuda_cy.stream import Stream
-
-    # CuPy 14 takes streams by their protocol and deprecates the class for handles.
-    if hasattr(cupy.cuda.Stream, "from_external"):
-        ours = Stream.from_handle(<uintptr_t>stream, device=device_id)
-        return cupy.cuda.Stream.from_external(ours)
-    return cupy.cuda.ExternalStream(<uintptr_t>stream, device_id)
-
-
-cdef Allocation allocate_like(
-    object prototype, tuple shape, int element, int device_type, int device_id, void* stream
-):
-    cdef Kind kind = kind_of(prototype)[0]
-    if len(shape) > MAX_NDIM:
-        too_many_dimensions(len(shape), "output")
-    if kind.route == EXCHANGE:
-        return allocated(allocate_by_exchange(kind.api, shape, element, device_type, device_id))
-    if kind.framework == TORCH:
-        torch = sys.modules["torch"]
-        where = "cpu" if device_type == kDLCPU else f"cuda:{device_id}"
-        return allocated(
-            torch.empty(shape, dtype=getattr(torch, element_name(element)), device=where)
-        )
-    if device_type == kDLCPU:
-        import numpy as np
-
-        target = np.empty(shape, numpy_dtype(element, "output"))
-        return allocated(target, PUT_ON_JAX_CPU if kind.framework == JAX else MADE, prototype)
-    if kind.framework == CUPY:
-        cupy = sys.modules["cupy"]
-        dtype = numpy_dtype(element, "output")
-        # CuPy's pool reuses memory in the order of the stream that is current when it lends it.
-        with cupy.cuda.Device(device_id):
-            if same_stream(
-                <void*><uintptr_t>cupy.cuda.get_current_stream(device_id).ptr, stream
-            ):
-                return allocated(cupy.empty(shape, dtype))
-            with cupy_stream(cupy, stream, device_id):
-                return allocated(cupy.empty(shape, dtype))
-    target = device_array(shape, element, device_id, stream)
-    return allocated(target, HAND_TO_JAX if kind.framework == JAX else SETTLE, prototype)
-
-
 # ---- what Python sees ----------------------------------------------------------------------------
 
 
@@ -1578,69 +1042,6 @@ cpdef object describe(object array):
         return type(array).__name__
     finally:
         release_view(&view)
-
-
-def empty_like(prototype, shape, dtype=None, *, stream=None):
-    """Allocate an array with the library, and on the device, of another.
-
-    Parameters
-    ----------
-    prototype : array
-        Says which library and device.
-    shape : tuple of int
-        Shape of the result, C-contiguous.
-    dtype : ElementKind, str or a framework's dtype, optional
-        Type of the result; the prototype's by default.
-    stream : Stream or object with ``__cuda_stream__``, optional
-        Where the result will be used; by default the stream the prototype's library works on.
-
-    Returns
-    -------
-    array
-        Its contents are undefined. NumPy for host buffers, `DeviceArray` for a CUDA array whose
-        library is not known to allocate.
-
-    Raises
-    ------
-    NotAnArray
-        `prototype` is none.
-    InvalidProblem
-        Its dtype is none of ours, and none was given; a shape that cannot be; or a stream on the
-        CPU.
-    Unsupported
-        NumPy bfloat16 without ml_dtypes.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from baracuda_cy.dlpack import empty_like
-    >>> empty_like(np.zeros(3, "float16"), (2, 4)).dtype
-    dtype('float16')
-    """
-    cdef ArrayView view
-    cdef void* handle = NULL
-    cdef int device = -1
-    memset(&view, 0, sizeof(view))
-    acquire_view(prototype, &view, NULL, False, "prototype")
-    release_view(&view)
-    cdef int element = view.element if dtype is None else element_of(dtype, "dtype")
-    if element == 0:
-        raise InvalidProblem(
-            f"dtype: expected one to be named, as the prototype is {describe(prototype)}; "
-            'name it, as in "float32"'
-        )
-    sizes = as_shape(shape, element_bytes(element))
-    if stream is None:
-        current_stream(prototype, &handle)
-    elif view.device_type == kDLCPU:
-        raise InvalidProblem(
-            f"stream: expected None on the CPU, got {type(stream).__name__}; leave it out"
-        )
-    else:
-        stream_of(stream, &handle, &device)
-    return allocate_like(
-        prototype, sizes, element, view.device_type, view.device_id, handle
-    ).finish()
 
 
 cdef str route_name(object array, ArrayView* view):

@@ -10,7 +10,7 @@ from libc.stdint cimport INT64_MAX, int64_t
 
 from baracuda_cy cimport _cpu, _cuda
 from baracuda_cy._native cimport bcy_gguf_dequantize_args, bcy_gguf_matmul_args
-from baracuda_cy.dlpack cimport U8
+from baracuda_cy.elements cimport U8
 from baracuda_cy.plan cimport (
     ACTIVATIONS,
     BIAS,

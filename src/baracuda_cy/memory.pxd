@@ -2,8 +2,8 @@
 cimport cython
 from libc.stdint cimport int64_t
 
-from baracuda_cy.dlpack cimport ArrayView
 from baracuda_cy.stream cimport StreamHandle
+from baracuda_cy.view cimport ArrayView
 
 # What owns memory is apart from what Python closes: an exported array or a running call keeps the
 # owner, and close() only lets go of it.

@@ -14,27 +14,18 @@ from posix.unistd cimport getpid
 cimport baracuda_cy._cuda as _cuda
 from baracuda_cy._dlpack cimport DLPACK_FLAG_IS_COPIED, kDLCPU, kDLCUDA, kDLCUDAHost
 from baracuda_cy._native cimport BCY_ERROR_OUT_OF_MEMORY
+from baracuda_cy.allocation cimport exporting_to_jax
 from baracuda_cy.dlpack cimport (
-    BF16,
-    BOOL,
-    KEEP_OBJECT,
-    MAX_NDIM,
-    U8,
-    ArrayView,
     acquire_view,
     check_sign,
     current_stream,
     describe,
-    element_bytes,
-    element_of,
-    hold_until_done,
-    exporting_to_jax,
     hold_view,
-    make_capsule,
-    numpy_dtype,
     register_type,
-    release_view,
 )
+from baracuda_cy.elements cimport BF16, BOOL, U8, element_bytes, element_of, numpy_dtype
+from baracuda_cy.export cimport make_capsule
+from baracuda_cy.pending cimport hold_until_done
 from baracuda_cy.stream cimport (
     StreamHandle,
     cuda_ordinal,
@@ -43,6 +34,7 @@ from baracuda_cy.stream cimport (
     order_quietly,
     same_stream,
 )
+from baracuda_cy.view cimport KEEP_OBJECT, MAX_NDIM, ArrayView, release_view
 
 import sys
 

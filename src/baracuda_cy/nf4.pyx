@@ -9,7 +9,8 @@ from cpython.type cimport PyType_IsSubtype
 
 from baracuda_cy cimport _cpu, _cuda
 from baracuda_cy._native cimport bcy_nf4_dequantize_args, bcy_nf4_matmul_args, bcy_nf4_weight
-from baracuda_cy.dlpack cimport F32, U8, describe
+from baracuda_cy.dlpack cimport describe
+from baracuda_cy.elements cimport F32, U8
 from baracuda_cy.plan cimport (
     ABSMAX,
     ACTIVATIONS,

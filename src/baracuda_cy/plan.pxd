@@ -2,7 +2,7 @@
 from cpython.ref cimport PyObject
 from libc.stdint cimport int32_t, int64_t, uint64_t
 
-from baracuda_cy.dlpack cimport ArrayView
+from baracuda_cy.view cimport ArrayView
 
 # The arguments of a call, each with a slot of its own.
 cdef enum:

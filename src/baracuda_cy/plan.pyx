@@ -13,13 +13,6 @@ from libc.string cimport memset
 from baracuda_cy cimport _cuda
 from baracuda_cy._overflow cimport product_overflows, sum_overflows
 from baracuda_cy.dlpack cimport (
-    BF16,
-    F16,
-    F32,
-    I8,
-    KEEP_NOTHING,
-    U8,
-    ArrayView,
     acquire_unless_borrowed,
     acquire_view,
     borrow_view,
@@ -29,13 +22,12 @@ from baracuda_cy.dlpack cimport (
     current_stream_on,
     describe,
     device_of,
-    element_bytes,
-    element_name,
-    hold_until_done,
     in_forward_mode,
-    release_view,
 )
+from baracuda_cy.elements cimport BF16, F16, F32, I8, U8, element_bytes, element_name
+from baracuda_cy.pending cimport hold_until_done
 from baracuda_cy.stream cimport cuda_ordinal, is_number, stream_of
+from baracuda_cy.view cimport KEEP_NOTHING, ArrayView, release_view
 
 from baracuda_cy import _cpu as _cpu_module
 from baracuda_cy import _cuda as _cuda_module
