@@ -36,9 +36,10 @@ from baracuda_cy.files.bitsandbytes import (
 from baracuda_cy.files.gguf import GgufFile, open_gguf
 from baracuda_cy.formats import Codebook, ElementKind, GgufBlockFormat, Nf4Layout
 from baracuda_cy.gguf import GgufDequantizePlan, GgufMmvqMultiMPlan, GgufMmvqPlan
-from baracuda_cy.memory import DeviceArray, DeviceBuffer, PinnedBuffer, Workspace
+from baracuda_cy.memory import DeviceArray, DeviceBuffer
 from baracuda_cy.nf4 import Nf4DequantizePlan, Nf4MmvqMultiMPlan, Nf4MmvqPlan
 from baracuda_cy.ops import concatenate, dequantize, linear, quantize
+from baracuda_cy.pinned import PinnedBuffer
 from baracuda_cy.sku import (
     ArchSku,
     BackendKind,
@@ -55,6 +56,7 @@ from baracuda_cy.stream import (
     Stream,
 )
 from baracuda_cy.tensor import GgufTensor, NestedAbsmax, Nf4Tensor
+from baracuda_cy.workspace import Workspace
 
 __version__ = "0.1.0"
 

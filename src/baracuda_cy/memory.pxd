@@ -34,12 +34,6 @@ cdef class HostMemory:
 
 
 @cython.final
-cdef class LentMemory:
-    cdef object source            # viewed anew for each use
-    cdef ArrayView view           # held: a bytearray, for one, is not resized meanwhile
-
-
-@cython.final
 cdef class DeviceBuffer:
     cdef DeviceMemory memory      # None once closed
     cdef void* raw                # NULL when empty or closed
@@ -52,20 +46,6 @@ cdef class DeviceBuffer:
 
 
 @cython.final
-cdef class PinnedBuffer:
-    cdef void* raw
-    cdef int64_t size
-    cdef Py_ssize_t length        # what Py_buffer.shape points to
-    cdef Py_ssize_t step
-    cdef int pid
-    cdef int exports              # a buffer that is in use is not closed, as in bytearray and mmap
-    cdef bint _closed
-    cdef object __weakref__
-    cdef int require_open(self) except -1
-    cdef int destroy(self) noexcept
-
-
-@cython.final
 cdef class DeviceArray:
     cdef DeviceMemory memory
     cdef readonly DeviceBuffer buffer
@@ -75,17 +55,17 @@ cdef class DeviceArray:
     cdef int64_t byte_size(self) noexcept
 
 
-# Passes through acquire_view as a uint8 array, so plans take it where they take any array.
-@cython.final
-cdef class Workspace:
-    cdef object memory            # HostMemory, DeviceMemory or LentMemory; None once closed
-    # Of its own memory; what is lent is asked.
-    cdef char* raw                # 256-byte aligned
-    cdef int64_t size
-    cdef int device_type
-    cdef int device_id
-    cdef object __weakref__
-    cdef int require_open(self) except -1
-    cdef int lend(self, object buffer) except -1
-    cdef int fill(self, ArrayView* view) except -1
-    cdef tuple look(self)
+cdef enum:
+    ALIGNMENT = 256    # of what is allocated
+
+cdef DeviceMemory allocate_device(int64_t nbytes, int device, StreamHandle order)
+cdef HostMemory allocate_host(int64_t nbytes)
+# Bytes of page-locked memory, which live_bytes tells: its owners count them.
+cdef int64_t live_pinned
+
+# A size in bytes, as an argument.
+cdef int64_t size_of(object value, str argument) except -1
+# Bytes of a contiguous array; any other is refused.
+cdef int64_t span_of(ArrayView* view, str name, object array) except -1
+# The device of an allocation, from its stream and the device asked for.
+cdef int place_of(StreamHandle order, object device) except -1

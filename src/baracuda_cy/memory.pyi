@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
 from types import TracebackType
 from typing import Any, final
 
@@ -9,7 +8,7 @@ from typing_extensions import CapsuleType
 from baracuda_cy.formats import ElementKind
 from baracuda_cy.stream import Stream
 
-__all__ = ["DeviceArray", "DeviceBuffer", "PinnedBuffer", "Workspace", "live_bytes"]
+__all__ = ["DeviceArray", "DeviceBuffer", "live_bytes"]
 
 def live_bytes() -> dict[str, int]: ...
 
@@ -91,64 +90,3 @@ class DeviceArray:
     def __dlpack_device__(self) -> tuple[int, int]: ...
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
-
-@final
-class PinnedBuffer:
-    def __init__(self, nbytes: int) -> None: ...
-    @property
-    def ptr(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def closed(self) -> bool: ...
-    def close(self) -> None: ...
-    def __enter__(self) -> PinnedBuffer: ...
-    def __exit__(
-        self,
-        type_: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None: ...
-    def __len__(self) -> int: ...
-    if sys.version_info >= (3, 12):
-        def __buffer__(self, flags: int, /) -> memoryview: ...
-        def __release_buffer__(self, buffer: memoryview, /) -> None: ...
-
-    def __dlpack__(
-        self,
-        *,
-        stream: int | None = None,
-        max_version: tuple[int, int] | None = None,
-        dl_device: tuple[int, int] | None = None,
-        copy: bool | None = None,
-    ) -> CapsuleType: ...
-    def __dlpack_device__(self) -> tuple[int, int]: ...
-
-@final
-class Workspace:
-    def __init__(
-        self,
-        nbytes: int | None = None,
-        *,
-        device: Any = None,
-        stream: Any = None,
-        buffer: Any = None,
-    ) -> None: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def ptr(self) -> int: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def closed(self) -> bool: ...
-    def close(self) -> None: ...
-    def __enter__(self) -> Workspace: ...
-    def __exit__(
-        self,
-        type_: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None: ...

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: auto_pickle=False
-"""Memory: on the device, in the order of a stream; pinned on the host; and scratch for plans."""
+"""Memory on the device, in the order of a stream, and what owns memory here or on the host."""
 
 cimport cython
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
-from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
 from posix.unistd cimport getpid
 
@@ -15,15 +13,8 @@ cimport baracuda_cy._cuda as _cuda
 from baracuda_cy._dlpack cimport DLPACK_FLAG_IS_COPIED, kDLCPU, kDLCUDA, kDLCUDAHost
 from baracuda_cy._native cimport BCY_ERROR_OUT_OF_MEMORY
 from baracuda_cy.allocation cimport exporting_to_jax
-from baracuda_cy.dlpack cimport (
-    acquire_view,
-    check_sign,
-    current_stream,
-    describe,
-    hold_view,
-    register_type,
-)
-from baracuda_cy.elements cimport BF16, BOOL, U8, element_bytes, element_of, numpy_dtype
+from baracuda_cy.dlpack cimport check_sign, describe, hold_view, register_type
+from baracuda_cy.elements cimport BF16, BOOL, element_bytes, element_of, numpy_dtype
 from baracuda_cy.export cimport make_capsule
 from baracuda_cy.pending cimport hold_until_done
 from baracuda_cy.stream cimport (
@@ -34,7 +25,7 @@ from baracuda_cy.stream cimport (
     order_quietly,
     same_stream,
 )
-from baracuda_cy.view cimport KEEP_OBJECT, MAX_NDIM, ArrayView, release_view
+from baracuda_cy.view cimport MAX_NDIM, ArrayView, bytes_view, keep_in_view, release_view
 
 import sys
 
@@ -43,12 +34,8 @@ from baracuda_cy.errors import InvalidProblem, ReadOnlyArray
 from baracuda_cy.formats import ElementKind
 from baracuda_cy.stream import as_stream
 
-__all__ = ["DeviceArray", "DeviceBuffer", "PinnedBuffer", "Workspace", "live_bytes"]
+__all__ = ["DeviceArray", "DeviceBuffer", "live_bytes"]
 
-cdef enum:
-    ALIGNMENT = 256
-
-cdef char* BYTES_FORMAT = b"B"
 cdef int64_t live_device = 0
 cdef int64_t live_pinned = 0
 
@@ -142,12 +129,6 @@ cdef HostMemory allocate_host(int64_t nbytes):
         _cuda.check(BCY_ERROR_OUT_OF_MEMORY, f"allocating {nbytes} bytes")
     memory.size = nbytes
     return memory
-
-
-@cython.final
-cdef class LentMemory:
-    def __dealloc__(self):
-        release_view(&self.view)
 
 
 # ---- what views share ----------------------------------------------------------------------------
@@ -364,26 +345,6 @@ cdef object cuda_interface(DeviceMemory memory, ArrayView* view):
         # 0 is not allowed, because it could mean either default stream.
         "stream": <uintptr_t>memory.order.raw if memory.order.raw != NULL else 1,
     }
-
-
-cdef int keep_in_view(ArrayView* view, object owner) except -1:
-    Py_INCREF(owner)
-    view.keep = <void*>owner
-    view.keep_kind = KEEP_OBJECT
-    return 0
-
-
-cdef int bytes_view(
-    ArrayView* view, void* data, int64_t nbytes, int device_type, int device
-) except -1:
-    view.data = <char*>data
-    view.ndim = 1
-    view.shape[0] = nbytes
-    view.strides[0] = 1
-    view.element = U8
-    view.device_type = device_type
-    view.device_id = device
-    return 0
 
 
 # ---- device memory -------------------------------------------------------------------------------
@@ -954,391 +915,5 @@ cdef int fill_array(object array, ArrayView* view, void** stream) except -1:
     return keep_in_view(view, memory)
 
 
-# ---- pinned host memory --------------------------------------------------------------------------
-
-
-@cython.final
-cdef class PinnedBuffer:
-    """Page-locked host memory, which copies to and from the device at full speed, asynchronously.
-
-    It is a writable buffer of bytes: ``numpy.frombuffer(pinned, "float32")`` and
-    ``memoryview(pinned)`` share it.
-
-    Parameters
-    ----------
-    nbytes : int
-        Size; 0 is allowed.
-
-    Raises
-    ------
-    OutOfMemory
-        The host cannot lock as much.
-    Unsupported
-        There is no CUDA here; the message says why.
-
-    Examples
-    --------
-    >>> from baracuda_cy import DeviceBuffer, PinnedBuffer, Stream
-    >>> with Stream() as stream:                                        # doctest: +SKIP
-    ...     staging = PinnedBuffer(1 << 20)
-    ...     buffer = DeviceBuffer(1 << 20, stream=stream)
-    ...     copied = buffer.copy_from_host(staging)     # returns at once
-    """
-
-    def __init__(self, nbytes):
-        global live_pinned
-        cdef int64_t size = size_of(nbytes, "nbytes")
-        cdef void* raw = NULL
-        if self.raw != NULL or self._closed:
-            raise InvalidProblem("buffer: expected to be made once; make another PinnedBuffer")
-        _cuda.require_ordinal(0)
-        with nogil:
-            # An empty buffer still has an address, which its consumers may ask for.
-            _cuda.malloc_pinned(size if size else 1, &raw)
-        self.raw = raw
-        self.size = self.length = size
-        self.step = 1
-        self.pid = getpid()
-        live_pinned += size
-
-    def __dealloc__(self):
-        self.destroy()
-
-    cdef int destroy(self) noexcept:
-        global live_pinned
-        cdef void* raw = self.raw
-        self.raw = NULL
-        if raw != NULL and self.pid == getpid():
-            live_pinned -= self.size
-            with nogil:
-                _cuda.free_pinned(raw)
-        return 0
-
-    cdef int require_open(self) except -1:
-        if self.raw == NULL:
-            raise InvalidProblem(
-                "buffer: expected an open PinnedBuffer, got one that is closed; "
-                "make another one"
-            )
-        return 0
-
-    def __getbuffer__(self, Py_buffer* buffer, int flags):
-        self.require_open()
-        buffer.buf = self.raw
-        buffer.obj = self
-        buffer.len = self.size
-        buffer.itemsize = 1
-        buffer.readonly = 0
-        buffer.ndim = 1
-        buffer.format = BYTES_FORMAT if flags & PyBUF_FORMAT else NULL
-        buffer.shape = &self.length if flags & PyBUF_ND else NULL
-        buffer.strides = &self.step if (flags & PyBUF_STRIDES) == PyBUF_STRIDES else NULL
-        buffer.suboffsets = NULL
-        buffer.internal = NULL
-        self.exports += 1
-
-    def __releasebuffer__(self, Py_buffer* buffer):
-        self.exports -= 1
-
-    @property
-    def ptr(self):
-        """Address of the first byte."""
-        self.require_open()
-        return <uintptr_t>self.raw
-
-    @property
-    def nbytes(self):
-        """Size in bytes."""
-        self.require_open()
-        return self.size
-
-    @property
-    def closed(self):
-        """Whether `close` was called."""
-        return self._closed
-
-    def close(self):
-        """Free the memory. Using the buffer afterwards is an error; closing twice is not.
-
-        Raises
-        ------
-        BufferError
-            A memoryview, an array or a copy under way still uses it.
-        """
-        if self.exports:
-            raise BufferError(
-                f"buffer: expected no users left, got {self.exports}; delete the arrays that share "
-                "the memory and wait for the stream that copies it"
-            )
-        self._closed = True
-        self.destroy()
-
-    def __enter__(self):
-        self.require_open()
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def __len__(self):
-        self.require_open()
-        return self.size
-
-    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
-        """Export the bytes as a uint8 DLPack tensor in CPU memory.
-
-        Parameters
-        ----------
-        stream : None
-            CPU memory has no stream.
-        max_version : tuple of int, optional
-            The newest DLPack the consumer reads; a legacy capsule without it.
-        dl_device : tuple of int, optional
-            ``(1, 0)``.
-        copy : bool, optional
-            True for a copy.
-
-        Returns
-        -------
-        capsule
-
-        Raises
-        ------
-        BufferError
-            Another device is asked for.
-        InvalidProblem
-            A stream is given, or the buffer is closed.
-        """
-        cdef ArrayView view
-        cdef HostMemory host
-        self.require_open()
-        if stream is not None:
-            raise InvalidProblem(f"stream: expected None for CPU memory, got {stream!r}")
-        if dl_device is not None and (int(dl_device[0]), int(dl_device[1])) != (kDLCPU, 0):
-            raise BufferError(f"dl_device: expected ({kDLCPU}, 0), got {dl_device!r}")
-        memset(&view, 0, sizeof(view))
-        bytes_view(&view, self.raw, self.size, kDLCPU, 0)
-        if not copy:
-            return make_capsule(memoryview(self), &view, 0, max_version)
-        host = allocate_host(self.size)
-        memcpy(host.raw, self.raw, self.size)
-        view.data = <char*>host.raw
-        return make_capsule(host, &view, DLPACK_FLAG_IS_COPIED, max_version)
-
-    def __dlpack_device__(self):
-        """DLPack's ``(device type, device id)``: CPU, so that NumPy takes it too."""
-        return kDLCPU, 0
-
-    def __repr__(self):
-        return "PinnedBuffer(closed)" if self.raw == NULL else f"PinnedBuffer({self.size})"
-
-
-cdef int fill_pinned(object array, ArrayView* view, void** stream) except -1:
-    cdef PinnedBuffer source = array
-    source.require_open()
-    bytes_view(view, source.raw, source.size, kDLCPU, 0)
-    return keep_in_view(view, memoryview(source))
-
-
-# ---- scratch -------------------------------------------------------------------------------------
-
-
-@cython.final
-cdef class Workspace:
-    """Scratch memory that a caller lends to ``plan.run``, aligned to 256 bytes.
-
-    Its contents mean nothing between calls. One workspace serves one call at a time: calls that may
-    overlap, on several streams or threads, need one each.
-
-    Parameters
-    ----------
-    nbytes : int, optional
-        Size, such as ``plan.workspace_size``.
-    device : str, int or Stream, optional
-        ``"cpu"`` (the default, unless `stream` is given) or ``"cuda:1"``.
-    stream : Stream or object with ``__cuda_stream__``, optional
-        On CUDA, the stream whose order the memory belongs to.
-    buffer : array, optional
-        Memory to lend instead: writable, contiguous, on either device. What lies before the first
-        multiple of 256 is not used.
-
-    Raises
-    ------
-    InvalidProblem
-        Both or neither of `nbytes` and `buffer`; a buffer that is not contiguous; or a stream on
-        the CPU.
-    ReadOnlyArray
-        A buffer that cannot be written.
-    OutOfMemory
-        The GPU or the host has no such amount left.
-
-    Examples
-    --------
-    >>> from baracuda_cy import Workspace
-    >>> Workspace(4096)
-    Workspace(4096, device='cpu')
-    >>> Workspace(buffer=bytearray(4096)).nbytes > 3840
-    True
-    """
-
-    def __init__(self, nbytes=None, *, device=None, stream=None, buffer=None):
-        cdef HostMemory host
-        cdef DeviceMemory memory
-        cdef StreamHandle order
-        cdef int64_t size
-        if self.memory is not None:
-            raise InvalidProblem(
-                "workspace: expected to be made once, got a second __init__; make another Workspace"
-            )
-        if (nbytes is None) == (buffer is None):
-            raise InvalidProblem(
-                "nbytes: expected either nbytes or buffer=, got "
-                + ("neither" if buffer is None else "both")
-                + "; pass one of them"
-            )
-        if buffer is not None:
-            if device is not None or stream is not None:
-                raise InvalidProblem(
-                    "buffer: expected no device and no stream beside it: they are the buffer's"
-                )
-            self.lend(buffer)
-            return
-        size = size_of(nbytes, "nbytes")
-        host_named = str(device) in ("cpu", "cpu:0")
-        if host_named and stream is not None:
-            raise InvalidProblem(
-                f"stream: expected None on the CPU, got {type(stream).__name__}; leave it out"
-            )
-        if host_named or (device is None and stream is None):
-            host = allocate_host(size)
-            self.memory = host
-            self.raw = <char*>host.raw
-            self.device_type = kDLCPU
-        else:
-            order = handle_of(stream)
-            memory = allocate_device(size, place_of(order, device), order)
-            self.memory = memory
-            self.raw = <char*>memory.raw
-            self.device_type = kDLCUDA
-            self.device_id = memory.device
-        self.size = size
-
-    cdef int lend(self, object buffer) except -1:
-        cdef LentMemory lent = LentMemory.__new__(LentMemory)
-        lent.source = buffer
-        # Borrowed where that can be: what this holds could hold the workspace in turn.
-        acquire_view(buffer, &lent.view, NULL, False, "buffer")
-        use_lent(buffer, &lent.view)
-        self.memory = lent
-        return 0
-
-    cdef int fill(self, ArrayView* view) except -1:
-        """View the usable bytes."""
-        self.require_open()
-        if isinstance(self.memory, LentMemory):
-            # Anew for each use, as its library may have moved it, and held for as long.
-            source = (<LentMemory>self.memory).source
-            hold_view(source, view, NULL, False, "buffer")
-            return use_lent(source, view)
-        bytes_view(view, self.raw, self.size, self.device_type, self.device_id)
-        return keep_in_view(view, self.memory)
-
-    cdef int require_open(self) except -1:
-        if self.memory is None:
-            raise InvalidProblem(
-                "workspace: expected an open Workspace, got one that is closed; "
-                "make another one"
-            )
-        return 0
-
-    cdef tuple look(self):
-        """Address, size and device."""
-        cdef ArrayView view
-        memset(&view, 0, sizeof(view))
-        self.fill(&view)
-        device = "cpu" if view.device_type == kDLCPU else f"cuda:{view.device_id}"
-        found = <uintptr_t>view.data, view.shape[0], device
-        release_view(&view)
-        return found
-
-    @property
-    def nbytes(self):
-        """Usable size in bytes."""
-        return self.look()[1]
-
-    @property
-    def ptr(self):
-        """Address of the first usable byte, a multiple of 256."""
-        return self.look()[0]
-
-    @property
-    def device(self):
-        """``"cpu"`` or ``"cuda:N"``."""
-        return self.look()[2]
-
-    @property
-    def closed(self):
-        """Whether `close` was called."""
-        return self.memory is None
-
-    def close(self):
-        """Let go of the memory. Using it afterwards is an error; closing twice is not."""
-        self.memory = None
-        self.raw = NULL
-
-    def __enter__(self):
-        self.require_open()
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def __repr__(self):
-        if self.memory is None:
-            return "Workspace(closed)"
-        if isinstance(self.memory, LentMemory):
-            # Its bytes may be gone by now.
-            return f"Workspace(buffer={describe((<LentMemory>self.memory).source)})"
-        return f"Workspace({self.nbytes}, device={self.device!r})"
-
-
-cdef int use_lent(object source, ArrayView* view) except -1:
-    """Make the view of an array one of its aligned bytes."""
-    cdef int64_t size, skipped
-    try:
-        if view.readonly:
-            raise ReadOnlyArray(
-                f"buffer: expected a writable array, got {describe(source)}, which is read-only; "
-                "pass a bytearray or a writable array"
-            )
-        size = span_of(view, "buffer", source)
-    except BaseException:
-        release_view(view)
-        raise
-    skipped = -<uintptr_t>view.data % ALIGNMENT
-    bytes_view(
-        view, view.data + skipped, max(size - skipped, 0), view.device_type, view.device_id
-    )
-    return 0
-
-
-cdef int fill_workspace(object array, ArrayView* view, void** stream) except -1:
-    cdef Workspace workspace = array
-    workspace.fill(view)
-    if view.device_type != kDLCUDA:
-        return 0
-    if isinstance(workspace.memory, DeviceMemory):
-        stream[0] = (<DeviceMemory>workspace.memory).order.raw
-        return 0
-    try:
-        current_stream((<LentMemory>workspace.memory).source, stream)
-    except BaseException:
-        release_view(view)
-        raise
-    return 0
-
-
 register_type(DeviceBuffer, fill_buffer)
 register_type(DeviceArray, fill_array)
-register_type(PinnedBuffer, fill_pinned)
-register_type(Workspace, fill_workspace)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int32_t, int64_t
+
+from baracuda_cy.elements cimport U8
 
 
 cdef enum:
@@ -33,3 +36,24 @@ cdef enum:
 cdef void release_view(ArrayView* view) noexcept
 # Lets go of what a view kept, once it is the caller's: `keep_kind` and `keep` of it.
 cdef void drop(int kind, void* keep) noexcept
+
+
+# How this package's own types fill theirs.
+cdef inline int keep_in_view(ArrayView* view, object owner) except -1:
+    Py_INCREF(owner)
+    view.keep = <void*>owner
+    view.keep_kind = KEEP_OBJECT
+    return 0
+
+
+cdef inline int bytes_view(
+    ArrayView* view, void* data, int64_t nbytes, int device_type, int device
+) except -1:
+    view.data = <char*>data
+    view.ndim = 1
+    view.shape[0] = nbytes
+    view.strides[0] = 1
+    view.element = U8
+    view.device_type = device_type
+    view.device_id = device
+    return 0
