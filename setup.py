@@ -307,7 +307,8 @@ def native_objects(toolkit: Toolkit | None) -> list[Object]:
         print(f"CUDA {arch}, emulated", flush=True)
         flags = [*EMULATOR_FLAGS, f"-D__CUDA_ARCH__={arch}0", f'-DBCY_CUDA_ARCHS="{arch}"']
         flags += AVX2 if X86_64 else []
-        for source in [*sorted(cuda.rglob("*.cu")), cuda / "runtime.cpp", *EMULATOR.glob("*.cpp")]:
+        units = [*sorted(cuda.rglob("*.cu")), cuda / "runtime.cpp", cuda / "xla.cpp"]
+        for source in [*units, *EMULATOR.glob("*.cpp")]:
             commands[source] = [*cxx, *flags, "-x", "c++"]
     else:
         kind = "cpu"

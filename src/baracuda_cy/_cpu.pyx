@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU half of the native code: the operations in C++, over the same formats as the kernels."""
 
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int32_t, int64_t
 
 from baracuda_cy._cuda cimport check
@@ -17,6 +18,7 @@ from baracuda_cy._native cimport (
     bcy_cpu_nf4_matmul,
     bcy_cpu_nf4_nest,
     bcy_cpu_nf4_quantize,
+    bcy_cpu_xla_handler,
     bcy_gguf_block_bytes,
     bcy_gguf_block_elements,
 )
@@ -124,3 +126,16 @@ def block_layout(int32_t format):
     (32, 34)
     """
     return bcy_gguf_block_elements(format), bcy_gguf_block_bytes(format)
+
+
+def xla_handler(str operation):
+    """What JAX calls for an operation: a capsule, or None where there is none.
+
+    Parameters
+    ----------
+    operation : str
+        ``"gguf_matmul"``, ``"gguf_matvec"``, ``"gguf_dequantize"``, ``"nf4_matmul"`` or
+        ``"nf4_dequantize"``.
+    """
+    cdef void* handler = <void*>bcy_cpu_xla_handler(operation.encode())
+    return None if handler == NULL else PyCapsule_New(handler, NULL, NULL)

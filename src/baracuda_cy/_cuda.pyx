@@ -5,6 +5,7 @@ Importing this module touches no driver. In a build without CUDA it imports all 
 gives False and everything else says why.
 """
 
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int32_t, int64_t
 from posix.unistd cimport getpid
 
@@ -61,6 +62,7 @@ from baracuda_cy._native cimport (
     bcy_cuda_stream_synchronize,
     bcy_cuda_stream_wait,
     bcy_cuda_toolkit_version,
+    bcy_cuda_xla_handler,
     bcy_device_info,
 )
 
@@ -645,3 +647,15 @@ def compute_capability(int device=0):
     cdef bcy_device_info info
     read_device(device, &info)
     return info.major, info.minor
+
+
+def xla_handler(str operation):
+    """What JAX calls for an operation: a capsule, or None where there is none, as without CUDA.
+
+    Parameters
+    ----------
+    operation : str
+        As of `_cpu.xla_handler`.
+    """
+    cdef void* handler = <void*>bcy_cuda_xla_handler(operation.encode())
+    return None if handler == NULL else PyCapsule_New(handler, NULL, NULL)

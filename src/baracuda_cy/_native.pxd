@@ -138,6 +138,9 @@ cdef extern from "baracuda/api.h" nogil:
     int bcy_cpu_nf4_dequantize(const bcy_nf4_dequantize_args* args, int threads)
     int bcy_cpu_nf4_quantize(const bcy_nf4_quantize_args* args, int threads)
     int bcy_cpu_nf4_nest(const bcy_nf4_nest_args* args, int threads)
+    ctypedef void* (*bcy_xla_handler)(void* call_frame)
+    bcy_xla_handler bcy_cuda_xla_handler(const char* operation)
+    bcy_xla_handler bcy_cpu_xla_handler(const char* operation)
     int bcy_cpu_default_threads()
     const char* bcy_cpu_isa()
 

@@ -336,7 +336,8 @@ cdef int not_an_array(object array, str name) except -1:
     if framework_of(type(array)) == JAX:
         raise NotAnArray(
             f"{name}: expected an array with memory, got {type_name(array)}, which jax traces; "
-            "call this outside of jax.jit and other transformations"
+            "call this outside of jax.jit and other transformations, or inside "
+            "baracuda_cy.jax.linear"
         )
     raise NotAnArray(
         f"{name}: expected an array (__dlpack__, __cuda_array_interface__ or the buffer protocol), "
@@ -873,7 +874,7 @@ cdef int refuse_grad(object array, str name) except -1:
     if array.requires_grad:
         raise InvalidProblem(
             f"{name}: expected a tensor that needs no gradient, got requires_grad=True; "
-            "pass it as .detach()"
+            "pass it as .detach(), or multiply by a baracuda_cy.torch.Linear"
         )
     return 0
 

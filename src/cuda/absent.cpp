@@ -73,4 +73,6 @@ int bcy_cuda_nf4_dequantize(const bcy_nf4_dequantize_args*, void*) { return BCY_
 int bcy_cuda_nf4_quantize(const bcy_nf4_quantize_args*, void*) { return BCY_ERROR_NO_CUDA; }
 int bcy_cuda_nf4_nest(const bcy_nf4_nest_args*, void*) { return BCY_ERROR_NO_CUDA; }
 
+bcy_xla_handler bcy_cuda_xla_handler(const char*) { return nullptr; }
+
 }  // extern "C"

@@ -189,6 +189,15 @@ int bcy_cpu_nf4_dequantize(const bcy_nf4_dequantize_args* args, int threads);
 int bcy_cpu_nf4_quantize(const bcy_nf4_quantize_args* args, int threads);
 int bcy_cpu_nf4_nest(const bcy_nf4_nest_args* args, int threads);
 
+// ---- JAX ----------------------------------------------------------------------------------------
+
+// What XLA calls in place of gguf_matmul, gguf_matvec, gguf_dequantize, nf4_matmul and
+// nf4_dequantize (xla.h), from an XLA_FFI_CallFrame* to an XLA_FFI_Error*. NULL for another name,
+// and without CUDA. On the CPU gguf_matmul stages, too.
+typedef void* (*bcy_xla_handler)(void* call_frame);
+bcy_xla_handler bcy_cuda_xla_handler(const char* operation);
+bcy_xla_handler bcy_cpu_xla_handler(const char* operation);
+
 // BARACUDA_THREADS, else the CPUs that the first thread to ask may run on.
 int bcy_cpu_default_threads(void);
 // "avx512_vnni", "avx2" or "baseline": what the products run on here.

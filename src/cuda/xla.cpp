@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// What JAX calls on CUDA.
+#include "baracuda/xla.h"
+
+#include "baracuda/runtime.h"
+
+namespace bcy::xla {
+namespace {
+
+template <class Args, int (*kOperation)(const Args*, void*)>
+void* run(void* call) {
+  const CallFrame& frame = *static_cast<const CallFrame*>(call);
+  // The operations only launch kernels, the same for the same problem.
+  if (!is_call(frame, kCommandBufferCompatible)) return nullptr;
+  Problem<Args> problem;
+  if (!read(frame, problem)) return fail(frame, "not the buffers of this problem");
+  GetStream get = {sizeof get, nullptr, frame.context, nullptr};
+  if (Error* const error = frame.api->get_stream(&get)) return error;
+  int device;
+  int status = bcy_cuda_stream_device(get.stream, &device);
+  problem.args.device = device;
+  if (status == BCY_OK) status = kOperation(&problem.args, get.stream);
+  if (status == BCY_OK) return nullptr;
+  return fail(frame, status > 0 ? bcy_cuda_error_text(status) : "a wrong problem");
+}
+
+}  // namespace
+}  // namespace bcy::xla
+
+using namespace bcy::xla;
+
+bcy_xla_handler bcy_cuda_xla_handler(const char* operation) {
+  const struct {
+    const char* name;
+    bcy_xla_handler handler;
+  } handlers[] = {
+      {"gguf_matmul", run<bcy_gguf_matmul_args, bcy_cuda_gguf_matmul>},
+      {"gguf_matvec", run<bcy_gguf_matmul_args, bcy_cuda_gguf_matvec>},
+      {"gguf_dequantize", run<bcy_gguf_dequantize_args, bcy_cuda_gguf_dequantize>},
+      {"nf4_matmul", run<bcy_nf4_matmul_args, bcy_cuda_nf4_matmul>},
+      {"nf4_dequantize", run<bcy_nf4_dequantize_args, bcy_cuda_nf4_dequantize>},
+  };
+  for (const auto& it : handlers) {
+    if (strcmp(it.name, operation) == 0) return it.handler;
+  }
+  return nullptr;
+}
