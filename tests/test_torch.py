@@ -3,6 +3,7 @@
 
 import copy
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -39,9 +40,13 @@ def weight(request, device):
     return bcy.quantize(values, request.param, **PACKED[request.param]).to(device)
 
 
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    torch.compiler.reset()
+@pytest.fixture
+def compiling():
+    """Nothing is compiled yet, and torch may warn of what it does itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.compiler.reset()
+        yield
 
 
 def activations(device, *shape, dtype=torch.float32):
@@ -89,6 +94,7 @@ def test_any_strides(device, weight):
         assert torch.equal(layer(view.requires_grad_()), layer(view.contiguous()))
 
 
+@pytest.mark.usefixtures("compiling")
 def test_autocast_rounds_activations(device, weight):
     x = activations(device, 3)
     layer = Linear(weight, torch.linspace(-1, 1, ROWS, device=device))
@@ -132,6 +138,7 @@ def test_a_bias_learns_alone(device, weight):
     assert not layer(activations(device, 7)).requires_grad
 
 
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_operators_are_what_torch_takes_them_for(device, weight, dtype):
     layer = Linear(weight, torch.zeros(ROWS, device=device))
@@ -144,6 +151,7 @@ def test_operators_are_what_torch_takes_them_for(device, weight, dtype):
 # ---- graphs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("compiling")
 def test_compiled_whole(device, weight):
     layer = Linear(weight, torch.linspace(-1, 1, ROWS, device=device))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -157,6 +165,7 @@ def test_compiled_whole(device, weight):
         assert torch.equal(x.grad, same.grad)
 
 
+@pytest.mark.usefixtures("compiling")
 def test_layers_that_differ_in_their_bytes_share_a_graph():
     graphs = []
 
@@ -175,7 +184,7 @@ def test_layers_that_differ_in_their_bytes_share_a_graph():
 
 
 @pytest.mark.gpu(real="of torch")
-@pytest.mark.filterwarnings("ignore")  # of what torch imports
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("name", ["Q4_K", "nf4"])
 def test_compiled_into_a_cuda_graph(name):
     if not torch.cuda.is_available():
@@ -191,6 +200,7 @@ def test_compiled_into_a_cuda_graph(name):
             assert torch.equal(compiled(x).clone(), packed(x))
 
 
+@pytest.mark.usefixtures("compiling")
 def test_exported(device, weight):
     layer = Linear(weight, torch.linspace(-1, 1, ROWS, device=device)).eval()
     x = activations(device, 4)

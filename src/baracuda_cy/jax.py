@@ -26,9 +26,10 @@ import baracuda_cy
 from baracuda_cy import _cpu, _cuda, gguf, nf4
 from baracuda_cy._xla import call_of
 from baracuda_cy.descriptors import GgufDequantizeDescriptor, PlanPreference
+from baracuda_cy.dlpack import inspect
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.formats import ElementKind
-from baracuda_cy.tensor import GgufTensor, Nf4Tensor
+from baracuda_cy.tensor import GgufTensor, Nf4Tensor, host_bytes
 
 if TYPE_CHECKING:
     from baracuda_cy.plan import Plan
@@ -178,7 +179,8 @@ class Weight:
     Parameters
     ----------
     weight : GgufTensor or Nf4Tensor
-        On the device where it is to be used. Memory of CUDA is shared, what is on the host copied.
+        On the device where it is to be used. What is on the host is copied; memory of CUDA is
+        shared, but for parts that begin at no multiple of 16 bytes.
 
     Attributes
     ----------
@@ -220,7 +222,7 @@ class Weight:
                 nested = (weight.nested.block_size, weight.nested.offset)
         is_gguf = isinstance(weight, GgufTensor)
         nbytes = weight.nbytes if is_gguf else None
-        self.arrays = tuple(_bytes(array, nbytes) for array in arrays)
+        self.arrays = tuple(_bytes(array, nbytes, weight.device) for array in arrays)
         self._how = _How(is_gguf, weight._problem, weight.shape, nested, weight.device)
 
     @property
@@ -350,10 +352,14 @@ def _check_element(dtype: Any, name: str) -> None:
         )
 
 
-def _bytes(array: Any, nbytes: int | None) -> jax.Array:
+def _bytes(array: Any, nbytes: int | None, device: str) -> jax.Array:
     """Return an array as one row of bytes, where it is."""
-    if isinstance(array, np.ndarray):
-        return jax.device_put(array.reshape(-1).view(np.uint8)[:nbytes], jax.devices("cpu")[0])
+    backend, _, ordinal = device.partition(":")
     if not isinstance(array, jax.Array):
+        # Programs take memory that begins at any multiple of 16 bytes, and elsewhere a copy.
+        if backend == "cpu" or inspect(array)["pointer"] % 16:
+            places = jax.local_devices(backend=backend)
+            place = next(it for it in places if it.local_hardware_id == int(ordinal or 0))
+            return jax.device_put(np.array(host_bytes(array, nbytes)), place)
         array = jnp.from_dlpack(array)
     return jax.lax.bitcast_convert_type(array, jnp.uint8).reshape(-1)[:nbytes]

@@ -230,7 +230,7 @@ class GgufTensor(PackedWeight):
         return f"GgufTensor({self.format.name}, shape={self.shape}, {where})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (_host_bytes(self.data, self.nbytes), self.format, self.shape)
+        return type(self), (host_bytes(self.data, self.nbytes), self.format, self.shape)
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> GgufTensor:
         size = self.nbytes // (self.shape[0] or 1)
@@ -243,7 +243,7 @@ class GgufTensor(PackedWeight):
     def _join(self, weights: Sequence[GgufTensor], shape: tuple[int, ...]) -> GgufTensor:
         import numpy as np
 
-        data = np.concatenate([_host_bytes(w.data, w.nbytes) for w in weights])
+        data = np.concatenate([host_bytes(w.data, w.nbytes) for w in weights])
         return GgufTensor(data, self.format, shape).to(self.device)
 
     def to(self, device: Any, stream: Any = None) -> GgufTensor:
@@ -408,7 +408,7 @@ class NestedAbsmax(_Immutable):
         return f"NestedAbsmax({self.count} scales, {what}, on {self.device})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        code, absmax = (_host_bytes(it).view("float32") for it in (self.code, self.absmax))
+        code, absmax = (host_bytes(it).view("float32") for it in (self.code, self.absmax))
         return type(self), (code, absmax, self.offset, self.block_size)
 
     def to(self, device: Any, stream: Any = None) -> NestedAbsmax:
@@ -600,7 +600,7 @@ class Nf4Tensor(PackedWeight):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        data, absmax = _host_bytes(self.data), _host_bytes(self.absmax)
+        data, absmax = host_bytes(self.data), host_bytes(self.absmax)
         if self.nested is None:
             absmax = absmax.view("float32")
         how = (self.shape, self.block_size, self.codebook, self.layout, self.nested, self.dtype)
@@ -650,7 +650,7 @@ class Nf4Tensor(PackedWeight):
                     f"one has others, got {w!r}; give all smaller ones with to_layout(..., "
                     "block_size=), or put it last"
                 )
-        data = np.concatenate([_host_bytes(w.data) for w in weights])
+        data = np.concatenate([host_bytes(w.data) for w in weights])
         absmax = np.concatenate([w._host_absmax() for w in weights])
         dtype = self.dtype if all(w.dtype is self.dtype for w in weights) else None
         return self._like(data, absmax, None, shape=shape, dtype=dtype).to(self.device)
@@ -993,7 +993,7 @@ def _check_device(name: str, device: str, expected: str, other: str) -> None:
         )
 
 
-def _host_bytes(array: Any, nbytes: int | None = None) -> NDArray[Any]:
+def host_bytes(array: Any, nbytes: int | None = None) -> NDArray[Any]:
     """Return the first bytes, or all, wherever they are: a view of what NumPy has already."""
     import numpy as np
 

@@ -7,6 +7,8 @@
 namespace bcy::xla {
 namespace {
 
+constexpr int kCuda = 2;  // bcy_cuda_pointer_device
+
 template <class Args, int (*kOperation)(const Args*, void*)>
 void* run(void* call) {
   const CallFrame& frame = *static_cast<const CallFrame*>(call);
@@ -16,9 +18,11 @@ void* run(void* call) {
   if (!read(frame, problem)) return fail(frame, "not the buffers of this problem");
   GetStream get = {sizeof get, nullptr, frame.context, nullptr};
   if (Error* const error = frame.api->get_stream(&get)) return error;
-  int device;
-  int status = bcy_cuda_stream_device(get.stream, &device);
-  problem.args.device = device;
+  // Where the output is: a stream that is captured does not say where it is. An empty output is
+  // nowhere, and asks for nothing.
+  int type = 0, device = 0;
+  int status = bcy_cuda_pointer_device(problem.args.y, &type, &device);
+  if (type == kCuda) problem.args.device = device;
   if (status == BCY_OK) status = kOperation(&problem.args, get.stream);
   if (status == BCY_OK) return nullptr;
   return fail(frame, status > 0 ? bcy_cuda_error_text(status) : "a wrong problem");
