@@ -217,6 +217,27 @@ def test_graph_of_linear(product, m):
     assert torch.equal(y, want)
 
 
+@pytest.mark.gpu
+def test_graph_on_a_stream_that_is_nothing_but_a_handle():
+    torch = torch_with_a_gpu()
+
+    class Handle:
+        def __cuda_stream__(self):
+            return 0, torch.cuda.current_stream().cuda_stream
+
+    w = bcy.quantize(np.eye(256, dtype=np.float32), "Q8_0").to("cuda")
+    x, y = torch.ones(4, 256, device="cuda"), torch.zeros(4, 256, device="cuda")
+    plan = w.plan(m=4)
+    workspace = bcy.Workspace(plan.workspace_size, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(w, x, y, workspace=workspace, stream=Handle())
+        stream = bcy.Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+        plan.run(w, x, y, workspace=workspace, stream=stream)
+    graph.replay()
+    assert torch.equal(y, bcy.linear(x, w))
+
+
 def faint(product):
     """A weight and tokens whose scales and products are subnormal."""
     weight, x = product.weight(N, K), random_activations(2, K)

@@ -199,6 +199,11 @@ int bcy_cuda_stream_is_capturing(int device, void* stream, int* capturing) {
 }
 
 int bcy_cuda_stream_device(void* stream, int* device) {
+  *device = -1;
+  // The question ends a capture.
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  const int status = take_error(cudaStreamIsCapturing(as_stream(stream), &capturing));
+  if (status != BCY_OK || capturing != cudaStreamCaptureStatusNone) return status;
   return take_error(cudaStreamGetDevice(as_stream(stream), device));
 }
 

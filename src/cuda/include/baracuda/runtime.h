@@ -40,7 +40,7 @@ int bcy_cuda_stream_synchronize(int device, void* stream);
 int bcy_cuda_stream_query(int device, void* stream, int* done);
 int bcy_cuda_stream_wait(int device, void* stream, void* event);
 int bcy_cuda_stream_is_capturing(int device, void* stream, int* capturing);
-int bcy_cuda_stream_device(void* stream, int* device);
+int bcy_cuda_stream_device(void* stream, int* device);  // -1 where it is captured
 int bcy_cuda_stream_priority(int device, void* stream, int* priority);
 int bcy_cuda_stream_priority_range(int device, int* least, int* greatest);
 
