@@ -2,8 +2,10 @@
 """The PyTorch layer: its bits, gradients, graphs, and what modules do to their buffers."""
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import baracuda_cy as bcy
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from baracuda_cy.torch import Linear, _dequantize_op, _linear_op  # noqa: E402
+from baracuda_cy.torch import _WEIGHTS, Linear, _dequantize_op, _linear_op  # noqa: E402
 
 ROWS, COLUMNS = 48, 256
 PACKED = {
@@ -142,10 +144,43 @@ def test_a_bias_learns_alone(device, weight):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_operators_are_what_torch_takes_them_for(device, weight, dtype):
     layer = Linear(weight, torch.zeros(ROWS, device=device))
-    x = activations(device, 2, 3, dtype=dtype).requires_grad_()
+    x = activations(device, 2, 3, dtype=dtype)
     arrays, how = layer._arrays(), (layer._offset, layer._how)
-    torch.library.opcheck(_linear_op, (x, arrays, *how, layer.bias.to(dtype)))
+    bias = layer.bias.detach().to(dtype)
+    torch.library.opcheck(_linear_op, (x, arrays, *how, bias))
     torch.library.opcheck(_dequantize_op, (arrays, *how, dtype))
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "nf4"])
+def test_operators_see_what_tensors_hold_now(device, name):
+    rng = np.random.default_rng(0)
+    one, other = (
+        Linear(bcy.quantize(rng.standard_normal((ROWS, COLUMNS), np.float32), name).to(device))
+        for _ in range(2)
+    )
+    x = activations(device, 3)
+    expected = other(x)
+
+    def product(layer):
+        return _linear_op(x, layer._arrays(), layer._offset, layer._how, None)
+
+    assert torch.equal(product(one), one(x))
+    for mine, theirs in zip(one.buffers(), other.buffers(), strict=True):
+        mine.data = theirs.clone()
+    assert torch.equal(product(one), expected)
+    for mine in one.buffers():
+        mine.zero_()
+    assert not product(one).any()
+
+
+def test_operators_keep_no_weight():
+    layer = Linear(bcy.quantize(np.ones((ROWS, COLUMNS), np.float32), "nf4"))
+    layer(torch.ones(1, COLUMNS, requires_grad=True)).sum().backward()
+    kept = weakref.ref(layer.absmax)
+    assert _WEIGHTS.get(layer.data) is not None
+    del layer
+    gc.collect()
+    assert kept() is None
 
 
 # ---- graphs --------------------------------------------------------------------------------------

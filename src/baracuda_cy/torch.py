@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from baracuda_cy.descriptors import PlanPreference
 from baracuda_cy.errors import InvalidProblem
@@ -117,16 +118,34 @@ def _linear(
     how: str,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    bias = None if bias is None else bias.detach()
-    weight, preference = _weight(arrays, offset, how), _how(how).preference
-    return linear(x.detach().contiguous(), weight, bias, preference=preference)
+    weight, preference = _weight_of(arrays, offset, how), _how(how).preference
+    return linear(_plain(x).contiguous(), weight, _plain(bias), preference=preference)
+
+
+def _plain(tensor: Any) -> Any:
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+
+
+# Weights of operators by the tensor of their codes, over another of the same memory, or they would
+# keep each other alive. To make one anew takes as long as all the rest of a call.
+_WEIGHTS = WeakIdKeyDictionary()
+
+
+def _weight_of(arrays: list[torch.Tensor], offset: float, how: str) -> GgufTensor | Nf4Tensor:
+    data, *others = arrays
+    what = data.data_ptr(), data.numel(), offset, how
+    known = _WEIGHTS.get(data)
+    if known is None or known[0] != what or not all(map(is_, others, known[1])):
+        known = what, others, _weight([data.detach(), *others], offset, how)
+        _WEIGHTS[data] = known
+    return known[2]  # type: ignore[no-any-return]
 
 
 def _dequantize(
     arrays: list[torch.Tensor], offset: float, how: str, dtype: torch.dtype
 ) -> torch.Tensor:
     out = torch.empty(_how(how).options["shape"], dtype=dtype, device=arrays[0].device)
-    return dequantize(_weight(arrays, offset, how), out=out)
+    return dequantize(_weight_of(arrays, offset, how), out=out)
 
 
 # Less than half of what torch.library.custom_op adds to each call. A Scalar may stay a symbol in a
@@ -156,24 +175,35 @@ def _fake_dequantize(
     return arrays[0].new_empty(_how(how).options["shape"], dtype=dtype)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, arrays, *ctx.others, _ = inputs
-    ctx.save_for_backward(*arrays)
-
-
-def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    of_x = of_bias = None
-    if ctx.needs_input_grad[0]:
-        arrays = list(ctx.saved_tensors)
-        of_x = gradient @ _dequantize_op(arrays, *ctx.others, gradient.dtype)
-    if ctx.needs_input_grad[4]:
-        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-    return of_x, [None] * len(ctx.saved_tensors), None, None, of_bias
-
-
 torch.library.register_fake(_linear_op, _fake_linear, lib=_LIBRARY)
 torch.library.register_fake(_dequantize_op, _fake_dequantize, lib=_LIBRARY)
-torch.library.register_autograd(_linear_op, _gradients, setup_context=_keep, lib=_LIBRARY)
+
+
+class _Followed(torch.autograd.Function):  # type: ignore[misc]
+    """The product where gradients are asked for: without, the operator alone is faster."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        offset: float,
+        how: str,
+        *arrays: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(*arrays)
+        ctx.offset, ctx.how = offset, how
+        return _linear_op(x, list(arrays), offset, how, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        of_x = of_bias = None
+        arrays = list(ctx.saved_tensors)
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ _dequantize_op(arrays, ctx.offset, ctx.how, gradient.dtype)
+        if ctx.needs_input_grad[1]:
+            of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        return of_x, of_bias, None, None, *[None] * len(arrays)
 
 
 # ---- the layer -----------------------------------------------------------------------------------
@@ -346,6 +376,8 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
         )
         if followed or torch.compiler.is_compiling():
             bias = None if bias is None else bias.to(x.dtype)
+            if followed:
+                return _Followed.apply(x, bias, self._offset, self._how, *self._arrays())
             return _linear_op(x, self._arrays(), self._offset, self._how, bias)
         weight, bias = self._current()
         if bias is not None and bias.dtype != x.dtype:
