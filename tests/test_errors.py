@@ -440,7 +440,22 @@ def test_two_devices(plan, arguments, name, array):
     assert isinstance(caught.value, (InvalidProblem, bcy.CudaError, Unsupported))
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cuda0", "tpu:0", True, None, object(), 1.5])
+@pytest.mark.parametrize(
+    "device",
+    [
+        b"cuda",
+        bytearray(b"cpu"),
+        np.str_("nonsense"),
+        "gpu",
+        "",
+        "cuda0",
+        "tpu:0",
+        True,
+        None,
+        object(),
+        1.5,
+    ],
+)
 def test_no_device(device):
     with pytest.raises(InvalidProblem, match='device: expected "cpu", "cuda", "cuda:1"'):
         problems.staged_plan(device, "Q8_0", N, K, M)
@@ -451,7 +466,7 @@ def test_cuda_where_there_is_none():
 
     if _cuda.why_unavailable() is None:
         pytest.skip("this machine has a GPU")
-    for device in ("cuda", "cuda:0", "cuda:7"):
+    for device in ("cuda", "cuda:0", "cuda:7", np.str_("cuda")):
         with pytest.raises(Unsupported, match=r"^device: .*cpu"):
             problems.staged_plan(device, "Q8_0", N, K, M)
     weight = bcy.GgufTensor(random_weight("Q8_0", N, K), "Q8_0", (N, K))

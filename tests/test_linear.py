@@ -300,6 +300,16 @@ def test_linear_with_other_arguments(more, match):
         bcy.linear(random_activations(2, 512), w, **more)
 
 
+def test_what_cannot_be_multiplied_takes_no_memory():
+    w = bcy.quantize(np.ones((64, 256), np.float32), "Q8_0")
+    row = np.ones(256, np.float32)
+    for x in (np.broadcast_to(row, (2**40, 256)), np.broadcast_to(row[:, None], (256, 256)).T):
+        with pytest.raises(InvalidProblem, match="x: expected stride 1 along the last axis and"):
+            bcy.linear(x, w)
+    with pytest.raises(bcy.OutOfMemory, match=r"output: .*Unable to allocate"):
+        bcy.linear(np.lib.stride_tricks.as_strided(row, (2**40, 256), (1024, 4)), w)
+
+
 def test_linear_of_no_weight():
     for w in (random_weight("Q4_K", 24, 512), None, b""):
         with pytest.raises(InvalidProblem, match="w: expected a GgufTensor or an Nf4Tensor, got"):
@@ -531,10 +541,10 @@ def test_quantize_of_nothing(shape):
     ("array", "match"),
     [
         (np.zeros((2, 64)), r"array: expected float32, float16 or bfloat16, got float64.*astype"),
-        (np.zeros((2, 63), np.float32), "ncols: expected a multiple of 32"),
+        (np.zeros((2, 63), np.float32), "array: expected a multiple of 32 columns"),
         (np.float32(1), "array: "),
-        (np.zeros((2, 128), np.float32)[:, ::2], "array: expected contiguous rows"),
-        (np.zeros((64, 2), np.float32).T, "array: expected contiguous rows"),
+        (np.zeros((2, 128), np.float32)[:, ::2], "array: expected stride 1 along the last ax"),
+        (np.zeros((64, 2), np.float32).T, "array: expected stride 1 along the last ax"),
         (np.full((2, 64), np.nan, np.float32), "array: expected finite values"),
         (np.full((2, 64), np.inf, np.float16), "array: expected finite values"),
         (np.full((2, 64), -np.inf, FLOATS["bfloat16"]), "array: expected finite values"),

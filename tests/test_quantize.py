@@ -70,6 +70,11 @@ def ties(end, step):
     return x
 
 
+def rows_about_constants(g, rng, spread):
+    """As weights of norms are, about one constant a row."""
+    return rng.uniform(0.1, 10, (len(g), 1)) * (1 + spread * g)
+
+
 EDGES = {
     "zero": lambda: np.zeros((2, 256)),
     "negative zero": lambda: -np.zeros((2, 256)),
@@ -101,6 +106,9 @@ FAMILIES = {
     "below zero": lambda g, rng: g * 0.02 - 0.1,
     "far above zero": lambda g, rng: g * 0.02 + 1,
     "far below zero": lambda g, rng: g * 0.02 - 1,
+    "rows that hardly vary, 1e-3": lambda g, rng: rows_about_constants(g, rng, 1e-3),
+    "rows that hardly vary, 3e-4": lambda g, rng: rows_about_constants(g, rng, 3e-4),
+    "rows that hardly vary, 1e-5": lambda g, rng: rows_about_constants(g, rng, 1e-5),
     "rectified": lambda g, rng: np.maximum(g, 0),
     "rows of many scales": lambda g, rng: g * np.exp(2 * rng.standard_normal((len(g), 1))),
     "groups of many scales": lambda g, rng: (

@@ -246,6 +246,40 @@ def test_exported(device, weight):
     assert torch.equal(torch.export.load(file).module()(x), layer(x))
 
 
+# ---- where torch looks at weights ----------------------------------------------------------------
+
+
+def test_layers_of_a_transformer(device):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(COLUMNS, 4, 512, batch_first=True, device=device)
+    layer.eval()
+    x = activations(device, 2, 5)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.linear1 = Linear.from_linear(layer.linear1, "Q8_0")
+        layer.linear2 = Linear.from_linear(layer.linear2, "Q8_0")
+        error = torch.dist(layer(x), expected) / expected.norm()
+    assert 0 < error < 0.01
+
+
+def test_a_weight_stands_for_a_tensor_in_linear_alone(device, weight):
+    x, bias = activations(device, 3), torch.linspace(-1, 1, ROWS, device=device)
+    functional = torch.nn.functional.linear
+    assert torch.equal(functional(x, weight, bias), bcy.linear(x, weight, bias))
+    assert torch.equal(functional(input=x, weight=weight), bcy.linear(x, weight))
+    with pytest.raises(TypeError, match=r"torch\.matmul"):
+        torch.matmul(x, weight)
+    with pytest.raises(bcy.InvalidProblem, match="w: expected a GgufTensor or an Nf4Tensor"):
+        functional(weight, x)
+
+
+def test_inside_of_torch_func():
+    weight = bcy.quantize(np.eye(COLUMNS, dtype=np.float32), "Q8_0")
+    x = torch.ones(3, COLUMNS)
+    with pytest.raises(bcy.InvalidProblem, match="output: expected memory of torch"):
+        torch.func.grad(lambda b: (bcy.linear(x, weight) * b).sum())(torch.zeros(COLUMNS))
+
+
 # ---- modules -------------------------------------------------------------------------------------
 
 

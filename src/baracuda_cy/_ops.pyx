@@ -110,6 +110,20 @@ cdef int collapse(object array, ArrayView* view, str name) except -1:
     return 0
 
 
+cdef int check_rows(object array, const ArrayView* view, str name) except -1:
+    """The rows of a matrix are contiguous, and apart from each other."""
+    cdef int64_t rows = view.shape[0], cols = view.shape[1]
+    if rows and cols and (
+        (cols > 1 and view.strides[1] != 1) or (rows > 1 and view.strides[0] < cols)
+    ):
+        raise invalid(
+            name, f"stride 1 along the last axis and rows at least {cols} apart",
+            f"strides ({view.strides[0]}, {view.strides[1]}) in {describe(array)}",
+            "copy it, as in .contiguous() or .copy()",
+        )
+    return 0
+
+
 cdef int look_at_activations(
     Call* call, object x, object w, object stream, int32_t* device_type, int32_t* device_id
 ) except -1:
@@ -162,6 +176,10 @@ def multiply(x, w, bias, out, stream, preference):
         look_at_activations(&call, x, w, stream, &device_type, &device_id)
         cuda = device_type == CUDA
         output = view.element
+        # Before memory for its result is asked for.
+        matrix = view[0]
+        collapse(x, &matrix, "x")
+        check_rows(x, &matrix, "x")
         if out is None:
             result = allocate_like(
                 x, tuple([view.shape[i] for i in range(view.ndim - 1)]) + (w.nrows,),
@@ -182,8 +200,6 @@ def multiply(x, w, bias, out, stream, preference):
                 )
             check_shape(out, out_view, view, w.nrows)
         call.arrays[OUTPUT] = <PyObject*>target
-        matrix = view[0]
-        collapse(x, &matrix, "x")
         if PyType_IsSubtype(type(w), gguf_type):
             plan = select_gguf(
                 not cuda, device_id, <int>w.format, w.nrows, w.ncols, matrix.shape[0],
@@ -365,17 +381,16 @@ def pack(array, block_format, threads):
                 "copy it there first, as in .cpu()",
             )
         shape = tuple([view.shape[i] for i in range(view.ndim)])
+        if shape[-1] % block_format.block_size:
+            raise invalid(
+                "array",
+                f"a multiple of {block_format.block_size} columns "
+                f"(the block size of {block_format.name})",
+                describe(array), "pad the rows or choose a format with smaller blocks",
+            )
         row_bytes = block_format.row_bytes(shape[-1])
         collapse(array, &view, "array")
-        if view.shape[0] and view.shape[1]:
-            if (view.shape[1] > 1 and view.strides[1] != 1) or (
-                view.shape[0] > 1 and view.strides[0] < view.shape[1]
-            ):
-                raise invalid(
-                    "array", "contiguous rows",
-                    f"strides ({view.strides[0]}, {view.strides[1]}) in {describe(array)}",
-                    "copy it, as in .contiguous() or .copy()",
-                )
+        check_rows(array, &view, "array")
         data = np.empty((*shape[:-1], row_bytes), np.uint8)
         acquire_view(data, &packed, NULL, False, "data")
         args.x = view.data

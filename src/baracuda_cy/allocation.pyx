@@ -125,6 +125,12 @@ cdef object allocate_by_exchange(
             raised()
         # Some libraries append a native stack trace.
         what = f"output: {errors[0].partition(chr(10))[0]}"
+        if "storage" in what:
+            # So torch says that it traces what is called, and gives tensors without memory.
+            raise InvalidProblem(
+                f"output: expected memory of torch, got a tensor that it traces ({what}); call "
+                "this outside of torch.func's transformations"
+            )
         if device_type == kDLCUDA:
             raise OutOfMemory(2, "cudaErrorMemoryAllocation", what)
         _cuda.check(BCY_ERROR_OUT_OF_MEMORY, what)
@@ -172,7 +178,10 @@ cdef Allocation allocate_like(
     if device_type == kDLCPU:
         import numpy as np
 
-        target = np.empty(shape, numpy_dtype(element, "output"))
+        try:
+            target = np.empty(shape, numpy_dtype(element, "output"))
+        except MemoryError as error:
+            _cuda.check(BCY_ERROR_OUT_OF_MEMORY, f"output: {error}")
         return allocated(target, PUT_ON_JAX_CPU if kind.framework == JAX else MADE, prototype)
     if kind.framework == CUPY:
         cupy = sys.modules["cupy"]

@@ -96,11 +96,11 @@ cdef str device_name(int32_t device_type, int32_t device_id):
 cdef int resolve_device(object device, int32_t* device_type, int32_t* device_id) except -1:
     """Find the device that a name, an ordinal, a stream or an array stands for."""
     cdef object asked = device
-    # NumPy's numbers are arrays, too.
-    cdef bint numbered = is_number(asked)
+    # NumPy's numbers and strings are arrays, too.
+    cdef bint numbered = is_number(asked), named = isinstance(asked, (str, bytes, bytearray))
     device_type[0] = HOST
     device_id[0] = 0
-    if not numbered and device_of(asked, device_type, device_id, "device"):
+    if not (numbered or named) and device_of(asked, device_type, device_id, "device"):
         if device_type[0] == HOST:
             device_id[0] = 0
             return 0

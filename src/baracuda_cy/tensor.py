@@ -122,6 +122,22 @@ class PackedWeight(_Immutable):
 
         return dequantize(self, dtype, out, stream, preference=preference)  # type: ignore[arg-type]
 
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Stand for a tensor in ``torch.nn.functional.linear``, and in nothing else."""
+        import torch
+
+        if function is not torch.nn.functional.linear:
+            return NotImplemented
+        from baracuda_cy.ops import linear
+
+        def product(input: Any, weight: Any, bias: Any = None) -> Any:
+            return linear(input, weight, bias)
+
+        return product(*args, **(kwargs or {}))
+
     def __dlpack__(self, **arguments: Any) -> Any:
         """Export the packed bytes, so that several frameworks share them without a copy."""
         if not hasattr(self.data, "__dlpack__"):

@@ -72,6 +72,16 @@ float error_of(const float* x, float scale, float offset) {
   return total(even + odd);
 }
 
+template <int kSize>
+float sum_of_squares(const float* x) {
+  Lanes even = splat(0.0f), odd = even;
+  for (int i = 0; i < kSize; i += 8) {
+    even += load(x + i) * load(x + i);
+    odd += load(x + i + 4) * load(x + i + 4);
+  }
+  return total(even + odd);
+}
+
 // d or dmin: its bits in the block, and its value beside elements that were multiplied by
 // 2^exponent.
 struct Superscale {
@@ -149,6 +159,14 @@ class SignedSearch {
       search.try_superscale(search.refit());
       if (!(search.best_.error < before)) break;
     }
+    // What is left of the error in blocks whose values hardly differ is what d was rounded by, and
+    // each d is by something else.
+    if (kGroups > 1 && search.best_.error < kHardly * sum_of_squares<kElements>(x)) {
+      for (int i = 1; i <= kMoreTries; ++i) {
+        search.try_superscale(search.largest_ / (kScaleFirst + i));
+        search.try_superscale(search.furthest_ / (Levels::kLowest * (kScaleFirst + i - 1)));
+      }
+    }
     // Elements far below the smallest float16 are nearer to zero than to any level of it. Last, so
     // that those far above the largest, where all errors are alike, keep what is nearest.
     if constexpr (kGroups == 1) search.try_superscale(0.0f);
@@ -165,6 +183,8 @@ class SignedSearch {
   static constexpr int kGuesses = 16 / kSides;
   // Scales of 8 bits lie closer, so more of them are near.
   static constexpr int kReach = kScaleFirst < -64 ? 5 : 1;
+  static constexpr float kHardly = 0x1p-14f;
+  static constexpr int kMoreTries = 8;
 
   SignedSearch(const float* x, int exponent) : x_(x), exponent_(exponent) {}
 
@@ -174,6 +194,7 @@ class SignedSearch {
     for (int i = 0; i < kSize; ++i) {
       if (std::fabs(x[i]) > std::fabs(extreme_)) extreme_ = x[i];
     }
+    if (std::fabs(extreme_) > std::fabs(furthest_)) furthest_ = extreme_;
     // At the best scale for given levels the error is sum(x^2) - explained.
     float explained[2] = {};
     for (int side = 0; side < kSides; ++side) {
@@ -227,7 +248,8 @@ class SignedSearch {
 
   const float* x_;
   int exponent_;
-  float extreme_ = 0.0f;
+  float extreme_ = 0.0f;  // of a group
+  float furthest_ = 0.0f;  // of the block
   float estimates_[kGroups][2] = {};  // the better one first
   float largest_ = 0.0f;  // of the better ones
   Result best_;
