@@ -7,12 +7,16 @@ import io
 import warnings
 import weakref
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import baracuda_cy as bcy
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from baracuda_cy.torch import _WEIGHTS, Linear, _dequantize_op, _linear_op  # noqa: E402
 
@@ -145,7 +149,7 @@ def test_a_bias_learns_alone(device, weight):
 def test_operators_are_what_torch_takes_them_for(device, weight, dtype):
     layer = Linear(weight, torch.zeros(ROWS, device=device))
     x = activations(device, 2, 3, dtype=dtype)
-    arrays, how = layer._arrays(), (layer._offset, layer._how)
+    arrays, how = layer._arrays(), (layer._offset, layer._spec)
     bias = layer.bias.detach().to(dtype)
     torch.library.opcheck(_linear_op, (x, arrays, *how, bias))
     torch.library.opcheck(_dequantize_op, (arrays, *how, dtype))
@@ -162,7 +166,7 @@ def test_operators_see_what_tensors_hold_now(device, name):
     expected = other(x)
 
     def product(layer):
-        return _linear_op(x, layer._arrays(), layer._offset, layer._how, None)
+        return _linear_op(x, layer._arrays(), layer._offset, layer._spec, None)
 
     assert torch.equal(product(one), one(x))
     for mine, theirs in zip(one.buffers(), other.buffers(), strict=True):
@@ -173,6 +177,21 @@ def test_operators_see_what_tensors_hold_now(device, name):
     assert not product(one).any()
 
 
+def test_a_layer_sees_what_its_tensors_hold_now(device, weight):
+    layer = Linear(weight, torch.zeros(ROWS, device=device))
+    x = activations(device, 3)
+    with torch.no_grad():
+        alone = layer(x)
+        layer.half()  # gives the parameter other memory
+        layer.bias += 100
+        torch.testing.assert_close(layer(x), alone + 100)
+        layer.bias.data = torch.full((ROWS,), 7.0, device=device)
+        assert torch.equal(layer(x), bcy.linear(x, weight, layer.bias.detach()))
+        for array in layer.buffers():
+            array.data = torch.zeros_like(array)
+        assert torch.equal(layer(x), torch.full_like(alone, 7))
+
+
 def test_operators_keep_no_weight():
     layer = Linear(bcy.quantize(np.ones((ROWS, COLUMNS), np.float32), "nf4"))
     layer(torch.ones(1, COLUMNS, requires_grad=True)).sum().backward()
@@ -181,6 +200,30 @@ def test_operators_keep_no_weight():
     del layer
     gc.collect()
     assert kept() is None
+
+
+def test_without_gradients_of_what_requires_them(device, weight):
+    layer = Linear(weight)
+    x = activations(device, 3)
+    expected = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x.clone().requires_grad_()), expected)
+    for reentrant in (True, False):
+        again = x.clone().requires_grad_()
+        y = checkpoint(layer, again, use_reentrant=reentrant)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+        assert again.grad is not None
+
+
+def test_gradients_of_no_outputs():
+    layer = Linear(
+        bcy.GgufTensor(np.zeros(0, np.uint8), "Q8_0", (0, 32)), torch.nn.Parameter(torch.zeros(0))
+    )
+    for shape in ((32,), (3, 32), (0, 32)):
+        x = torch.ones(shape, requires_grad=True)
+        layer(x).sum().backward()
+        assert not x.grad.any()
 
 
 # ---- graphs --------------------------------------------------------------------------------------
@@ -233,6 +276,13 @@ def test_compiled_into_a_cuda_graph(name):
         for _ in range(4):
             x = torch.randn(8, COLUMNS, dtype=torch.float16, device="cuda")
             assert torch.equal(compiled(x).clone(), packed(x))
+
+
+def test_traced(device, weight):
+    layer = Linear(weight)
+    x = activations(device, 3)
+    traced = make_fx(lambda x: layer(x) + 0)(torch.zeros_like(x))
+    assert torch.equal(traced(x), layer(x))
 
 
 @pytest.mark.usefixtures("compiling")
@@ -324,10 +374,13 @@ def test_what_is_stored_says_what_it_is(tmp_path):
         )
     ]
     # As many bytes, of another format.
-    with pytest.raises(
-        bcy.InvalidProblem, match=r"state_dict: expected a weight of .*Q4_0.*IQ4_NL"
-    ):
+    before = layers[0].data.clone()
+    with pytest.raises(RuntimeError, match=r"state_dict: expected a weight of .*Q4_0.*IQ4_NL"):
         layers[0].load_state_dict(layers[1].state_dict())
+    garbage = {**layers[0].state_dict(), "_extra_state": torch.zeros(3, dtype=torch.uint8)}
+    with pytest.raises(RuntimeError, match="got one of None"):
+        layers[0].load_state_dict(garbage)
+    assert torch.equal(layers[0].data, before)
     x = activations("cpu", 3).repeat(1, 2)
     expected = layers[3](x)
     layers[2](x)
@@ -367,6 +420,28 @@ def test_memory_that_cannot_be_written_is_copied():
     assert not layer(torch.ones(COLUMNS)).any()
 
 
+def test_arrays_of_others_are_copied_where_they_cannot_be_written():
+    jnp = pytest.importorskip("jax.numpy", reason="JAX is not installed")
+    packed = bcy.quantize(np.eye(COLUMNS, dtype=np.float32), "Q8_0")
+    weight = bcy.GgufTensor(jnp.asarray(packed.data), "Q8_0", packed.shape)
+    Linear(weight).data.zero_()
+    assert np.array_equal(np.asarray(weight.data), packed.data)
+
+
+def test_codes_stored_as_bfloat16():
+    values = np.random.default_rng(0).standard_normal((ROWS, COLUMNS), np.float32)
+    w = bcy.quantize(values, "nf4")
+    stored = w.data.view(ml_dtypes.bfloat16)
+    x = activations("cpu", 3)
+    expected = Linear(w)(x)
+    assert torch.equal(Linear(bcy.Nf4Tensor(stored, w.absmax, w.shape))(x), expected)
+    # As of a file that lies in memory as it is.
+    layer = Linear(w)
+    moved = torch.zeros(layer.absmax.numel() + 1, dtype=torch.uint8)[1:]
+    layer.absmax = moved.copy_(layer.absmax)
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("name", ["Q5_K", "NF4", bcy.Codebook.FP4, bcy.GgufBlockFormat.Q6_K])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer_of_a_layer(device, name, dtype):
@@ -399,6 +474,10 @@ def test_options_of_packing_are_passed_on():
         (
             lambda: Linear(bcy.quantize(np.ones((4, 32), np.float32), "Q8_0"), torch.zeros(1, 4)),
             r"bias: expected shape \(4,\), got \(1, 4\)",
+        ),
+        (
+            lambda: Linear(bcy.quantize(np.ones((4, 32), np.float32), "Q8_0"), [0.0] * 4),
+            r"bias: expected a torch\.Tensor, got list",
         ),
         (
             lambda: Linear.from_linear(torch.nn.Linear(33, 4), "Q8_0"),

@@ -13,9 +13,9 @@ torch.Size([2, 3, 64])
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
-from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from baracuda_cy.descriptors import PlanPreference
+from baracuda_cy.dlpack import inspect
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.formats import Codebook, GgufBlockFormat, Nf4Layout
 from baracuda_cy.ops import dequantize, linear, quantize
@@ -30,19 +31,21 @@ from baracuda_cy.tensor import GgufTensor, NestedAbsmax, Nf4Tensor
 
 __all__ = ["Linear"]
 
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 # ---- weights as PyTorch's operators take them ----------------------------------------------------
 
 
-class _How(NamedTuple):
+class _Spec(NamedTuple):
     """What makes a weight of its arrays, and how it is multiplied."""
 
     options: dict[str, Any]
     preference: PlanPreference | None
 
 
-def _text(weight: GgufTensor | Nf4Tensor, preference: PlanPreference | None) -> str:
-    """Return a `_How` as text, which graphs hold, and files of exported programs.
+def _serialize(weight: GgufTensor | Nf4Tensor, preference: PlanPreference | None) -> str:
+    """Return a `_Spec` as text, which graphs hold, and files of exported programs.
 
     Layers that differ in what is not in it, such as the offset of nested absmax, share a graph.
     """
@@ -60,7 +63,7 @@ def _text(weight: GgufTensor | Nf4Tensor, preference: PlanPreference | None) -> 
 
 
 @lru_cache(256)
-def _how(text: str) -> _How:
+def _spec_of(text: str) -> _Spec:
     parts = json.loads(text)
     options, wishes = parts["weight"], parts["preference"]
     if "format" in options:
@@ -69,7 +72,7 @@ def _how(text: str) -> _How:
         options["codebook"] = Codebook[options["codebook"]]
         options["layout"] = Nf4Layout[options["layout"]]
     options["shape"] = tuple(options["shape"])
-    return _How(options, None if wishes is None else PlanPreference(**wishes))
+    return _Spec(options, None if wishes is None else PlanPreference(**wishes))
 
 
 def _arrays(weight: GgufTensor | Nf4Tensor) -> dict[str, torch.Tensor]:
@@ -84,28 +87,52 @@ def _arrays(weight: GgufTensor | Nf4Tensor) -> dict[str, torch.Tensor]:
 
 
 def _bytes(array: Any, nbytes: int | None = None) -> torch.Tensor:
+    # Tensors can be written to: what cannot, such as files and JAX's arrays, is copied.
     if isinstance(array, np.ndarray):
-        # Tensors can be written to: memory that cannot is copied.
-        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    elif isinstance(array, torch.Tensor):
+        array = array.reshape(-1).view(np.uint8)  # torch does not know all of NumPy's types
+        return torch.from_numpy(array if array.flags.writeable else array.copy())[:nbytes]
+    if isinstance(array, torch.Tensor):
         tensor = array.detach()
     else:
         tensor = torch.from_dlpack(array)
+        if inspect(array)["readonly"]:
+            tensor = tensor.clone()
     return tensor.reshape(-1).view(torch.uint8)[:nbytes]
 
 
-def _weight(arrays: list[torch.Tensor], offset: float, text: str) -> GgufTensor | Nf4Tensor:
+def _floats(array: torch.Tensor) -> torch.Tensor:
+    # Files that lie in memory as they are may put them anywhere.
+    return (array.clone() if array.data_ptr() % 4 else array).view(torch.float32)
+
+
+def _make_weight(arrays: list[torch.Tensor], offset: float, spec: str) -> GgufTensor | Nf4Tensor:
     """Return the weight over its arrays."""
-    options = dict(_how(text).options)
+    options = dict(_spec_of(spec).options)
     if "format" in options:
         return GgufTensor(arrays[0], **options)
     data, absmax, *tables = arrays
     block_size = options.pop("nested")
     if block_size is None:
-        return Nf4Tensor(data, absmax.view(torch.float32), **options)
-    code, scales = (table.view(torch.float32) for table in tables)
+        return Nf4Tensor(data, _floats(absmax), **options)
+    code, scales = map(_floats, tables)
     nested = NestedAbsmax(code, scales, offset, block_size)
     return Nf4Tensor(data, absmax, nested=nested, **options)
+
+
+# Weights by the tensor of their codes, over another of the same memory, or they would keep each
+# other alive. To make one anew takes as long as all the rest of a call.
+_WEIGHTS = WeakIdKeyDictionary()
+
+
+def _weight_over(arrays: list[torch.Tensor], offset: float, spec: str) -> GgufTensor | Nf4Tensor:
+    """Return the weight over its arrays, the same one as long as they have the same memory."""
+    data, *others = arrays
+    key = (*[array.data_ptr() for array in arrays], data.numel(), offset, spec)
+    known = _WEIGHTS.get(data)
+    if known is None or known[0] != key:
+        known = key, _make_weight([data.detach(), *others], offset, spec)
+        _WEIGHTS[data] = known
+    return known[1]  # type: ignore[no-any-return]
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -115,44 +142,32 @@ def _linear(
     x: torch.Tensor,
     arrays: list[torch.Tensor],
     offset: float,
-    how: str,
+    spec: str,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    weight, preference = _weight_of(arrays, offset, how), _how(how).preference
-    return linear(_plain(x).contiguous(), weight, _plain(bias), preference=preference)
+    weight = _weight_over(arrays, offset, spec)
+    x, bias = _detached(x).contiguous(), _detached(bias)
+    return linear(x, weight, bias, preference=_spec_of(spec).preference)
 
 
-def _plain(tensor: Any) -> Any:
+def _detached(tensor: Any) -> Any:
     return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
-# Weights of operators by the tensor of their codes, over another of the same memory, or they would
-# keep each other alive. To make one anew takes as long as all the rest of a call.
-_WEIGHTS = WeakIdKeyDictionary()
-
-
-def _weight_of(arrays: list[torch.Tensor], offset: float, how: str) -> GgufTensor | Nf4Tensor:
-    data, *others = arrays
-    what = data.data_ptr(), data.numel(), offset, how
-    known = _WEIGHTS.get(data)
-    if known is None or known[0] != what or not all(map(is_, others, known[1])):
-        known = what, others, _weight([data.detach(), *others], offset, how)
-        _WEIGHTS[data] = known
-    return known[2]  # type: ignore[no-any-return]
-
-
 def _dequantize(
-    arrays: list[torch.Tensor], offset: float, how: str, dtype: torch.dtype
+    arrays: list[torch.Tensor], offset: float, spec: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    out = torch.empty(_how(how).options["shape"], dtype=dtype, device=arrays[0].device)
-    return dequantize(_weight_of(arrays, offset, how), out=out)
+    out = torch.empty(_spec_of(spec).options["shape"], dtype=dtype, device=arrays[0].device)
+    return dequantize(_weight_over(arrays, offset, spec), out=out)
 
 
 # Less than half of what torch.library.custom_op adds to each call. A Scalar may stay a symbol in a
 # graph, where a float becomes a constant.
 _LIBRARY = torch.library.Library("baracuda_cy", "DEF")
-_LIBRARY.define("linear(Tensor x, Tensor[] arrays, Scalar offset, str how, Tensor? bias) -> Tensor")
-_LIBRARY.define("dequantize(Tensor[] arrays, Scalar offset, str how, ScalarType dtype) -> Tensor")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor[] arrays, Scalar offset, str spec, Tensor? bias) -> Tensor"
+)
+_LIBRARY.define("dequantize(Tensor[] arrays, Scalar offset, str spec, ScalarType dtype) -> Tensor")
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _linear_op = torch.ops.baracuda_cy.linear.default
@@ -163,23 +178,23 @@ def _fake_linear(
     x: torch.Tensor,
     arrays: list[torch.Tensor],
     offset: float,
-    how: str,
+    spec: str,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], _how(how).options["shape"][0]))
+    return x.new_empty((*x.shape[:-1], _spec_of(spec).options["shape"][0]))
 
 
 def _fake_dequantize(
-    arrays: list[torch.Tensor], offset: float, how: str, dtype: torch.dtype
+    arrays: list[torch.Tensor], offset: float, spec: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    return arrays[0].new_empty(_how(how).options["shape"], dtype=dtype)
+    return arrays[0].new_empty(_spec_of(spec).options["shape"], dtype=dtype)
 
 
 torch.library.register_fake(_linear_op, _fake_linear, lib=_LIBRARY)
 torch.library.register_fake(_dequantize_op, _fake_dequantize, lib=_LIBRARY)
 
 
-class _Followed(torch.autograd.Function):  # type: ignore[misc]
+class _LinearFunction(torch.autograd.Function):  # type: ignore[misc]
     """The product where gradients are asked for: without, the operator alone is faster."""
 
     @staticmethod
@@ -188,21 +203,21 @@ class _Followed(torch.autograd.Function):  # type: ignore[misc]
         x: torch.Tensor,
         bias: torch.Tensor | None,
         offset: float,
-        how: str,
+        spec: str,
         *arrays: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(*arrays)
-        ctx.offset, ctx.how = offset, how
-        return _linear_op(x, list(arrays), offset, how, bias)
+        ctx.offset, ctx.spec = offset, spec
+        return _linear_op(x, list(arrays), offset, spec, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         of_x = of_bias = None
         arrays = list(ctx.saved_tensors)
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ _dequantize_op(arrays, ctx.offset, ctx.how, gradient.dtype)
+            of_x = gradient @ _dequantize_op(arrays, ctx.offset, ctx.spec, gradient.dtype)
         if ctx.needs_input_grad[1]:
-            of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+            of_bias = gradient.sum_to_size(gradient.shape[-1])
         return of_x, of_bias, None, None, *[None] * len(arrays)
 
 
@@ -213,12 +228,13 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
     """A linear layer over a packed weight, in place of `torch.nn.Linear`.
 
     It computes what `baracuda_cy.linear` does, with the same bits, eagerly, in ``torch.compile``
-    and ``torch.export``. Gradients reach `x` and `bias`, not the weight: that of `x` is the
-    gradient times the unpacked weight, which takes its memory for that long. So adapters such as
-    LoRA's are trained beside it.
+    and, for inference, in ``torch.export``. Gradients reach `x` and `bias`, not the weight: that of
+    `x` is the gradient times the unpacked weight, which takes its memory for that long. So adapters
+    such as LoRA's are trained beside it.
 
-    The packed bytes are buffers: ``to(device)`` moves them and ``state_dict`` holds them, and a
-    change of the module's dtype leaves them alone.
+    The packed bytes are buffers: ``to(device)`` moves them, ``state_dict`` holds them, with what
+    they are, and a change of the module's dtype leaves them alone. What is loaded is written into
+    the arrays of the weight that was given.
 
     Parameters
     ----------
@@ -237,11 +253,12 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
         Over the buffers.
     bias : torch.nn.Parameter or None
     preference : PlanPreference or None
+        Fixed when the layer is made.
 
     Raises
     ------
     InvalidProblem
-        No packed weight, or one that is no matrix, or a bias of another shape.
+        No packed weight, or one that is no matrix, or a bias that is no tensor of its rows.
 
     Examples
     --------
@@ -274,12 +291,15 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
                 "take one of its matrices, as in weight[0]"
             )
         self.out_features, self.in_features = weight.shape
+        if bias is not None and not isinstance(bias, torch.Tensor):
+            raise InvalidProblem(
+                f"bias: expected a torch.Tensor, got {type(bias).__name__}; convert it"
+            )
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise InvalidProblem(
                 f"bias: expected shape ({self.out_features},), got {tuple(bias.shape)}; reshape it"
             )
-        self.preference = preference
-        self._how = _text(weight, preference)
+        self._spec = _serialize(weight, preference)
         nested = weight.nested if isinstance(weight, Nf4Tensor) else None
         self._offset = 0.0 if nested is None else nested.offset
         self._names = tuple(arrays := _arrays(weight))
@@ -288,8 +308,6 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
         if bias is not None and not isinstance(bias, torch.nn.Parameter):
             bias = torch.nn.Parameter(bias, requires_grad=bias.requires_grad)
         self.register_parameter("bias", bias)
-        # What _current() gave, after what it was made of.
-        self._made: tuple[list[Any], tuple[GgufTensor | Nf4Tensor, Any]] | None = None
 
     @classmethod
     def from_linear(
@@ -341,17 +359,12 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
     @property
     def weight(self) -> GgufTensor | Nf4Tensor:
         """The packed weight, over the buffers."""
-        return self._current()[0]
+        return _weight_over(self._arrays(), self._offset, self._spec)
 
-    def _current(self) -> tuple[GgufTensor | Nf4Tensor, torch.Tensor | None]:
-        """Return the weight, and the bias without its gradient, over what the module has now."""
-        bias = self.bias
-        has = [*self._arrays(), bias]
-        # Modules that move have other tensors then.
-        if self._made is None or not all(map(is_, has, self._made[0])):
-            weight = _weight(has[:-1], self._offset, self._how)
-            self._made = has, (weight, None if bias is None else bias.detach())
-        return self._made[1]
+    @property
+    def preference(self) -> PlanPreference | None:
+        """What products prefer."""
+        return _spec_of(self._spec).preference
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ dequantize(weight).T + bias``.
@@ -368,25 +381,19 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
             [..., out_features], of the dtype of `x`.
         """
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        bias = self.bias
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind)) if x.dtype in _TYPES else x
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         followed = torch.is_grad_enabled() and (
             x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        if followed or torch.compiler.is_compiling():
-            bias = None if bias is None else bias.to(x.dtype)
-            if followed:
-                return _Followed.apply(x, bias, self._offset, self._how, *self._arrays())
-            return _linear_op(x, self._arrays(), self._offset, self._how, bias)
-        weight, bias = self._current()
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
-        return linear(x.contiguous(), weight, bias, preference=self.preference)
+        if followed:
+            return _LinearFunction.apply(x, bias, self._offset, self._spec, *self._arrays())
+        return _linear_op(x, self._arrays(), self._offset, self._spec, bias)
 
     def extra_repr(self) -> str:
         """Return what the repr of a module shows."""
-        options = _how(self._how).options
+        options = _spec_of(self._spec).options
         kind = options["format"] if "format" in options else options["codebook"]
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, {kind.name}"
@@ -396,20 +403,36 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
 
     def get_extra_state(self) -> torch.Tensor:
         """Return what makes a weight of the buffers, for `state_dict`: JSON as bytes."""
-        state = {**json.loads(self._how)["weight"], "offset": self._offset}
+        state = {**json.loads(self._spec)["weight"], "offset": self._offset}
         return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take what another layer's buffers are, which has to be what this one's are."""
-        given = json.loads(bytes(state.tolist()))
-        offset = given.pop("offset")
-        own = json.loads(self._how)["weight"]
-        if given != own:
-            raise InvalidProblem(
-                f"state_dict: expected a weight of {own}, got one of {given}; "
-                "load it into a layer like the one that was saved"
-            )
-        self._offset, self._made = offset, None
+        """Take what belongs to buffers that were loaded and is no array."""
+        self._offset = json.loads(bytes(state.tolist()))["offset"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": None}
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Before anything is written: bytes of another format may be as many.
+        state = state_dict.get(f"{prefix}_extra_state")
+        if state is not None:
+            own, given = json.loads(self._spec)["weight"], None
+            with suppress(AttributeError, ValueError, TypeError):
+                given = json.loads(bytes(state.tolist()))
+            what = ("shape", "format", "codebook", "layout", "block_size", "nested")
+            if not isinstance(given, dict) or any(own.get(it) != given.get(it) for it in what):
+                error_msgs.append(
+                    f"{prefix[:-1] or 'state_dict'}: expected a weight of {own}, got one of "
+                    f"{given}; load it into a layer like the one that was saved"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
