@@ -151,7 +151,16 @@ def test_batches(weight):
     assert "while" not in text
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "nf4"])
+def test_batches_of_nothing(weight):
+    w = Weight(weight)
+    assert jax.vmap(lambda x: linear(x, w))(jnp.ones((0, 3, COLUMNS))).shape == (0, 3, ROWS)
+    none = Weight(bcy.GgufTensor(np.zeros(0, np.uint8), "Q8_0", (0, COLUMNS)))
+    assert jax.vmap(lambda x: linear(x, none))(jnp.ones((2, 3, COLUMNS))).shape == (2, 3, 0)
+    grad = jax.grad(lambda x: linear(x, none, jnp.ones(0)).sum())(jnp.ones((2, COLUMNS)))
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "nf4", "fp4"])
 def test_stacked_weights(device, name):
     weights = [packed(name, device, seed) for seed in range(3)]
     x, biases = activations(2), jnp.arange(3.0 * ROWS).reshape(3, ROWS)
@@ -176,9 +185,11 @@ def test_weights_alike_share_a_program(device):
         traces.append(1)
         return linear(x, w)
 
-    for seed in range(3):
-        product(activations(2), Weight(packed("Q4_K", device, seed)))
-    assert len(traces) == 1
+    for name in ("Q4_K", "fp4"):
+        traces.clear()
+        for seed in range(3):
+            product(activations(2), Weight(packed(name, device, seed)))
+        assert len(traces) == 1
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -188,11 +199,40 @@ def test_a_weight_is_a_pytree_of_bytes(weight):
     w = Weight(weight)
     leaves, tree = jax.tree.flatten(w)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("uint8")}
-    assert sum(leaf.nbytes for leaf in leaves) == weight.nbytes
+    assert sum(leaf.nbytes for leaf in leaves) == getattr(weight, "unnest", lambda: weight)().nbytes
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(w)]
+    assert paths == [".data", ".absmax"][: len(leaves)]
     again = jax.tree.unflatten(tree, leaves)
     assert repr(again) == repr(w)
     assert again.shape == weight.shape
     jax.tree.map(lambda leaf: None, w)  # any objects may stand for the leaves
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda leaf: jnp.stack([leaf, leaf]),
+        lambda leaf: leaf[:16],
+        lambda leaf: leaf.astype(jnp.bfloat16),
+    ],
+)
+def test_leaves_that_are_not_the_weights_are_refused(weight, change):
+    w = jax.tree.map(change, Weight(weight))
+    for call in (lambda w: linear(activations(2), w), dequantize):
+        with pytest.raises(bcy.InvalidProblem, match="w: expected leaves uint8"):
+            jax.jit(call)(w)
+
+
+def test_programs_belong_to_a_backend(device, weight):
+    text = jax.jit(linear).lower(activations(2), Weight(weight)).as_text()
+    assert f"baracuda_cy.{bcy.__version__}.{device}." in text
+
+
+def test_codes_of_jax_are_shared(device):
+    w = packed("nf4", device)
+    data = jax.device_put(jnp.asarray(w.to("cpu").data), jax.local_devices(backend=device)[0])
+    over = bcy.Nf4Tensor(data, w.absmax, w.shape)
+    assert Weight(over).arrays[0].unsafe_buffer_pointer() == data.unsafe_buffer_pointer()
 
 
 def test_longer_data_is_cut_to_the_weight():
@@ -223,6 +263,7 @@ def test_weights_over_arrays_of_jax(device):
         (lambda w: linear(jnp.ones(256), w, preference="float"), "preference: expected a PlanPref"),
         (lambda w: linear(jnp.ones(256), packed("Q4_K", "cpu")), "w: expected a Weight, got Gguf"),
         (lambda w: dequantize(w, "int8"), "dtype: expected float32, float16 or bfloat16, got int8"),
+        (lambda w: dequantize(w, "nonsense"), "dtype: expected"),
         (lambda w: Weight(np.ones((4, 32))), "weight: expected a GgufTensor or an Nf4Tensor, got"),
     ],
 )
@@ -240,7 +281,7 @@ def test_arguments_of_another_problem_are_refused():
     from baracuda_cy.jax import _target
 
     plan = bcy.quantize(np.eye(32, dtype=np.float32), "Q8_0").plan(m=1)
-    operation, problem = call_of(plan, False, 0, 0.0)
+    operation, problem = call_of(plan, False)
     y = jax.ShapeDtypeStruct((1, 32), jnp.float32)
     inputs = [jnp.zeros(32 * 34, jnp.uint8), jnp.ones((1, 32))]
     for attributes, given in (
@@ -250,8 +291,8 @@ def test_arguments_of_another_problem_are_refused():
         ({"problem": np.frombuffer(problem, np.uint8)}, inputs),  # without the workspace
         ({"problem": np.frombuffer(problem, np.uint8)}, inputs[:1]),
     ):
-        call = jax.ffi.ffi_call(_target(operation), y)
-        with pytest.raises(jax.errors.JaxRuntimeError, match="not the buffers of this problem"):
+        call = jax.ffi.ffi_call(_target("cpu", operation), y)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="trace the program again"):
             call(*given, **attributes).block_until_ready()
 
 

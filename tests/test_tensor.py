@@ -143,6 +143,7 @@ def test_joined_data_is_a_copy_of_what_belongs_to_the_weight():
     [
         (list, "weights: expected one or more, got none"),
         (lambda: experts_of("Q4_K", 4), r"weights: expected several, got GgufTensor"),
+        (lambda: 5, "weights: expected several, got int"),
         (lambda: [experts_of("Q4_K", 4), 3], r"weights\[1\]: expected a GgufTensor or an Nf4"),
         (lambda: [experts_of("Q4_K", 4)[0]], r"weights\[0\]: expected two dimensions or more"),
         (

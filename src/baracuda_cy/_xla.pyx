@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a plan runs, as XLA is told: the operation's name, and its arguments as bytes (xla.h)."""
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int64_t
 
 from baracuda_cy._native cimport (
     bcy_gguf_dequantize_args,
@@ -23,14 +23,9 @@ cdef bytes packed(Plan plan, const void* args, size_t size):
     return (<const char*>&threads)[:sizeof(threads)] + (<const char*>args)[:size]
 
 
-cdef void fill_weight(bcy_nf4_weight* weight, int32_t block_size, float offset):
+cdef void fill_weight(bcy_nf4_weight* weight):
     weight.codes = GIVEN
     weight.absmax = GIVEN
-    if block_size:
-        weight.nested_code = <const float*>GIVEN
-        weight.nested_absmax = <const float*>GIVEN
-    weight.nested_block = block_size
-    weight.nested_offset = offset
 
 
 cdef tuple gguf_product(GgufProductPlan plan, bint bias):
@@ -45,9 +40,9 @@ cdef tuple gguf_product(GgufProductPlan plan, bint bias):
     return "gguf_matmul" if plan.staged else "gguf_matvec", packed(plan, &args, sizeof(args))
 
 
-cdef tuple nf4_product(Nf4ProductPlan plan, bint bias, int32_t block_size, float offset):
+cdef tuple nf4_product(Nf4ProductPlan plan, bint bias):
     cdef bcy_nf4_matmul_args args = plan.args
-    fill_weight(&args.weight, block_size, offset)
+    fill_weight(&args.weight)
     args.x = GIVEN
     args.y = GIVEN
     args.bias = GIVEN if bias else NULL
@@ -65,26 +60,22 @@ cdef tuple gguf_dequantize(GgufDequantizePlan plan):
     return "gguf_dequantize", packed(plan, &args, sizeof(args))
 
 
-cdef tuple nf4_dequantize(Nf4DequantizePlan plan, int32_t block_size, float offset):
+cdef tuple nf4_dequantize(Nf4DequantizePlan plan):
     cdef bcy_nf4_dequantize_args args = plan.args
-    fill_weight(&args.weight, block_size, offset)
+    fill_weight(&args.weight)
     args.y = GIVEN
     args.y_stride = args.weight.ncols
     return "nf4_dequantize", packed(plan, &args, sizeof(args))
 
 
-def call_of(Plan plan, bint bias, int32_t block_size, float offset):
-    """The operation of a plan and its arguments, for contiguous arrays.
+def call_of(Plan plan, bint bias):
+    """The operation of a plan and its arguments, for contiguous arrays and absmax not nested.
 
     Parameters
     ----------
     plan : Plan
     bias : bool
         Whether the product adds a bias.
-    block_size : int
-        Of nested absmax; 0 where it is none.
-    offset : float
-        Of nested absmax.
 
     Returns
     -------
@@ -94,7 +85,7 @@ def call_of(Plan plan, bint bias, int32_t block_size, float offset):
     if isinstance(plan, GgufProductPlan):
         return gguf_product(plan, bias)
     if isinstance(plan, Nf4ProductPlan):
-        return nf4_product(plan, bias, block_size, offset)
+        return nf4_product(plan, bias)
     if isinstance(plan, GgufDequantizePlan):
         return gguf_dequantize(plan)
-    return nf4_dequantize(plan, block_size, offset)
+    return nf4_dequantize(plan)

@@ -285,7 +285,13 @@ def concatenate(weights: Iterable[_Weight]) -> _Weight:
     """
     if isinstance(weights, _WEIGHTS):
         raise InvalidProblem(f"weights: expected several, got {weights!r}; pass a list of them")
-    joined = list(weights)
+    try:
+        joined = list(weights)
+    except TypeError:
+        given = type(weights).__name__
+        raise InvalidProblem(
+            f"weights: expected several, got {given}; pass a list of them"
+        ) from None
     if not joined:
         raise InvalidProblem("weights: expected one or more, got none; pass a list of them")
     for i, w in enumerate(joined):

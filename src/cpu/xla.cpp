@@ -13,12 +13,15 @@ int gguf_matmul(const bcy_gguf_matmul_args* args, int threads) {
 template <class Args, int (*kOperation)(const Args*, int)>
 void* run(void* call) {
   const CallFrame& frame = *static_cast<const CallFrame*>(call);
-  if (!is_call(frame, 0)) return nullptr;
+  if (answers_query(frame, 0) || frame.stage != kExecute) return nullptr;
   Problem<Args> problem;
-  if (!read(frame, problem)) return fail(frame, "not the buffers of this problem");
+  if (!read(frame, problem)) return fail(frame, kInvalidArgument, kMismatch);
   const int status = kOperation(&problem.args, int(problem.threads));
   if (status == BCY_OK) return nullptr;
-  return fail(frame, status == BCY_ERROR_OUT_OF_MEMORY ? "out of memory" : "a wrong problem");
+  if (status == BCY_ERROR_OUT_OF_MEMORY) {
+    return fail(frame, kResourceExhausted, "baracuda_cy: the host has no memory left");
+  }
+  return fail(frame, kInvalidArgument, kMismatch);
 }
 
 }  // namespace

@@ -7,25 +7,26 @@
 namespace bcy::xla {
 namespace {
 
-constexpr int kCuda = 2;  // bcy_cuda_pointer_device
+constexpr int kCuda = 2, kManaged = 13;  // bcy_cuda_pointer_device
 
 template <class Args, int (*kOperation)(const Args*, void*)>
 void* run(void* call) {
   const CallFrame& frame = *static_cast<const CallFrame*>(call);
   // The operations only launch kernels, the same for the same problem.
-  if (!is_call(frame, kCommandBufferCompatible)) return nullptr;
+  if (answers_query(frame, kCommandBufferCompatible) || frame.stage != kExecute) return nullptr;
   Problem<Args> problem;
-  if (!read(frame, problem)) return fail(frame, "not the buffers of this problem");
-  GetStream get = {sizeof get, nullptr, frame.context, nullptr};
+  if (!read(frame, problem)) return fail(frame, kInvalidArgument, kMismatch);
+  GetStream get = {sizeof get, nullptr, frame.ctx, nullptr};
   if (Error* const error = frame.api->get_stream(&get)) return error;
   // Where the output is: a stream that is captured does not say where it is. An empty output is
   // nowhere, and asks for nothing.
   int type = 0, device = 0;
   int status = bcy_cuda_pointer_device(problem.args.y, &type, &device);
-  if (type == kCuda) problem.args.device = device;
+  if (type == kCuda || type == kManaged) problem.args.device = device;
   if (status == BCY_OK) status = kOperation(&problem.args, get.stream);
   if (status == BCY_OK) return nullptr;
-  return fail(frame, status > 0 ? bcy_cuda_error_text(status) : "a wrong problem");
+  if (status > 0) return fail(frame, kInternal, bcy_cuda_error_text(status));
+  return fail(frame, kInvalidArgument, kMismatch);
 }
 
 }  // namespace

@@ -4,8 +4,8 @@
 // structures grow at their ends only.
 //
 // A handler gets the operation's arguments of api.h as bytes, the attribute "problem", after the
-// number of threads. Each pointer in them that is not NULL takes the next buffer: the inputs in the
-// order of `inputs`, then the outputs.
+// number of threads. Each pointer in them that is not NULL takes the next buffer, in the order of
+// `take`.
 #pragma once
 
 #include <stdint.h>
@@ -47,13 +47,13 @@ struct CreateError {
   const char* message;
   int code;
 };
-constexpr int kInternal = 13;
+constexpr int kInvalidArgument = 3, kResourceExhausted = 8, kInternal = 13;
 
 struct Context;
 struct GetStream {
   size_t size;
   Extension* extension;
-  Context* context;
+  Context* ctx;
   void* stream;  // out
 };
 
@@ -86,7 +86,7 @@ struct Buffers {
   Buffer** buffers;
 };
 
-struct Text {
+struct ByteSpan {
   const char* data;
   size_t size;
 };
@@ -97,13 +97,13 @@ struct Array {
   void* data;
 };
 
-struct Attributes {
+struct Attrs {
   size_t size;
   Extension* extension;
   int64_t count;
   int* types;
-  Text** names;
-  Array** values;  // of other types, too
+  ByteSpan** names;
+  Array** attrs;  // of other types, too
 };
 constexpr int kArray = 1;
 
@@ -111,19 +111,19 @@ struct CallFrame {
   size_t size;
   Extension* extension;
   const Api* api;
-  Context* context;
+  Context* ctx;
   int stage;  // kExecute
-  Buffers inputs, outputs;
-  Attributes attributes;
+  Buffers args, rets;
+  Attrs attrs;
 };
 constexpr int kExecute = 3;
 
 // ---- arguments ----------------------------------------------------------------------------------
 
 // Hands out buffers, in order, to pointers that are not NULL.
-class Next {
+class BufferCursor {
  public:
-  explicit Next(const Buffers& buffers) : buffers_(buffers) {}
+  explicit BufferCursor(const Buffers& buffers) : buffers_(buffers) {}
   template <class T>
   void operator()(T*& pointer) {
     if (pointer == nullptr) return;
@@ -138,31 +138,29 @@ class Next {
   bool enough_ = true;
 };
 
-inline void take(bcy_gguf_matmul_args& args, Next& in, Next& out) {
+inline void take(bcy_gguf_matmul_args& args, BufferCursor& in, BufferCursor& out) {
   in(args.weight);
   in(args.x);
   in(args.bias);
   out(args.y);
   out(args.workspace);
 }
-inline void take(bcy_gguf_dequantize_args& args, Next& in, Next& out) {
+inline void take(bcy_gguf_dequantize_args& args, BufferCursor& in, BufferCursor& out) {
   in(args.weight);
   out(args.y);
 }
-inline void take(bcy_nf4_weight& weight, Next& in) {
+inline void take(bcy_nf4_weight& weight, BufferCursor& in) {
   in(weight.codes);
   in(weight.absmax);
-  in(weight.nested_code);
-  in(weight.nested_absmax);
 }
-inline void take(bcy_nf4_matmul_args& args, Next& in, Next& out) {
+inline void take(bcy_nf4_matmul_args& args, BufferCursor& in, BufferCursor& out) {
   take(args.weight, in);
   in(args.x);
   in(args.bias);
   out(args.y);
   out(args.workspace);
 }
-inline void take(bcy_nf4_dequantize_args& args, Next& in, Next& out) {
+inline void take(bcy_nf4_dequantize_args& args, BufferCursor& in, BufferCursor& out) {
   take(args.weight, in);
   out(args.y);
 }
@@ -176,15 +174,15 @@ struct Problem {
 // Whether a call has all that the operation takes, and no more.
 template <class Args>
 bool read(const CallFrame& frame, Problem<Args>& problem) {
-  const Attributes& attributes = frame.attributes;
-  for (int64_t i = 0; i < attributes.count; ++i) {
-    const Text& name = *attributes.names[i];
+  const Attrs& attrs = frame.attrs;
+  for (int64_t i = 0; i < attrs.count; ++i) {
+    const ByteSpan& name = *attrs.names[i];
     if (name.size != 7 || memcmp(name.data, "problem", 7) != 0) continue;
-    if (attributes.types[i] != kArray) return false;
-    const Array& bytes = *attributes.values[i];
+    if (attrs.types[i] != kArray) return false;
+    const Array& bytes = *attrs.attrs[i];
     if (bytes.count != sizeof problem) return false;
     memcpy(&problem, bytes.data, sizeof problem);
-    Next in(frame.inputs), out(frame.outputs);
+    BufferCursor in(frame.args), out(frame.rets);
     take(problem.args, in, out);
     return in.took_all() && out.took_all();
   }
@@ -193,23 +191,26 @@ bool read(const CallFrame& frame, Problem<Args>& problem) {
 
 // ---- handlers -----------------------------------------------------------------------------------
 
-inline Error* fail(const CallFrame& frame, const char* message) {
-  CreateError error = {sizeof error, nullptr, message, kInternal};
+inline Error* fail(const CallFrame& frame, int code, const char* message) {
+  CreateError error = {sizeof error, nullptr, message, code};
   return frame.api->create_error(&error);
 }
 
-// Answers a question for what the handler is, and nothing else in stages that prepare the call.
-inline bool is_call(const CallFrame& frame, uint32_t traits) {
+// Whether a call asks what the handler is, which is then answered.
+inline bool answers_query(const CallFrame& frame, uint32_t traits) {
   for (Extension* it = frame.extension; it != nullptr; it = it->next) {
     if (it->type != kMetadata) continue;
     Metadata& metadata = *reinterpret_cast<MetadataExtension*>(it)->metadata;
     metadata.version.major = 0;
-    // Nothing here is newer than the oldest of them.
-    metadata.version.minor = frame.api == nullptr ? 0 : frame.api->version.minor;
+    metadata.version.minor = 1;  // the first that asks, and has all that is here
     metadata.traits = traits;
-    return false;
+    return true;
   }
-  return frame.stage == kExecute;
+  return false;
 }
+
+inline const char kMismatch[] =
+    "expected the arguments and buffers that this version of baracuda_cy traces a call with, got "
+    "others; trace the program again";
 
 }  // namespace bcy::xla
