@@ -285,6 +285,12 @@ def test_traced(device, weight):
     assert torch.equal(traced(x), layer(x))
 
 
+def test_shapes_alone(weight):
+    layer = Linear(weight).to("meta")
+    y = layer(torch.ones(2, 3, COLUMNS, dtype=torch.float16, device="meta"))
+    assert (y.shape, y.dtype, y.device.type) == ((2, 3, ROWS), torch.float16, "meta")
+
+
 @pytest.mark.usefixtures("compiling")
 def test_exported(device, weight):
     layer = Linear(weight, torch.linspace(-1, 1, ROWS, device=device)).eval()

@@ -381,9 +381,11 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
             [..., out_features], of the dtype of `x`.
         """
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if not x.is_meta and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind)) if x.dtype in _TYPES else x
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
         followed = torch.is_grad_enabled() and (
             x.requires_grad or (bias is not None and bias.requires_grad)
         )
@@ -399,7 +401,7 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
         return f"{sizes}, bias={self.bias is not None}, {kind.name}"
 
     def _arrays(self) -> list[torch.Tensor]:
-        return [getattr(self, name) for name in self._names]
+        return [self._buffers[name] for name in self._names]
 
     def get_extra_state(self) -> torch.Tensor:
         """Return what makes a weight of the buffers, for `state_dict`: JSON as bytes."""
