@@ -169,7 +169,7 @@ def _backward(spec: _Spec, preference: Any, kept: Any, gradient: Any) -> Any:
 
 _linear.defvjp(_forward, _backward)
 # Outside of jit, too, a program is compiled once.
-_compiled = jax.jit(_linear, static_argnums=(0, 1))
+_compiled = jax.jit(_linear, static_argnums=(0, 1), inline=True)
 
 
 # ---- what people write ---------------------------------------------------------------------------
