@@ -241,6 +241,10 @@ class Weight:
     def __repr__(self) -> str:
         return f"Weight(shape={self.shape}, {sum(self._spec.sizes)} bytes on {self._spec.device})"
 
+    # For each call of a program; the other one is for messages and checkpoints.
+    def tree_flatten(self) -> tuple[Any, _Spec]:
+        return self.arrays, self._spec
+
     def tree_flatten_with_keys(self) -> tuple[Any, _Spec]:
         names = map(jax.tree_util.GetAttrKey, ("data", "absmax"))
         return tuple(zip(names, self.arrays, strict=False)), self._spec
