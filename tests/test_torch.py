@@ -446,6 +446,8 @@ def test_codes_stored_as_bfloat16():
     moved = torch.zeros(layer.absmax.numel() + 1, dtype=torch.uint8)[1:]
     layer.absmax = moved.copy_(layer.absmax)
     assert torch.equal(layer(x), expected)
+    layer.absmax.zero_()
+    assert not layer(x).any()
 
 
 @pytest.mark.parametrize("name", ["Q5_K", "NF4", bcy.Codebook.FP4, bcy.GgufBlockFormat.Q6_K])

@@ -127,6 +127,8 @@ _WEIGHTS = WeakIdKeyDictionary()
 def _weight_over(arrays: list[torch.Tensor], offset: float, spec: str) -> GgufTensor | Nf4Tensor:
     """Return the weight over its arrays, the same one as long as they have the same memory."""
     data, *others = arrays
+    if any(array.data_ptr() % 4 for array in others):
+        return _make_weight(arrays, offset, spec)  # over copies, which do not follow
     key = (*[array.data_ptr() for array in arrays], data.numel(), offset, spec)
     known = _WEIGHTS.get(data)
     if known is None or known[0] != key:
