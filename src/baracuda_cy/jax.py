@@ -29,6 +29,7 @@ from baracuda_cy.descriptors import GgufDequantizeDescriptor, PlanPreference
 from baracuda_cy.dlpack import inspect
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.formats import ElementKind
+from baracuda_cy.ops import check_packed
 from baracuda_cy.tensor import GgufTensor, Nf4Tensor, host_bytes
 
 if TYPE_CHECKING:
@@ -218,13 +219,9 @@ class Weight:
     _spec: _Spec
 
     def __init__(self, weight: GgufTensor | Nf4Tensor) -> None:
-        if not isinstance(weight, (GgufTensor, Nf4Tensor)) or not hasattr(weight, "device"):
-            raise InvalidProblem(
-                f"weight: expected a GgufTensor or an Nf4Tensor, got {type(weight).__name__}; "
-                "quantize it, or open a file of such"
-            )
-        device, is_gguf = weight.device, isinstance(weight, GgufTensor)
-        if isinstance(weight, GgufTensor):
+        check_packed(weight, "weight")
+        device = weight.device
+        if is_gguf := isinstance(weight, GgufTensor):
             self.arrays = (_bytes(weight.data, weight.nbytes, device),)
         else:
             # An offset, which no array holds, would be a constant of programs.

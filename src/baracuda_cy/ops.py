@@ -23,7 +23,7 @@ _WEIGHTS = (GgufTensor, Nf4Tensor)
 _Weight = TypeVar("_Weight", GgufTensor, Nf4Tensor)
 
 
-def _check_packed(w: Any, name: str = "w") -> None:
+def check_packed(w: Any, name: str = "w") -> None:
     # What came out of `__new__` alone has no device.
     if not isinstance(w, _WEIGHTS) or not hasattr(w, "device"):
         given = repr(w) if isinstance(w, _WEIGHTS) else type(w).__name__
@@ -92,7 +92,7 @@ def linear(
     >>> bcy.linear(np.ones((2, 3, 64), np.float32), w).shape
     (2, 3, 64)
     """
-    _check_packed(w)
+    check_packed(w)
     _check_preference(preference)
     return _ops.multiply(x, w, bias, out, stream, preference)
 
@@ -138,7 +138,7 @@ def dequantize(
     >>> bcy.dequantize(bcy.quantize(np.eye(32, dtype=np.float32), "Q8_0")).dtype
     dtype('float32')
     """
-    _check_packed(w)
+    check_packed(w)
     _check_preference(preference)
     return _ops.unpack(w, dtype, out, stream, preference)
 
@@ -295,7 +295,7 @@ def concatenate(weights: Iterable[_Weight]) -> _Weight:
     if not joined:
         raise InvalidProblem("weights: expected one or more, got none; pass a list of them")
     for i, w in enumerate(joined):
-        _check_packed(w, f"weights[{i}]")
+        check_packed(w, f"weights[{i}]")
     first = joined[0]
     if len(first.shape) < 2:
         raise InvalidProblem(

@@ -26,7 +26,7 @@ from baracuda_cy.descriptors import PlanPreference
 from baracuda_cy.dlpack import inspect
 from baracuda_cy.errors import InvalidProblem
 from baracuda_cy.formats import Codebook, GgufBlockFormat, Nf4Layout
-from baracuda_cy.ops import dequantize, linear, quantize
+from baracuda_cy.ops import check_packed, dequantize, linear, quantize
 from baracuda_cy.tensor import GgufTensor, NestedAbsmax, Nf4Tensor
 
 __all__ = ["Linear"]
@@ -282,11 +282,7 @@ class Linear(torch.nn.Module):  # type: ignore[misc]
         preference: PlanPreference | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(weight, (GgufTensor, Nf4Tensor)) or not hasattr(weight, "device"):
-            raise InvalidProblem(
-                f"weight: expected a GgufTensor or an Nf4Tensor, got {type(weight).__name__}; "
-                "quantize it, or use Linear.from_linear"
-            )
+        check_packed(weight, "weight")
         if len(weight.shape) != 2:
             raise InvalidProblem(
                 f"weight: expected shape (out_features, in_features), got {weight!r}; "
